@@ -1,0 +1,191 @@
+"""`generate` with a prompt: the base model's own `generate` on spliced embeddings. Nothing is patched.
+
+transformers takes `inputs_embeds` for the first step and `input_ids` for all that reads the text (processors, stopping
+criteria, the returned sequences), which is what a soft prompt needs.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .base_model import cache_length
+from .layout import Layout
+from .routes import SplicedInputs, choose_layout, splice_route
+
+if TYPE_CHECKING:
+    from .model import PromptModel
+
+
+def generate(model: PromptModel, inputs: Tensor | None, **kwargs: Any) -> Any:
+    """Generate with the active adapter's prompt; see `PromptModel.generate`."""
+    if inputs is not None and kwargs.get("input_ids") is not None:
+        raise ValueError("inputs, input_ids: expected one of the two, got both")
+    kwargs.pop("token_type_ids", None)
+    if model.facts.encoder_decoder:
+        return _encoder_decoder(model, inputs, kwargs)
+    return _decoder(model, inputs, kwargs)
+
+
+def _encoder_decoder(model: PromptModel, inputs: Tensor | None, kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("encoder_outputs") is not None:
+        raise ValueError(
+            "encoder_outputs: expected None, because the prompt goes through the encoder; pass input_ids instead"
+        )
+    ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+    mask = kwargs.pop("attention_mask", None)
+    if mask is None and ids is not None:
+        mask = _infer_mask(model, ids, kwargs)
+    spliced = _splice(model, ids, kwargs.pop("inputs_embeds", None), mask)
+    return model.base_model.generate(**spliced.arguments, **kwargs)
+
+
+def _decoder(model: PromptModel, inputs: Tensor | None, kwargs: dict[str, Any]) -> Any:
+    base: Any = model.base_model
+    ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+    embeds = kwargs.pop("inputs_embeds", None)
+    if ids is None and embeds is None:
+        ids = _start_of_text(model, kwargs)
+    mask = kwargs.pop("attention_mask", None)
+    if mask is None and ids is not None:
+        mask = _infer_mask(model, ids, kwargs)
+    if ids is not None:
+        _count_new_tokens(base, ids.shape[1], kwargs)
+    rows = model.prompt_rows_count()
+    if ids is not None and mask is not None and mask.shape[1] != ids.shape[1]:
+        # Only new tokens, after a cache that the mask covers: the prompt is in the cache.
+        if mask.shape[1] != cache_length(kwargs.get("past_key_values")) - rows + ids.shape[1]:
+            raise ValueError(
+                f"attention_mask: expected shape (B, T) = {tuple(ids.shape)}, or the columns of the cached text too, "
+                f"got {tuple(mask.shape)}"
+            )
+        mask = choose_layout(model.facts, rows, mask.shape[1], mask)[0].fill(mask, 1)
+        return base.generate(input_ids=ids, attention_mask=mask, **kwargs)
+    position_ids = kwargs.pop("position_ids", None)
+    if embeds is not None and ids is not None and embeds.shape[1] != ids.shape[1]:
+        raise ValueError(f"inputs_embeds: expected the length of input_ids, {ids.shape[1]}, got {embeds.shape[1]}")
+    spliced = _splice(model, ids if embeds is None else None, embeds, mask, position_ids)
+    if kwargs.get("assistant_model") is not None or _option(base, kwargs, "prompt_lookup_num_tokens"):
+        return _assisted(model, ids if embeds is None else None, mask, spliced.layout, kwargs)
+    if kwargs.get("use_cache") is False:
+        warnings.warn(
+            "use_cache=False is ignored: transformers generates from embeddings only with a cache. The result is the "
+            "same.",
+            stacklevel=4,
+        )
+        kwargs["use_cache"] = True
+    return base.generate(input_ids=ids, **spliced.arguments, **kwargs)
+
+
+def _splice(
+    model: PromptModel, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, positions: Tensor | None = None
+) -> SplicedInputs:
+    return splice_route(
+        model.facts,
+        model.word_embeddings,
+        model.prompt_rows(),
+        input_ids=ids,
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=positions,
+    )
+
+
+def _assisted(
+    model: PromptModel, ids: Tensor | None, mask: Tensor | None, layout: Layout, kwargs: dict[str, Any]
+) -> Any:
+    """Speculative decoding counts cached positions by the ids, so here the prompt occupies columns of the ids.
+
+    Those columns repeat the row's first token, are embedded as the prompt in the first step (a forward hook, for this
+    call only), and are cut out of the result.
+    """
+    if ids is None:
+        raise ValueError("input_ids: expected ids for assisted decoding, got only inputs_embeds")
+    base: Any = model.base_model
+    rows = model.prompt_rows()
+    if mask is None:
+        mask = torch.ones_like(ids)
+    wide_mask = layout.fill(mask, 1)
+    columns = torch.arange(wide_mask.shape[1], device=ids.device).expand(ids.shape[0], -1)
+    # Slots over the wide ids: every column is itself, but for the prompt's.
+    prompt_slots = layout.slots if layout.slots is not None else ~columns
+    slots = torch.where(layout.fill(torch.zeros_like(ids), 1) > 0, prompt_slots, columns)
+    first = ids.gather(1, (mask != 0).to(torch.int8).argmax(1, keepdim=True))
+    wide_ids = torch.where(slots < 0, first, layout.fill(ids, 0))
+
+    def embed_prompt(_: Any, args: tuple[Any, ...], call: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if call.get("input_ids") is None or cache_length(call.get("past_key_values")):
+            return args, call
+        given = call.pop("input_ids")  # the wide ids, and candidates behind them
+        more = torch.arange(wide_ids.shape[1], given.shape[1], device=given.device).expand(given.shape[0], -1)
+        layout = Layout.from_slots(torch.cat((slots, more), dim=1), rows.shape[0])
+        return args, {**call, "inputs_embeds": ops.splice(rows, layout, inputs_embeds=model.word_embeddings(given))}
+
+    for name in ("max_length", "min_length"):
+        if kwargs.get(name) is not None:
+            kwargs[name] += rows.shape[0]
+    hook = base.register_forward_pre_hook(embed_prompt, with_kwargs=True)
+    try:
+        output = base.generate(input_ids=wide_ids, attention_mask=wide_mask, **kwargs)
+    finally:
+        hook.remove()
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    narrow = torch.cat((ids.to(sequences.device), sequences[:, wide_ids.shape[1] :]), dim=1)
+    if isinstance(output, Tensor):
+        return narrow
+    output.sequences = narrow
+    return output
+
+
+def _option(base: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """A generation option: from the call, else from its generation_config, else from the model's."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    config = kwargs.get("generation_config")
+    value = getattr(config, name, None) if config is not None else None
+    return value if value is not None else getattr(base.generation_config, name, None)
+
+
+def _start_of_text(model: PromptModel, kwargs: dict[str, Any]) -> Tensor:
+    """As transformers: without any input, one row that starts with the BOS token."""
+    bos = _option(model.base_model, kwargs, "bos_token_id")
+    if bos is None:
+        raise ValueError("input_ids: expected input_ids or inputs_embeds, because the model has no bos_token_id")
+    return torch.full((1, 1), int(bos), dtype=torch.int64, device=model.prompt_device)
+
+
+def _infer_mask(model: PromptModel, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """As transformers: padding is told from text by the pad token, if that is not also an end-of-text token."""
+    pad = _option(model.base_model, kwargs, "pad_token_id")
+    eos = _option(model.base_model, kwargs, "eos_token_id")
+    ends = eos if isinstance(eos, (list, tuple)) else [eos]
+    if pad is None or pad in ends:
+        return torch.ones_like(ids)
+    mask: Tensor = (ids != pad).to(ids.dtype)
+    return mask
+
+
+def _count_new_tokens(base: Any, length: int, kwargs: dict[str, Any]) -> None:
+    """Turn limits on the whole sequence into limits on new tokens.
+
+    With embeddings and ids of different lengths transformers subtracts the embeddings' length from max_length, and so
+    would count the prompt as text.
+    """
+    config = kwargs.get("generation_config")
+    for whole, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        limit = kwargs.pop(whole, None)
+        if limit is None and kwargs.get(new) is None and getattr(config, new, None) is None:
+            source = config if config is not None else base.generation_config
+            limit = getattr(source, whole, None)
+            if limit and config is not None:
+                config = kwargs["generation_config"] = copy.copy(config)
+                setattr(config, whole, None)
+        if limit and kwargs.get(new) is None:
+            kwargs[new] = max(int(limit) - length, 0)
+    if kwargs.get("max_new_tokens") == 0 or (kwargs.get("max_new_tokens") or 1) < 1:
+        raise ValueError(f"max_length: expected more than the {length} tokens of the input")

@@ -1,0 +1,122 @@
+"""Modules of the base model that are trained and saved in full beside a prompt: one copy per adapter.
+
+The names in memory are those of PEFT's `ModulesToSaveWrapper`: `<path>.original_module` and
+`<path>.modules_to_save.<adapter>`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import TaskType
+
+# Heads that transformers initialises at random, so that a prompt alone cannot learn the task.
+TASK_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+
+
+class SavedModule(nn.Module):
+    """Stands in for a module of the base model; calls the active adapter's copy of it, or the original."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original_module = original
+        self.modules_to_save = nn.ModuleDict()
+        self.active: str | None = None
+
+    @property
+    def current(self) -> nn.Module:
+        """The module in use."""
+        if self.active is not None and self.active in self.modules_to_save:
+            return self.modules_to_save[self.active]
+        return self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.current(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # transformers reads attributes of its heads, such as `weight` or `out_features`.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save", "active"):
+                raise
+            return getattr(self.current, name)
+
+
+def saved_modules(base: nn.Module) -> Iterator[tuple[str, SavedModule]]:
+    """The stand-ins in a base model, with their paths."""
+    for path, module in base.named_modules():
+        if isinstance(module, SavedModule):
+            yield path, module
+
+
+def matching(base: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The base model's modules whose path ends with one of `names`, as PEFT matches them; a parent hides its parts."""
+    known = dict(saved_modules(base))
+    inside = tuple(f"{path}." for path in known)
+    found: dict[str, nn.Module] = {}
+    for path, module in base.named_modules():
+        hidden = path.startswith(inside) or any(path.startswith(f"{parent}.") for parent in found)
+        if path and not hidden and any(path.endswith(name) for name in names):
+            found[path] = known[path].original_module if path in known else module
+    return found
+
+
+def add_copies(base: nn.Module, adapter: str, names: Sequence[str], required: Sequence[str]) -> None:
+    """Give an adapter its own copy of every module that `names` match.
+
+    Raises:
+        ValueError: one of `required` matches no module.
+    """
+    found = matching(base, names)
+    for name in required:
+        if not any(path.endswith(name) for path in found):
+            raise ValueError(f"modules_to_save: expected the name of a module of the base model, got {name!r}")
+    known = dict(saved_modules(base))
+    for path, original in found.items():
+        stand_in = known.get(path)
+        if stand_in is None:
+            stand_in = SavedModule(original)
+            _replace(base, path, stand_in)
+        stand_in.modules_to_save[adapter] = copy.deepcopy(original)
+
+
+def tensors(base: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """An adapter's copies under the names that PEFT's files give them."""
+    return {
+        f"base_model.{path}.{key}": tensor
+        for path, stand_in in saved_modules(base)
+        if adapter in stand_in.modules_to_save
+        for key, tensor in stand_in.modules_to_save[adapter].state_dict().items()
+    }
+
+
+def expected_tensors(base: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors, by name, that a file must hold for an adapter with these `modules_to_save`."""
+    return {
+        f"base_model.{path}.{key}": tensor
+        for path, module in matching(base, names).items()
+        for key, tensor in module.state_dict().items()
+    }
+
+
+def remove_copies(base: nn.Module, adapter: str) -> None:
+    """Take an adapter's copies away; a stand-in without copies gives way to the original."""
+    for path, stand_in in list(saved_modules(base)):
+        if adapter in stand_in.modules_to_save:
+            del stand_in.modules_to_save[adapter]
+        if not stand_in.modules_to_save:
+            _replace(base, path, stand_in.original_module)
+
+
+def _replace(base: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(base.get_submodule(parent), name, module)

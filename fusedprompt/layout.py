@@ -1,0 +1,116 @@
+"""Where each row of a spliced batch comes from: the prompt rows or the tokens.
+
+A layout answers one question for every output position `s` of every row `b`: `slot < 0` takes prompt row `~slot`,
+`slot >= 0` takes token `slot` of that row. The plain prefix (P prompt rows, then the tokens) needs no slot tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE_INDEX = -100  # transformers' label for "no loss here"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The source of every output row; build one with `prefix`, `insert` or `from_slots`.
+
+    num_prompt_rows: rows of the prompt table that the layout may refer to.
+    slots: (B, S) int64, or None for a plain prefix.
+    """
+
+    num_prompt_rows: int
+    slots: Tensor | None = None
+
+    @classmethod
+    def prefix(cls, num_prompt_rows: int) -> Layout:
+        """All prompt rows, then the tokens: what PEFT builds by concatenation."""
+        if isinstance(num_prompt_rows, bool) or not isinstance(num_prompt_rows, int) or num_prompt_rows < 0:
+            raise ValueError(f"num_prompt_rows: expected an int >= 0, got {num_prompt_rows!r}")
+        return cls(num_prompt_rows)
+
+    @classmethod
+    def from_slots(cls, slots: Tensor, num_prompt_rows: int) -> Layout:
+        """Any arrangement. Slots are not checked against the number of prompt rows: that would wait for the device."""
+        if slots.dim() != 2 or slots.dtype != torch.int64:
+            raise ValueError(f"slots: expected int64 of shape (B, S), got {slots.dtype} of shape {tuple(slots.shape)}")
+        return cls(num_prompt_rows, slots)
+
+    @classmethod
+    def insert(cls, num_prompt_rows: int, length: int, start: Tensor, shift: Tensor | None = None) -> Layout:
+        """All prompt rows before token `start[b]` of each row, whose tokens are first rotated left by `shift[b]`.
+
+        With `start` the number of padding tokens at the left of a row, padding comes first, then prompt, then text:
+        the text then sees the same neighbours, at the same distances, as it would without padding.
+
+        Args:
+            num_prompt_rows: P.
+            length: T, tokens per row.
+            start: (B,) int64 in [0, T].
+            shift: (B,) int64; -n moves n tokens of padding from the right end of a row to its left end.
+        """
+        position = torch.arange(num_prompt_rows + length, device=start.device).unsqueeze(0)
+        prompt_row = position - start.unsqueeze(1)
+        is_prompt = (prompt_row >= 0) & (prompt_row < num_prompt_rows)
+        token = torch.where(prompt_row < 0, position, position - num_prompt_rows)
+        if shift is not None and length > 0:
+            token = (token + shift.unsqueeze(1)).remainder(length)
+        return cls(num_prompt_rows, torch.where(is_prompt, ~prompt_row, token))
+
+    def output_length(self, num_tokens: int) -> int:
+        """S for rows of `num_tokens` tokens."""
+        return self.num_prompt_rows + num_tokens if self.slots is None else self.slots.shape[1]
+
+    def fill(self, values: Tensor, fill_value: float) -> Tensor:
+        """Carry per-token values (B, T) to (B, S), with `fill_value` at the prompt rows. The dtype stays."""
+        if self.slots is None:
+            return F.pad(values, (self.num_prompt_rows, 0), value=fill_value)
+        carried = values.gather(1, self.slots.clamp(min=0)) if values.shape[1] else values.new_zeros(self.slots.shape)
+        return carried.masked_fill(self.slots < 0, fill_value)
+
+    def fill_rows(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Carry per-token values (B, T) to (B, S), with `rows[r]` at prompt row r; `rows` is (R,) in values' dtype."""
+        if self.slots is None:
+            return torch.cat((rows.expand(values.shape[0], -1), values), dim=1)
+        return torch.where(self.slots < 0, rows[(~self.slots).clamp(min=0)], self.fill(values, 0))
+
+    def position_ids(self, values: Tensor, first: int = 0) -> Tensor:
+        """Position ids of the caller's tokens (B, T), moved behind the prompt, which counts first ... first + P-1."""
+        moved = self.fill(values + self.num_prompt_rows, 0)
+        if self.slots is None:
+            stop = first + self.num_prompt_rows
+            moved[:, : self.num_prompt_rows] = torch.arange(first, stop, device=values.device)
+            return moved
+        return torch.where(self.slots < 0, ~self.slots + first, moved)
+
+    def token_positions(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """Where each token went, (B, T) int64: the inverse of the slots. Tokens that went nowhere give 0."""
+        if self.slots is None:
+            return torch.arange(self.num_prompt_rows, self.num_prompt_rows + length, device=device).expand(batch, -1)
+        positions = torch.arange(self.slots.shape[1], device=device).expand(batch, -1)
+        target = torch.where(self.slots < 0, length, self.slots)  # prompt rows go to a spare last column
+        return self.slots.new_zeros(batch, length + 1).scatter_(1, target, positions)[:, :length]
+
+
+def count_padding(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of padding tokens at the left and at the right of each row, (B,) int64 each; 0 and 0 for an empty row."""
+    real = (attention_mask != 0).to(torch.int8)
+    return real.argmax(dim=1), real.flip(1).argmax(dim=1)
+
+
+def may_be_padded(attention_mask: Tensor | None, column: int) -> bool:
+    """Whether a row may have padding at its left (column 0) or right (column -1) end.
+
+    Looks at the values where that is free: on a CPU, outside compilation. Elsewhere the answer is yes, because looking
+    would make the host wait for the device.
+    """
+    if attention_mask is None or attention_mask.numel() == 0:
+        return False
+    if attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    # tolist reads memory directly: no operator is dispatched.
+    return not all(attention_mask[:, column].tolist())

@@ -1,0 +1,50 @@
+"""The ops, usable alone: `mlp`, `lstm`, `splice`, `cpt`. Each picks a backend, checks its arguments, and runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import cpt as _cpt
+from . import lstm as _lstm
+from . import mlp as _mlp
+from . import splice as _splice
+from ._backend import BackendUnavailable, use_backend
+
+OPS = {op.name: op for op in (_mlp.OP, _lstm.OP, _splice.OP, _cpt.OP)}
+
+cpt, cpt_loss = _cpt.cpt, _cpt.cpt_loss
+lstm = _lstm.lstm
+mlp = _mlp.mlp
+splice, splice_batch, SplicedBatch = _splice.splice, _splice.splice_batch, _splice.SplicedBatch
+
+
+def explain(op: str, *args: Any) -> dict[str, str]:
+    """Why each backend of an op can or cannot run on these arguments.
+
+    Args:
+        op: "mlp", "lstm", "splice" or "cpt".
+        args: the op's tensors, in the order of its public function.
+
+    Returns:
+        backend name -> "runs", or a clause that says why not; the fastest backend comes first.
+
+    Raises:
+        ValueError: there is no such op.
+    """
+    if op not in OPS:
+        raise ValueError(f"op: expected one of {sorted(OPS)}, got {op!r}")
+    return OPS[op].explain(*args)
+
+
+__all__ = [
+    "BackendUnavailable",
+    "SplicedBatch",
+    "cpt",
+    "cpt_loss",
+    "explain",
+    "lstm",
+    "mlp",
+    "splice",
+    "splice_batch",
+    "use_backend",
+]

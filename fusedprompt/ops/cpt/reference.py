@@ -1,0 +1,76 @@
+"""CPT in plain PyTorch, without PEFT's boolean indexing and loops over rows, each of which waits for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...layout import IGNORE_INDEX
+from .._library import below_autograd, define
+
+
+def _cpt(embedding: Tensor, delta: Tensor, epsilon: Tensor, trainable: Tensor) -> tuple[Tensor, Tensor]:
+    wide = delta.to(torch.promote_types(delta.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide, dim=1)
+    scale = torch.where(norm > epsilon, epsilon / norm, 1.0)
+    projected = (wide * scale.unsqueeze(1)).to(delta.dtype)
+    return embedding + projected, projected
+
+
+def _cpt_fake(embedding: Tensor, delta: Tensor, epsilon: Tensor, trainable: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(embedding), torch.empty_like(delta)
+
+
+class _CPT(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, embedding: Tensor, delta: Tensor, epsilon: Tensor, trainable: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(trainable)
+        rows, projected = below_autograd("cpt", embedding, delta, epsilon, trainable)
+        ctx.mark_non_differentiable(projected)
+        return rows, projected
+
+    @staticmethod
+    def backward(ctx: Any, d_rows: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        (trainable,) = ctx.saved_tensors
+        return None, d_rows * trainable.unsqueeze(1), None, None
+
+
+define(
+    "cpt(Tensor embedding, Tensor delta, Tensor epsilon, Tensor trainable) -> (Tensor, Tensor)",
+    _cpt,
+    _cpt_fake,
+    _CPT.apply,
+)
+
+
+def cpt(embedding: Tensor, delta: Tensor, epsilon: Tensor, trainable: Tensor) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = torch.ops.fusedprompt.cpt(embedding, delta, epsilon, trainable)
+    return result
+
+
+def is_label(token_types: Tensor) -> Tensor:
+    """Which type codes mark labels."""
+    return (token_types > 0) & (token_types % 4 == 0)
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, token_types: Tensor, decay: float) -> Tensor:
+    targets = labels[:, 1:].to(logits.device)
+    losses = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    ).view(targets.shape)
+    if decay != 1.0:
+        losses = losses * decay ** _example_rank(token_types[:, 1:].to(logits.device))
+    return losses.sum() / (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def _example_rank(token_types: Tensor) -> Tensor:
+    """For each label code of a row, how many different higher label codes the row holds; anything at other codes."""
+    codes = torch.where(is_label(token_types), token_types, 0)
+    ordered, order = codes.sort(dim=1, descending=True)
+    steps = F.pad((ordered[:, 1:] != ordered[:, :-1]).long(), (1, 0)).cumsum(1)
+    return torch.empty_like(steps).scatter_(1, order, steps)

@@ -1,0 +1,94 @@
+"""The LSTM prompt encoder: a stack of (bi)directional LSTM layers over the rows of a prompt table, as one op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _check
+from .._backend import Op, never_objects
+from . import reference
+
+OP = Op("lstm")
+OP.add("reference", reference.lstm, never_objects)
+
+
+def lstm(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = True,
+    dropout: float = 0.0,
+    training: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Run `torch.nn.LSTM` with zero initial state over a batch of sequences; only the output sequence is returned.
+
+    The head of P-tuning (arXiv 2103.10385; PEFT's `PromptEncoder.lstm_head`).
+
+    Args:
+        x: (B, P, D), floating point; batch first.
+        weights: `nn.LSTM`'s own parameters in its order: per layer, per direction, weight_ih (4H, D_in),
+            weight_hh (4H, H), bias_ih (4H,), bias_hh (4H,), with gates in torch's order i, f, g, o. D_in is D in the
+            first layer and H times the number of directions in the others.
+        num_layers: layers in the stack.
+        bidirectional: run each layer in both directions.
+        dropout: probability of zeroing an output of each layer but the last, in [0, 1). The masks are drawn by torch in
+            the order `nn.LSTM` draws them, so a seed gives its result.
+        training: apply dropout.
+        backend: "auto", "reference" or "native".
+
+    Returns:
+        (B, P, H * directions) in x's dtype. Under autocast, x and the weights are cast to the autocast dtype first.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype or shape.
+        BackendUnavailable: the requested backend cannot run on these arguments.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+    hidden = _check_arguments(x, weights, num_layers, bidirectional, dropout)
+    masks: list[Tensor] = []
+    if training and dropout > 0.0:
+        # nn.LSTM works on (P, B, directions * H) inside, and draws there.
+        shape = (x.shape[1], x.shape[0], hidden * (2 if bidirectional else 1))
+        masks = [torch.nn.functional.dropout(x.new_ones(shape), dropout, training=True) for _ in range(num_layers - 1)]
+    arguments = (x, list(weights), masks, bidirectional)
+    result: Tensor = OP.select(backend, *arguments).call(*arguments)
+    return result
+
+
+def _check_arguments(x: Tensor, weights: Sequence[Tensor], num_layers: int, bidirectional: bool, dropout: float) -> int:
+    _check.tensor("x", x, "(B, P, D)", 3)
+    _check.floating("x", x)
+    _check.probability("dropout", dropout)
+    if num_layers < 1:
+        raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
+    directions = 2 if bidirectional else 1
+    expected = 4 * num_layers * directions
+    if len(weights) != expected:
+        raise ValueError(
+            f"weights: expected 4 per layer and direction = {expected} (weight_ih, weight_hh, bias_ih, bias_hh), "
+            f"got {len(weights)}"
+        )
+    _check.tensor("weights[1]", weights[1], "(4H, H)", 2)
+    hidden = int(weights[1].shape[1])
+    for index, weight in enumerate(weights):
+        layer, kind = index // (4 * directions), index % 4
+        width = x.shape[2] if layer == 0 else hidden * directions
+        rule, shape = (
+            ("(4H, D_in)", (4 * hidden, width)),
+            ("(4H, H)", (4 * hidden, hidden)),
+            ("(4H,)", (4 * hidden,)),
+            ("(4H,)", (4 * hidden,)),
+        )[kind]
+        name = f"weights[{index}]"
+        _check.tensor(name, weight, rule, len(shape))
+        _check.shape(name, weight, rule, shape)
+        _check.same_dtype(name, weight, "x", x)
+        _check.same_device(name, weight, "x", x)
+    return hidden

@@ -1,0 +1,279 @@
+"""The LSTM encoder in plain PyTorch, with backpropagation through time written out.
+
+Per layer and direction d, with steps t = 0 ... P-1 (the backward direction sees the sequence flipped):
+
+    a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh        i, f, o = sigmoid(a^i), sigmoid(a^f), sigmoid(a^o); g = tanh(a^g)
+    c_t = f c_{t-1} + i g                              h_t = o tanh(c_t)
+
+Only W_hh h is sequential. The input products of all steps are one GEMM before the loop; the gradients of both weights
+are one GEMM each after it, where nn.LSTM on CPU runs oneDNN's reference backward. Measured in fp32 on 2 cores against
+nn.LSTM: forward and backward together 1.15 to 2x faster, forward alone 0.9 to 1.1x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._library import below_autograd, define
+
+# What forward keeps per layer for backward; the op returns them flat, in this order.
+SAVED = ("inputs", "gates", "hidden", "cell", "cell_tanh")
+
+
+def _by_layer(weights: Sequence[Tensor], directions: int) -> list[list[Sequence[Tensor]]]:
+    """Group nn.LSTM's flat parameters as [layer][direction] -> (weight_ih, weight_hh, bias_ih, bias_hh)."""
+    groups = [weights[start : start + 4] for start in range(0, len(weights), 4)]
+    return [groups[start : start + directions] for start in range(0, len(groups), directions)]
+
+
+def _state_dtype(x: Tensor) -> torch.dtype:
+    """Gates and cells are kept in fp32, or in fp64 for fp64 weights."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _both_ways(x: Tensor, directions: int) -> Tensor:
+    """(P, B, D) as (directions, P, B, D), each direction in its own order of time."""
+    return torch.stack((x, x.flip(0))[:directions])
+
+
+def _join_ways(y: Tensor) -> Tensor:
+    """(directions, P, B, H), each in its own order of time, as (P, B, directions * H) in the order of the sequence."""
+    return torch.cat((y[0], *(way.flip(0) for way in y[1:])), dim=-1)
+
+
+def _layer_forward(inputs: Tensor, layer: list[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    directions, steps, batch, width = inputs.shape
+    size = layer[0][1].shape[1]
+    state = _state_dtype(inputs)
+    gates = inputs.new_empty(directions, steps, batch, 4 * size, dtype=state)
+    hidden = inputs.new_zeros(directions, steps + 1, batch, size)
+    cell = inputs.new_zeros(directions, steps + 1, batch, size, dtype=state)
+    cell_tanh = torch.empty_like(cell[:, 1:], memory_format=torch.contiguous_format)
+    for way, (weight_ih, _, bias_ih, bias_hh) in enumerate(layer):
+        product = torch.addmm(bias_ih + bias_hh, inputs[way].reshape(steps * batch, width), weight_ih.t())
+        gates[way] = product.view(steps, batch, 4 * size)
+
+    recurrent = [weights[1].t() for weights in layer]
+    # Views are taken once: slicing inside the loop would cost more than the arithmetic at small sizes.
+    gate = gates.view(directions, steps, batch, 4, size)
+    step_i_f, step_o = gate[..., :2, :].unbind(1), gate[..., 3, :].unbind(1)
+    step_i, step_f, step_g = (gate[..., index, :].unbind(1) for index in range(3))
+    step_c, step_tanh, step_h = cell.unbind(1), cell_tanh.unbind(1), hidden.unbind(1)
+    way_gates, way_hidden = [way.unbind(0) for way in gates], [way.unbind(0) for way in hidden]
+    exact = hidden.dtype == state
+    for t in range(steps):
+        if t:
+            for way in range(directions):
+                if exact:
+                    way_gates[way][t].addmm_(way_hidden[way][t], recurrent[way])
+                else:
+                    way_gates[way][t].add_(way_hidden[way][t] @ recurrent[way])
+        step_i_f[t].sigmoid_()
+        step_g[t].tanh_()
+        step_o[t].sigmoid_()
+        torch.mul(step_f[t], step_c[t], out=step_c[t + 1]).addcmul_(step_i[t], step_g[t])
+        torch.tanh(step_c[t + 1], out=step_tanh[t])
+        torch.mul(step_o[t], step_tanh[t], out=step_h[t + 1])
+    return gates, hidden, cell, cell_tanh
+
+
+def _lstm_forward(
+    x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool
+) -> tuple[Tensor, list[Tensor]]:
+    directions = 2 if bidirectional else 1
+    layers = _by_layer(weights, directions)
+    sequence = x.transpose(0, 1)
+    saved: list[Tensor] = []
+    for index, layer in enumerate(layers):
+        inputs = _both_ways(sequence, directions)
+        gates, hidden, cell, cell_tanh = _layer_forward(inputs, layer)
+        saved += (inputs, gates, hidden, cell, cell_tanh)
+        sequence = _join_ways(hidden[:, 1:])
+        if dropout_masks and index + 1 < len(layers):
+            sequence = sequence * dropout_masks[index]
+    return sequence.transpose(0, 1).contiguous(), saved
+
+
+def _lstm_forward_fake(
+    x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool
+) -> tuple[Tensor, list[Tensor]]:
+    directions = 2 if bidirectional else 1
+    batch, steps, width = x.shape
+    state = _state_dtype(x)
+    saved: list[Tensor] = []
+    for layer in _by_layer(weights, directions):
+        size = layer[0][1].shape[1]
+        saved += (
+            x.new_empty(directions, steps, batch, width),
+            x.new_empty(directions, steps, batch, 4 * size, dtype=state),
+            x.new_empty(directions, steps + 1, batch, size),
+            x.new_empty(directions, steps + 1, batch, size, dtype=state),
+            x.new_empty(directions, steps, batch, size, dtype=state),
+        )
+        width = size * directions
+    return x.new_empty(batch, steps, width), saved
+
+
+def _layer_backward(d_output: Tensor, layer: list[Sequence[Tensor]], saved: dict[str, Tensor]) -> list[Tensor]:
+    """d_output: (directions, P, B, H), each direction in its own order of time; it is used up.
+
+    Returns d_inputs (P, B, D), then per direction the gradients of weight_ih, weight_hh, bias_ih and bias_hh.
+    """
+    inputs, hidden, cell, cell_tanh = (saved[name] for name in ("inputs", "hidden", "cell", "cell_tanh"))
+    directions, steps, batch, size = cell_tanh.shape
+    i, f, g, o = saved["gates"].view(directions, steps, batch, 4, size).unbind(3)
+    # The local derivatives of all steps at once: d_a = factor * d_c for i, f, g and factor * d_h for o.
+    factor = torch.empty_like(saved["gates"]).view(directions, steps, batch, 4, size)
+    torch.mul(i * g, 1 - i, out=factor[..., 0, :])
+    torch.mul(cell[:, :-1] * f, 1 - f, out=factor[..., 1, :])
+    torch.mul(i, 1 - g * g, out=factor[..., 2, :])
+    torch.mul(cell_tanh * o, 1 - o, out=factor[..., 3, :])
+    d_cell_d_hidden = o * (1 - cell_tanh * cell_tanh)
+
+    exact = hidden.dtype == cell.dtype
+    d_gates = torch.empty_like(factor)
+    d_cell = cell.new_zeros(directions, batch, size)
+    d_cell_3 = d_cell.unsqueeze(2)
+    recurrent = [weights[1] for weights in layer]
+    step_d_hidden, step_dc_dh, step_f = d_output.unbind(1), d_cell_d_hidden.unbind(1), f.unbind(1)
+    step_factor_3, step_factor_o = factor[..., :3, :].unbind(1), factor[..., 3, :].unbind(1)
+    step_d_3, step_d_o = d_gates[..., :3, :].unbind(1), d_gates[..., 3, :].unbind(1)
+    way_d_hidden = [way.unbind(0) for way in d_output]
+    way_d_gates = [way.view(steps, batch, 4 * size).unbind(0) for way in d_gates]
+    for t in range(steps - 1, -1, -1):
+        d_cell.addcmul_(step_d_hidden[t], step_dc_dh[t])
+        torch.mul(d_cell_3, step_factor_3[t], out=step_d_3[t])
+        torch.mul(step_d_hidden[t], step_factor_o[t], out=step_d_o[t])
+        d_cell.mul_(step_f[t])
+        if t:
+            for way in range(directions):
+                if exact:
+                    way_d_hidden[way][t - 1].addmm_(way_d_gates[way][t], recurrent[way])
+                else:
+                    way_d_hidden[way][t - 1].add_(way_d_gates[way][t].to(hidden.dtype) @ recurrent[way])
+
+    rows = steps * batch
+    d_inputs = None
+    gradients: list[Tensor] = []
+    for way, (weight_ih, _, bias_ih, bias_hh) in enumerate(layer):
+        d_gate = d_gates[way].view(rows, 4 * size)
+        d_bias = d_gate.sum(0)
+        d_gate = d_gate.to(hidden.dtype)
+        gradients += (
+            d_gate.t() @ inputs[way].reshape(rows, -1),
+            d_gate.t() @ hidden[way, :-1].reshape(rows, size),
+            d_bias.to(bias_ih.dtype),
+            d_bias.to(bias_hh.dtype, copy=True),
+        )
+        d_input = (d_gate @ weight_ih).view(steps, batch, -1)
+        d_inputs = d_input if d_inputs is None else d_inputs + d_input.flip(0)
+    assert d_inputs is not None
+    return [d_inputs, *gradients]
+
+
+def _lstm_backward(
+    d_output: Tensor,
+    weights: Sequence[Tensor],
+    dropout_masks: Sequence[Tensor],
+    bidirectional: bool,
+    saved: Sequence[Tensor],
+) -> list[Tensor]:
+    """Gradients of x and of every weight, in the order of nn.LSTM's parameters."""
+    directions = 2 if bidirectional else 1
+    layers = _by_layer(weights, directions)
+    d_sequence = d_output.transpose(0, 1)
+    gradients: list[Tensor] = []
+    for index in range(len(layers) - 1, -1, -1):
+        if dropout_masks and index + 1 < len(layers):
+            d_sequence = d_sequence * dropout_masks[index]
+        ways = d_sequence.to(_state_dtype(d_sequence)).chunk(directions, dim=-1)
+        d_hidden = torch.stack((ways[0], *(way.flip(0) for way in ways[1:])))
+        kept = dict(zip(SAVED, saved[index * len(SAVED) : (index + 1) * len(SAVED)]))
+        d_sequence, *of_layer = _layer_backward(d_hidden, layers[index], kept)
+        gradients = of_layer + gradients
+    return [d_sequence.transpose(0, 1).contiguous(), *gradients]
+
+
+def _lstm_backward_fake(
+    d_output: Tensor,
+    weights: Sequence[Tensor],
+    dropout_masks: Sequence[Tensor],
+    bidirectional: bool,
+    saved: Sequence[Tensor],
+) -> list[Tensor]:
+    batch, steps, _ = d_output.shape
+    return [d_output.new_empty(batch, steps, weights[0].shape[1]), *(torch.empty_like(weight) for weight in weights)]
+
+
+class _LSTM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bidirectional: bool, num_weights: int, *tensors: Tensor) -> Tensor:
+        weights, masks = list(tensors[:num_weights]), list(tensors[num_weights:])
+        output, saved = below_autograd("lstm_forward", x, weights, masks, bidirectional)
+        ctx.bidirectional, ctx.num_weights, ctx.num_masks = bidirectional, num_weights, len(masks)
+        ctx.save_for_backward(*tensors, *saved)
+        result: Tensor = output
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and d_output.requires_grad:
+            raise RuntimeError("fusedprompt.ops.lstm has no double backward; use torch.nn.LSTM where you need one")
+        tensors = ctx.saved_tensors
+        masks_end = ctx.num_weights + ctx.num_masks
+        weights, masks = list(tensors[: ctx.num_weights]), list(tensors[ctx.num_weights : masks_end])
+        d_x, *d_weights = torch.ops.fusedprompt.lstm_backward(
+            d_output, weights, masks, ctx.bidirectional, list(tensors[masks_end:])
+        )
+        return (d_x, None, None, *d_weights, *(None for _ in masks))
+
+
+def _lstm_autograd(
+    x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool
+) -> Tensor:
+    apply: Any = _LSTM.apply
+    result: Tensor = apply(x, bidirectional, len(weights), *weights, *dropout_masks)
+    return result
+
+
+def _lstm_fake(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
+    return _lstm_forward_fake(x, weights, dropout_masks, bidirectional)[0]
+
+
+def _lstm(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
+    return _lstm_forward(x, weights, dropout_masks, bidirectional)[0]
+
+
+_ARGUMENTS = "Tensor x, Tensor[] weights, Tensor[] dropout_masks, bool bidirectional"
+define(f"lstm_forward({_ARGUMENTS}) -> (Tensor, Tensor[])", _lstm_forward, _lstm_forward_fake)
+define(
+    "lstm_backward(Tensor d_output, Tensor[] weights, Tensor[] dropout_masks, bool bidirectional, Tensor[] saved) "
+    "-> Tensor[]",
+    _lstm_backward,
+    _lstm_backward_fake,
+)
+define(f"lstm({_ARGUMENTS}) -> Tensor", _lstm, _lstm_fake, _lstm_autograd)
+
+
+def _stock_lstm(x: Tensor, weights: Sequence[Tensor], bidirectional: bool) -> Tensor:
+    """PyTorch's own LSTM. On a GPU it runs all steps in one cuDNN call, where the loop above would launch ten kernels a
+    step. It draws dropout masks of its own, so it serves only without dropout."""
+    directions = 2 if bidirectional else 1
+    num_layers = len(weights) // (4 * directions)
+    zeros = x.new_zeros(num_layers * directions, x.shape[0], weights[1].shape[1])
+    output: Tensor = torch._VF.lstm(
+        x, (zeros, zeros), list(weights), True, num_layers, 0.0, torch.is_grad_enabled(), bidirectional, True
+    )[0]
+    return output
+
+
+def lstm(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
+    """dropout_masks: nothing, or per layer but the last a (P, B, directions * H) tensor of 0 and 1 / (1 - p)."""
+    if x.device.type != "cpu" and not dropout_masks and not torch.compiler.is_compiling():
+        return _stock_lstm(x, weights, bidirectional)
+    result: Tensor = torch.ops.fusedprompt.lstm(x, weights, dropout_masks, bidirectional)
+    return result

@@ -1,0 +1,79 @@
+"""The MLP prompt encoder: y = W_n(...relu(W_0 x + b_0)...) + b_n over the rows of a prompt table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _check
+from .._backend import Op, never_objects
+from . import reference
+
+OP = Op("mlp")
+OP.add("reference", reference.mlp, never_objects)
+
+
+def mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    dropout: float = 0.0,
+    training: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Run prompt rows through a multi-layer perceptron with ReLU between the layers.
+
+    The head of P-tuning (arXiv 2103.10385; PEFT's `PromptEncoder.mlp_head` with three layers).
+
+    Args:
+        x: (P, D) prompt rows, floating point.
+        weights: one (out, in) matrix per layer, as `nn.Linear.weight`; at least one.
+        biases: one (out,) vector per layer.
+        dropout: probability of zeroing a hidden activation after each ReLU, in [0, 1). The masks are drawn by torch
+            in the order `F.dropout` would draw them, so a seed gives the same result on every backend.
+        training: apply dropout.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        (P, D_out) in x's dtype (under autocast, in the autocast dtype).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype or shape.
+        BackendUnavailable: the requested backend cannot run on these arguments.
+    """
+    _check_arguments(x, weights, biases, dropout)
+    masks: list[Tensor] = []
+    if training and dropout > 0.0:
+        masks = [
+            torch.nn.functional.dropout(x.new_ones(x.shape[0], weight.shape[0]), dropout, training=True)
+            for weight in weights[:-1]
+        ]
+    arguments = (x, list(weights), list(biases), masks)
+    result: Tensor = OP.select(backend, *arguments).call(*arguments)
+    return result
+
+
+def _check_arguments(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dropout: float) -> None:
+    _check.tensor("x", x, "(P, D)", 2)
+    _check.floating("x", x)
+    _check.probability("dropout", dropout)
+    if not weights or len(weights) != len(biases):
+        raise ValueError(
+            f"weights: expected at least one, and one per bias, got {len(weights)} for {len(biases)} biases"
+        )
+    width = x.shape[1]
+    for layer, (weight, bias) in enumerate(zip(weights, biases)):
+        name = f"weights[{layer}]"
+        _check.tensor(name, weight, "(out, in)", 2)
+        _check.floating(name, weight)
+        _check.same_device(name, weight, "x", x)
+        _check.shape(name, weight, "(out, in)", (weight.shape[0], width))
+        _check.tensor(f"biases[{layer}]", bias, "(out,)", 1)
+        _check.shape(f"biases[{layer}]", bias, "(out,)", (weight.shape[0],))
+        _check.same_dtype(f"biases[{layer}]", bias, name, weight)
+        if not torch.is_autocast_enabled(x.device.type):
+            _check.same_dtype(name, weight, "x", x)
+        width = weight.shape[0]

@@ -1,0 +1,33 @@
+"""The MLP encoder in plain PyTorch.
+
+Composite: autograd, autocast and Inductor see the matrix products themselves, so compiled code fuses them as usual.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._library import LIBRARY
+
+
+def _mlp(x: Tensor, weights: list[Tensor], biases: list[Tensor], dropout_masks: list[Tensor]) -> Tensor:
+    """dropout_masks: nothing, or per hidden layer a (P, out) tensor of 0 and 1 / (1 - p)."""
+    last = len(weights) - 1
+    for layer, (weight, bias) in enumerate(zip(weights, biases)):
+        x = F.linear(x, weight, bias)
+        if layer < last:
+            x = torch.relu(x)
+            if dropout_masks:
+                x = x * dropout_masks[layer].to(x.dtype)
+    return x
+
+
+LIBRARY.define("mlp(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] dropout_masks) -> Tensor")
+LIBRARY.impl("mlp", _mlp, "CompositeImplicitAutograd")
+
+
+def mlp(x: Tensor, weights: list[Tensor], biases: list[Tensor], dropout_masks: list[Tensor]) -> Tensor:
+    result: Tensor = torch.ops.fusedprompt.mlp(x, weights, biases, dropout_masks)
+    return result

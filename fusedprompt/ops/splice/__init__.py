@@ -1,0 +1,150 @@
+"""Splice: fill a batch of input embeddings row by row from prompt rows and token rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...layout import IGNORE_INDEX, Layout
+from .. import _check
+from .._backend import Op, never_objects
+from . import reference
+
+OP = Op("splice")
+OP.add("reference", reference.splice, never_objects)
+
+
+class SplicedBatch(NamedTuple):
+    """What a base model is called with: (B, S, D) embeddings, and (B, S) mask and labels where they were given."""
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor | None
+    labels: Tensor | None
+
+
+def splice(
+    prompt: Tensor,
+    layout: Layout,
+    *,
+    input_ids: Tensor | None = None,
+    table: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Fill a batch of input embeddings from prompt rows and token rows.
+
+    out[b, s] = prompt[~slot] if slot < 0 else token row `slot`, with slot = slots[b, s] of the layout. It takes the
+    place of PEFT's repeat, cast, embedding and cat; the output is written once.
+
+    Args:
+        prompt: (R, D) prompt rows.
+        layout: where each output row comes from.
+        input_ids: (B, T) int64 or int32, with `table`: (V, D) word embeddings.
+        inputs_embeds: (B, T, D) token rows, instead of ids and table.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        (B, S, D) in the dtype of the token rows.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype or shape, or arguments that do not fit the layout.
+        IndexError: an id outside the table, on CPU. On CUDA its row becomes NaN; FUSEDPROMPT_CHECK=1 raises there too.
+        BackendUnavailable: the requested backend cannot run on these arguments.
+    """
+    embeds, _ = _splice(prompt, layout, input_ids, table, inputs_embeds, [], [], backend)
+    return embeds
+
+
+def splice_batch(
+    prompt: Tensor,
+    layout: Layout,
+    *,
+    input_ids: Tensor | None = None,
+    table: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    backend: str | None = None,
+) -> SplicedBatch:
+    """`splice`, with the attention mask and the labels carried along in the same call.
+
+    Args:
+        attention_mask: (B, T); prompt rows get 1. The dtype stays what it was.
+        labels: (B, T); prompt rows get -100.
+
+    The rest is as in `splice`.
+    """
+    tokens = input_ids if input_ids is not None else inputs_embeds
+    carried: dict[str, Tensor] = {}
+    together: dict[str, Tensor] = {}
+    for name, field in (("attention_mask", attention_mask), ("labels", labels)):
+        if field is None:
+            continue
+        _check.tensor(name, field, "(B, T)", 2)
+        if tokens is not None:
+            _check.shape(name, field, "(B, T)", tokens.shape[:2])
+            _check.same_device(name, field, "the tokens", tokens)
+        # Fields travel with the ids as one tensor, so they need the ids' dtype; any other is carried by itself.
+        if input_ids is not None and field.dtype == input_ids.dtype:
+            together[name] = field
+        else:
+            carried[name] = layout.fill(field, _FILL[name])
+    embeds, fields = _splice(
+        prompt,
+        layout,
+        input_ids,
+        table,
+        inputs_embeds,
+        list(together.values()),
+        [_FILL[name] for name in together],
+        backend,
+    )
+    carried.update(zip(together, fields.unbind(0)))
+    return SplicedBatch(embeds, carried.get("attention_mask"), carried.get("labels"))
+
+
+_FILL = {"attention_mask": 1, "labels": IGNORE_INDEX}
+
+
+def _splice(
+    prompt: Tensor,
+    layout: Layout,
+    input_ids: Tensor | None,
+    table: Tensor | None,
+    inputs_embeds: Tensor | None,
+    fields: Sequence[Tensor],
+    fills: Sequence[int],
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    _check_arguments(prompt, layout, input_ids, table, inputs_embeds)
+    arguments = (prompt, layout.slots, input_ids, table, inputs_embeds, fields, fills)
+    result: tuple[Tensor, Tensor] = OP.select(backend, *arguments).call(*arguments)
+    return result
+
+
+def _check_arguments(
+    prompt: Tensor, layout: Layout, input_ids: Tensor | None, table: Tensor | None, inputs_embeds: Tensor | None
+) -> None:
+    _check.tensor("prompt", prompt, "(R, D)", 2)
+    _check.floating("prompt", prompt)
+    _check.shape("prompt", prompt, "(R, D)", (layout.num_prompt_rows, prompt.shape[1]))
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
+    if inputs_embeds is not None:
+        tokens = _check.tensor("inputs_embeds", inputs_embeds, "(B, T, D)", 3)
+        _check.floating("inputs_embeds", inputs_embeds)
+        _check.shape("inputs_embeds", inputs_embeds, "(B, T, D)", (*tokens.shape[:2], prompt.shape[1]))
+        _check.same_device("inputs_embeds", tokens, "prompt", prompt)
+    else:
+        tokens = _check.tensor("input_ids", input_ids, "(B, T)", 2)
+        _check.token_ids("input_ids", tokens)
+        _check.same_device("input_ids", tokens, "prompt", prompt)
+        table = _check.tensor("table", table, "(V, D)", 2)
+        _check.floating("table", table)
+        _check.shape("table", table, "(V, D)", (table.shape[0], prompt.shape[1]))
+        _check.same_device("table", table, "prompt", prompt)
+    if layout.slots is not None:
+        _check.shape("layout.slots", layout.slots, "(B, S)", (tokens.shape[0], layout.slots.shape[1]))
+        _check.same_device("layout.slots", layout.slots, "prompt", prompt)

@@ -1,0 +1,211 @@
+"""What each task adds to a forward pass: where labels go, and how outputs are read back.
+
+Each function takes the model, the batch as the user gave it, and the base model's remaining arguments; it returns the
+base model's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .base_model import cache_length
+from .config import CPTConfig, TaskType
+from .layout import IGNORE_INDEX, Layout
+from .ops.cpt.reference import is_label
+from .routes import SplicedInputs, choose_layout, splice_route
+
+if TYPE_CHECKING:
+    from .model import PromptModel
+
+
+@dataclass
+class Batch:
+    """The arguments of a forward call that a prompt touches; the rest goes to the base model as it is."""
+
+    input_ids: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+    attention_mask: Tensor | None = None
+    labels: Tensor | None = None
+    position_ids: Tensor | None = None
+    token_type_ids: Tensor | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> Tensor:
+        tokens = self.input_ids if self.input_ids is not None else self.inputs_embeds
+        if tokens is None:
+            raise ValueError("You have to provide either input_ids or inputs_embeds")
+        return tokens
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        return self.tokens.shape[0], self.tokens.shape[1]
+
+
+def splice(model: PromptModel, batch: Batch, labels: Tensor | None = None, pool_last: bool = False) -> SplicedInputs:
+    """Put the active adapter's prompt into a batch."""
+    return splice_route(
+        model.facts,
+        model.word_embeddings,
+        model.prompt_rows(),
+        input_ids=batch.input_ids,
+        inputs_embeds=batch.inputs_embeds,
+        attention_mask=batch.attention_mask,
+        labels=labels,
+        position_ids=batch.position_ids,
+        token_type_ids=batch.token_type_ids,
+        pool_last=pool_last,
+    )
+
+
+def causal_lm(model: PromptModel, batch: Batch) -> Any:
+    """Language modelling: prompt rows have no labels. The output has the prompt's positions too, as PEFT's has."""
+    # Models that have token types here, such as GPT-2, embed them as words; PEFT drops them too.
+    batch.token_type_ids = None
+    config = model.active_config
+    if isinstance(config, CPTConfig):
+        return _context_aware(model, config, batch)
+    spliced = splice(model, batch, labels=batch.labels)
+    return model.base_model(**spliced.arguments, **batch.others)
+
+
+def _context_aware(model: PromptModel, config: CPTConfig, batch: Batch) -> Any:
+    """CPT: the context's own labels are learned too, and weighted. PEFT.`_cpt_forward`, without changing the caller's
+    `input_type_mask`, and with the context's highest code rounded up to a multiple of 4: the codes of the input would
+    otherwise mean something else, and no label might be left (huggingface/peft's default mask does that)."""
+    token_types = batch.others.pop("input_type_mask", None)
+    spliced = splice(model, batch)
+    output = model.base_model(**spliced.arguments, **batch.others)
+    if batch.labels is None:
+        return output
+    labels = batch.labels
+    assert config.cpt_token_ids is not None and config.cpt_tokens_type_mask is not None
+    if token_types is None:
+        token_types = torch.full_like(labels, 4)
+    elif token_types.shape != labels.shape:
+        raise ValueError(
+            f"input_type_mask: expected the shape of labels, {tuple(labels.shape)}, got {tuple(token_types.shape)}"
+        )
+    token_types = token_types.to(device=labels.device, dtype=labels.dtype)
+    offset = -(-max(config.cpt_tokens_type_mask) // 4) * 4
+    token_types = torch.where(token_types > 0, token_types + offset, token_types)
+    context_types = labels.new_tensor(config.cpt_tokens_type_mask)
+    all_types = spliced.layout.fill_rows(token_types, context_types)
+    all_labels = spliced.layout.fill_rows(labels, labels.new_tensor(config.cpt_token_ids))
+    all_labels = torch.where(is_label(all_types), all_labels, IGNORE_INDEX)
+    decay = config.opt_loss_decay_factor if config.opt_weighted_loss_type == "decay" else 1.0
+    output.loss = ops.cpt_loss(output.logits, all_labels, all_types, decay=1.0 if decay is None else decay)
+    return output
+
+
+def seq_2_seq_lm(model: PromptModel, batch: Batch) -> Any:
+    """The prompt goes to the encoder; labels belong to the decoder and stay."""
+    batch.token_type_ids = None
+    if batch.others.get("encoder_outputs") is not None:
+        # The encoder has run already, with the prompt: its mask must cover the prompt's rows.
+        mask = batch.attention_mask
+        length = batch.others["encoder_outputs"][0].shape[1]
+        if mask is not None and mask.shape[1] != length:
+            rows = model.prompt_rows().shape[0]
+            mask = choose_layout(model.facts, rows, mask.shape[1], mask)[0].fill(mask, 1)
+        return model.base_model(attention_mask=mask, labels=batch.labels, **batch.others)
+    spliced = splice(model, batch)
+    return model.base_model(**spliced.arguments, labels=batch.labels, **batch.others)
+
+
+def seq_cls(model: PromptModel, batch: Batch) -> Any:
+    """Labels are per sequence. Decoders read the last position, which cannot be told from padding once the ids are
+    embeddings: padding is moved to the left instead (huggingface/peft#764)."""
+    spliced = splice(model, batch, pool_last=True)
+    return model.base_model(**spliced.arguments, labels=batch.labels, **batch.others)
+
+
+def token_cls(model: PromptModel, batch: Batch) -> Any:
+    """Labels are per token; the logits are those of the tokens, so that they line up with the labels."""
+    spliced = splice(model, batch, labels=batch.labels)
+    return _read_tokens(model, spliced.layout, batch, spliced.arguments, ("logits",))
+
+
+def question_answering(model: PromptModel, batch: Batch) -> Any:
+    """Answer positions count tokens: they move with the tokens, and the logits are the tokens' own."""
+    spliced = splice(model, batch)
+    arguments = spliced.arguments
+    size, length = batch.shape
+    positions = spliced.layout.token_positions(size, length, batch.tokens.device)
+    total = spliced.layout.output_length(length)
+    for name in ("start_positions", "end_positions"):
+        given = batch.others.pop(name, None)
+        if given is not None:
+            index = given.view(size, -1)[:, :1].clamp(min=0)
+            moved = positions.gather(1, index.clamp(max=length - 1)).squeeze(1)
+            # transformers ignores answers at or behind the end of the sequence; so they stay there.
+            arguments[name] = torch.where(index.squeeze(1) < length, moved, total)
+    return _read_tokens(model, spliced.layout, batch, arguments, ("start_logits", "end_logits"))
+
+
+def feature_extraction(model: PromptModel, batch: Batch) -> Any:
+    """Hidden states, with the prompt's positions first, as PEFT returns them."""
+    spliced = splice(model, batch)
+    return model.base_model(**spliced.arguments, **batch.others)
+
+
+def _read_tokens(
+    model: PromptModel, layout: Layout, batch: Batch, arguments: dict[str, Any], names: tuple[str, ...]
+) -> Any:
+    """Call the base model and cut its per-position outputs `names` down to the tokens, in the tokens' order."""
+    as_dict = batch.others.pop("return_dict", None)
+    output = model.base_model(**arguments, **batch.others, return_dict=True)
+    size, length = batch.shape
+    for name in names:
+        values = output[name]
+        if layout.slots is None:
+            output[name] = values[:, layout.num_prompt_rows :]
+        else:
+            positions = layout.token_positions(size, length, values.device)
+            output[name] = values[torch.arange(size, device=values.device).unsqueeze(1), positions]
+    return output.to_tuple() if as_dict is False else output
+
+
+def continue_from_cache(model: PromptModel, batch: Batch, past_key_values: Any) -> Any:
+    """Tokens after a cache in which the prompt stands: it is not put in again, only counted in the mask."""
+    rows = model.prompt_rows_count()
+    arguments: dict[str, Any] = {"past_key_values": past_key_values}
+    length = batch.shape[1]
+    mask, total = batch.attention_mask, cache_length(past_key_values) + batch.shape[1]
+    if mask is not None:
+        padding = None
+        if mask.shape[1] == total - rows:
+            layout, padding = choose_layout(model.facts, rows, mask.shape[1], mask)
+            mask = layout.fill(mask, 1)
+        elif mask.shape[1] != total:
+            raise ValueError(
+                f"attention_mask: expected {total - rows} columns (cached and new tokens) or {total} (and the prompt), "
+                f"got {mask.shape[1]}"
+            )
+        arguments["attention_mask"] = mask
+        if padding is not None and batch.position_ids is None and model.facts.takes_position_ids:
+            positions = torch.arange(total - length, total, device=mask.device) - padding.unsqueeze(1)
+            arguments["position_ids"] = positions.clamp(min=0) + model.facts.first_position
+    if batch.position_ids is not None:
+        arguments["position_ids"] = batch.position_ids + rows
+    for name in ("input_ids", "inputs_embeds", "labels"):
+        if getattr(batch, name) is not None:
+            arguments[name] = getattr(batch, name)
+    return model.base_model(**arguments, **batch.others)
+
+
+FORWARD: dict[TaskType, Callable[[PromptModel, Batch], Any]] = {
+    TaskType.CAUSAL_LM: causal_lm,
+    TaskType.SEQ_2_SEQ_LM: seq_2_seq_lm,
+    TaskType.SEQ_CLS: seq_cls,
+    TaskType.TOKEN_CLS: token_cls,
+    TaskType.QUESTION_ANS: question_answering,
+    TaskType.FEATURE_EXTRACTION: feature_extraction,
+}
