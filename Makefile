@@ -1,0 +1,58 @@
+# Two commands for everyone: `make demo` and `make test`. Each sets up .venv by itself; a second run is quick.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH_VERSION ?= 2.13.0
+# Where to find CPU builds of torch, if pip does not find them by itself: make test TORCH_INDEX=<URL of the index>
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+READY := $(VENV)/.ready
+RESULTS ?= benches/results
+
+.PHONY: help demo test lint format types check bench doctor wheel clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(READY): constraints.txt pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fusedprompt needs Python >= 3.10; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch first, and its CPU build where pip can find one: whatever asks for torch later finds it installed.
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch==$(TORCH_VERSION)+cpu' 2>/dev/null \
+	  || $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch==$(TORCH_VERSION)'
+	$(PIP) setuptools wheel
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## P-tune a small language model on real words, from nothing, in under 4 minutes
+	$(BIN)/python -m fusedprompt demo $(ARGS)
+
+test: $(READY)  ## run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)  ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## fix style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY)  ## check types
+	$(BIN)/mypy
+
+check: test lint types  ## all of CI
+
+bench: $(READY)  ## measure against PEFT on this machine
+	$(BIN)/python -m pytest benches -q --benchmark-json=$(RESULTS)/latest.json $(ARGS)
+	$(BIN)/python benches/report.py $(RESULTS)/latest.json
+
+doctor: $(READY)  ## what is installed here, and which backend each op uses
+	$(BIN)/python -m fusedprompt doctor
+
+wheel: $(READY)  ## build a wheel into dist/
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+clean:  ## remove what was built, and .venv
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
