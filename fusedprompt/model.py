@@ -251,6 +251,7 @@ class PromptModel(nn.Module):
             The base model's output. Logits and hidden states have P + T positions, but for token classification and
             question answering, whose logits have T.
         """
+        _refuse_adapter_names(kwargs)
         batch = Batch(input_ids, inputs_embeds, attention_mask, labels, position_ids, token_type_ids, kwargs)
         if self._disabled or self.active_adapter is None:
             given = {name: value for name, value in vars(batch).items() if name != "others" and value is not None}
@@ -273,6 +274,7 @@ class PromptModel(nn.Module):
         Returns:
             What `generate` returns: for decoders, ids of text and new tokens, without the prompt.
         """
+        _refuse_adapter_names(kwargs)
         if self._disabled or self.active_adapter is None:
             return self.base_model.generate(inputs, **kwargs)
         return generate(self, inputs, **kwargs)
@@ -370,3 +372,12 @@ class PromptModel(nn.Module):
             for key, parameter in heads.tensors(self.base_model, adapter_name).items():
                 parameter.copy_(loaded.head_tensors[key])
         self.set_adapter(self.active_adapter or adapter_name)
+
+
+def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
+    """Base models with **kwargs would swallow this PEFT argument, and every row would get the active prompt."""
+    if kwargs.get("adapter_names") is not None:
+        raise ValueError(
+            f"adapter_names: expected None, because all rows of a batch use the active adapter (set_adapter), got "
+            f"{kwargs['adapter_names']!r}"
+        )

@@ -59,7 +59,7 @@ def cpt_loss(logits: Tensor, labels: Tensor, token_types: Tensor, *, decay: floa
 
     Label positions carry type codes k with k % 4 == 0 and k > 0. In each row the highest code weighs 1, the next lower
     `decay`, the next decay**2, and so on; the weighted sum is divided by the number of labels (PEFT's
-    `CPTEmbedding.calculate_loss`). Computed in fp32 whatever the logits' dtype; 0 where no label is left.
+    `CPTEmbedding.calculate_loss`). Computed in fp32 at least, whatever the logits' dtype; 0 where no label is left.
 
     Args:
         logits: (B, S, V), floating point.
@@ -68,7 +68,7 @@ def cpt_loss(logits: Tensor, labels: Tensor, token_types: Tensor, *, decay: floa
         decay: weight ratio between neighbouring examples; 1 weighs all labels alike.
 
     Returns:
-        A scalar in fp32.
+        A scalar in fp32 (fp64 for fp64 logits).
     """
     _check.tensor("logits", logits, "(B, S, V)", 3)
     for name, value in (("labels", labels), ("token_types", token_types)):

@@ -60,8 +60,9 @@ def is_label(token_types: Tensor) -> Tensor:
 
 def weighted_loss(logits: Tensor, labels: Tensor, token_types: Tensor, decay: float) -> Tensor:
     targets = labels[:, 1:].to(logits.device)
+    wide = torch.promote_types(logits.dtype, torch.float32)
     losses = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        logits[:, :-1].flatten(0, 1).to(wide), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     ).view(targets.shape)
     if decay != 1.0:
         losses = losses * decay ** _example_rank(token_types[:, 1:].to(logits.device))
