@@ -81,7 +81,7 @@ def test_a_bad_adapter_name_is_refused_and_nothing_changes(bad: Any) -> None:
     model = two_adapters()
     before = list(model.state_dict())
     name, fields = config_fields("PROMPT")
-    with pytest.raises(ValueError, match="already exists|adapter_name"):
+    with pytest.raises(ValueError, match=r"already exists|adapter_name"):
         model.add_adapter(bad, getattr(fusedprompt, name)(**fields))
     assert list(model.state_dict()) == before and list(model.peft_config) == ["default", "other"]
 
@@ -168,8 +168,8 @@ def test_parameter_counts_are_those_of_peft(capsys: pytest.CaptureFixture[str]) 
 def test_explain_names_method_route_and_backends() -> None:
     text = ours("Llama", method="LSTM").explain()
     assert (
-        text
-        == "default, active: P_TUNING, 4 virtual tokens, route splice, lstm: reference, mlp: reference, splice: reference"
+        text == "default, active: P_TUNING, 4 virtual tokens, route splice, "
+        "lstm: reference, mlp: reference, splice: reference"
     )
 
 

@@ -25,7 +25,7 @@ OTHERS = [
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal but for rounding; models run in fp64 where nothing else is said, so that rounding is all that is forgiven."""
+    """Equal but for rounding. Most models here run in fp64, where rounding cannot hide a difference."""
     exact = actual.dtype == torch.float64
     torch.testing.assert_close(actual, expected, rtol=1e-9 if exact else 1e-5, atol=1e-11 if exact else 1e-5)
 
