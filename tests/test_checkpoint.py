@@ -53,7 +53,6 @@ def test_either_side_loads_what_the_other_saved(family: str, task: str, method: 
         loaded["peft", side] = peft.PeftModel.from_pretrained(build(family, task), str(tmp_path / side))
         loaded["ours", side] = fusedprompt.PromptModel.from_pretrained(build(family, task), tmp_path / side)
     assert torch.equal(output(loaded["ours", "mine"], task), output(mine, task))
-    assert torch.equal(output(loaded["peft", "theirs"], task), output(theirs, task))
     for side in ("mine", "theirs"):
         # In fp64, so that rounding inside the base model does not hide a difference.
         expected, found = (output(loaded[reader, side].double(), task) for reader in ("peft", "ours"))
