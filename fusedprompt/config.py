@@ -86,6 +86,12 @@ def _check_number(field: str, value: Any, low: float, high: float, rule: str) ->
         raise ValueError(f"{field}: expected {rule}, got {value}")
 
 
+def format_json(fields: Mapping[str, Any]) -> str:
+    """Fields of a configuration as PEFT writes them: sorted, indented by two, sets as lists."""
+    listed = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+    return json.dumps(listed, indent=2, sort_keys=True)
+
+
 @dataclass
 class PromptLearningConfig:
     """Fields shared by every prompt-learning method; PEFT class `PromptLearningConfig`.
@@ -164,8 +170,7 @@ class PromptLearningConfig:
 
     def to_json(self) -> str:
         """The text of `adapter_config.json`, formatted as PEFT formats it."""
-        fields = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
-        return json.dumps(fields, indent=2, sort_keys=True)
+        return format_json(self.to_dict())
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `adapter_config.json` into `save_directory`, which is made if missing. The write is atomic."""

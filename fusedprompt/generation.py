@@ -64,7 +64,7 @@ def _decoder(model: PromptModel, inputs: Tensor | None, kwargs: dict[str, Any]) 
                 f"attention_mask: expected shape (B, T) = {tuple(ids.shape)}, or the columns of the cached text too, "
                 f"got {tuple(mask.shape)}"
             )
-        mask = choose_layout(model.facts, rows, mask.shape[1], mask)[0].fill(mask, 1)
+        mask = choose_layout(model.facts, rows, mask, mask, start=model.active_start)[0].fill(mask, 1)
         return base.generate(input_ids=ids, attention_mask=mask, **kwargs)
     position_ids = kwargs.pop("position_ids", None)
     if embeds is not None and ids is not None and embeds.shape[1] != ids.shape[1]:
@@ -93,6 +93,7 @@ def _splice(
         inputs_embeds=embeds,
         attention_mask=mask,
         position_ids=positions,
+        start=model.active_start,
     )
 
 

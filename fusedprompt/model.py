@@ -25,20 +25,26 @@ from .generation import generate
 from .tasks import FORWARD, Batch, continue_from_cache
 
 
-def get_prompt_model(base_model: nn.Module, config: Any, adapter_name: str = "default") -> PromptModel:
+def get_prompt_model(
+    base_model: nn.Module, config: Any, adapter_name: str = "default", prompt_start: int = 0
+) -> PromptModel:
     """Freeze a transformers model and put a trainable prompt in front of its input; PEFT's `get_peft_model`.
 
     Args:
         base_model: a transformers model. Its parameters stop requiring gradients.
         config: a configuration of this package (or PEFT's of the same name, or a dictionary). It is not changed.
         adapter_name: the name of the first adapter.
+        prompt_start: how many tokens of each row stay before the prompt. PEFT's place is 0; 1 keeps BERT's [CLS] first,
+            where its pooler looks. PEFT cannot load adapters with another place, and warns of the key in their file.
 
     Raises:
         TypeError, ValueError: the model or a field of the configuration is not what it must be.
     """
     if config is None:
         raise TypeError("config: expected a prompt-learning configuration, got None")
-    return PromptModel(base_model, config, adapter_name)
+    model = PromptModel(base_model)
+    model.add_adapter(adapter_name, config, prompt_start)
+    return model
 
 
 class PromptModel(nn.Module):
@@ -51,11 +57,12 @@ class PromptModel(nn.Module):
         base_model: the transformers model.
         prompt_encoder: `nn.ModuleDict`, adapter name to the module that owns its parameters.
         peft_config: adapter name to its resolved configuration.
+        prompt_start: adapter name to the number of tokens before its prompt.
         active_adapter: the adapter in use.
     """
 
-    def __init__(self, base_model: nn.Module, config: Any = None, adapter_name: str = "default") -> None:
-        """See `get_prompt_model`; without a configuration there is no adapter yet, and the base model runs as it is."""
+    def __init__(self, base_model: nn.Module) -> None:
+        """Without adapters, the base model as it is; see `get_prompt_model`."""
         super().__init__()
         self.base_model: Any = check_base_model(base_model)
         self.facts = BaseFacts.of(base_model)
@@ -63,9 +70,8 @@ class PromptModel(nn.Module):
         self.peft_config: dict[str, PromptLearningConfig] = {}
         self.active_adapter: str | None = None
         self._disabled = False
+        self.prompt_start: dict[str, int] = {}
         self.train(base_model.training)
-        if config is not None:
-            self.add_adapter(adapter_name, config)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -84,13 +90,23 @@ class PromptModel(nn.Module):
             raise ValueError("active_adapter: expected an adapter, but the last one was deleted")
         return self.peft_config[self.active_adapter]
 
-    def add_adapter(self, adapter_name: str, config: Any) -> None:
+    @property
+    def active_start(self) -> int:
+        """Tokens of each row that stay before the active adapter's prompt."""
+        return self.prompt_start[self.active_adapter] if self.active_adapter is not None else 0
+
+    def add_adapter(self, adapter_name: str, config: Any, prompt_start: int = 0) -> None:
         """Add an untrained adapter; `set_adapter` makes it the active one. Nothing changes if this raises.
+
+        Args:
+            config, prompt_start: as in `get_prompt_model`.
 
         Raises:
             ValueError: the name is taken or cannot name a module, or a field of `config` breaks its rule.
         """
-        self._install(adapter_name, self._resolve(as_config(config)))
+        if isinstance(prompt_start, bool) or not isinstance(prompt_start, int) or prompt_start < 0:
+            raise ValueError(f"prompt_start: expected an int >= 0, got {prompt_start!r}")
+        self._install(adapter_name, self._resolve(as_config(config)), prompt_start)
         self.set_adapter(self.active_adapter or adapter_name)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
@@ -154,7 +170,11 @@ class PromptModel(nn.Module):
         return resolved
 
     def _install(
-        self, adapter_name: str, config: PromptLearningConfig, encoder: modules.PromptModule | None = None
+        self,
+        adapter_name: str,
+        config: PromptLearningConfig,
+        prompt_start: int,
+        encoder: modules.PromptModule | None = None,
     ) -> None:
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
@@ -166,6 +186,7 @@ class PromptModel(nn.Module):
             encoder.train(self.training)
             self.prompt_encoder[adapter_name] = encoder.to(self.prompt_device)
             self.peft_config[adapter_name] = config
+            self.prompt_start[adapter_name] = prompt_start
             names = config.modules_to_save or []
             heads.add_copies(self.base_model, adapter_name, names, [name for name in names if name not in own_heads])
         except BaseException:
@@ -176,6 +197,7 @@ class PromptModel(nn.Module):
 
     def _remove(self, adapter_name: str) -> None:
         self.peft_config.pop(adapter_name, None)
+        self.prompt_start.pop(adapter_name, None)
         if adapter_name in self.prompt_encoder:
             del self.prompt_encoder[adapter_name]
         heads.remove_copies(self.base_model, adapter_name)
@@ -206,7 +228,7 @@ class PromptModel(nn.Module):
     def prompt_rows(self) -> Tensor:
         """The active adapter's prompt, (P, D). An encoder-decoder's table holds rows for its decoder too; they wait."""
         encoder: Any = self.prompt_encoder[self.active_adapter]  # type: ignore[index]
-        rows: Tensor = encoder.encode()
+        rows: Tensor = encoder()
         count = self.prompt_rows_count()
         return rows if rows.shape[0] == count else rows[:count]
 
@@ -367,7 +389,7 @@ class PromptModel(nn.Module):
         loaded = saving.load(self, checkpoint.find_folder(path) / (subfolder or ""), is_trainable)
         if adapter_name in self.peft_config:
             self._remove(adapter_name)
-        self._install(adapter_name, loaded.config, loaded.encoder)
+        self._install(adapter_name, loaded.config, loaded.prompt_start, loaded.encoder)
         with torch.no_grad():
             for key, parameter in heads.tensors(self.base_model, adapter_name).items():
                 parameter.copy_(loaded.head_tensors[key])

@@ -36,12 +36,14 @@ def splice_route(
     position_ids: Tensor | None = None,
     token_type_ids: Tensor | None = None,
     pool_last: bool = False,
+    start: int = 0,
 ) -> SplicedInputs:
     """Put prompt rows (P, D) into a batch of tokens.
 
     Args:
         labels: (B, T) labels per token, or None.
         pool_last: the base model reads its answer at the last position, so padding must not be there.
+        start: tokens of each row that stay before the prompt.
 
     Returns:
         The layout, and inputs_embeds, attention_mask, labels, position_ids and token_type_ids for the base model; a
@@ -61,7 +63,11 @@ def splice_route(
             f"num_virtual_tokens + tokens: expected at most the base model's {facts.position_limit} positions, "
             f"got {prompt.shape[0]} + {length} = {total}"
         )
-    layout, padding = choose_layout(facts, prompt.shape[0], length, attention_mask, pool_last)
+    if start > length:
+        raise ValueError(f"input_ids: expected at least prompt_start = {start} tokens, got {length}")
+    if start and position_ids is not None:
+        raise ValueError(f"position_ids: expected None with prompt_start = {start}, got {tuple(position_ids.shape)}")
+    layout, padding = choose_layout(facts, prompt.shape[0], tokens, attention_mask, pool_last, start)
     table = fusable_table(word_embeddings) if input_ids is not None else None
     if input_ids is not None and table is None:
         inputs_embeds = word_embeddings(input_ids)
@@ -96,28 +102,37 @@ def _require(taken: bool, argument: str) -> None:
 
 
 def choose_layout(
-    facts: BaseFacts, num_prompt_rows: int, length: int, attention_mask: Tensor | None, pool_last: bool = False
+    facts: BaseFacts,
+    num_prompt_rows: int,
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    pool_last: bool = False,
+    start: int = 0,
 ) -> tuple[Layout, Tensor | None]:
-    """Arrange prompt, text and padding so that padding changes nothing.
+    """Arrange prompt, text and padding of (B, T) tokens so that padding changes nothing.
 
     A causal model gets padding, prompt, text: the prompt stays next to the text, as without padding. An encoder gets
     prompt, padding, text, with position ids that skip the padding, because per-token outputs and pooled first rows stay
-    where PEFT has them; an encoder without position ids gets prompt, text, padding.
+    where PEFT has them; an encoder without position ids, or with tokens before the prompt, gets its padding last.
 
     Returns:
         The layout and, where a row may be padded at its left in the output, the number of such tokens, (B,) int64.
     """
+    length = tokens.shape[1]
     left, right = may_be_padded(attention_mask, 0), pool_last and may_be_padded(attention_mask, -1)
     if attention_mask is None or not (left or (right and facts.causal)):
-        return Layout.prefix(num_prompt_rows), None
+        if not start:
+            return Layout.prefix(num_prompt_rows), None
+        first = torch.full((tokens.shape[0],), start, device=tokens.device)
+        return Layout.insert(num_prompt_rows, length, first), None
     at_left, at_right = count_padding(attention_mask)
     if facts.causal:
         padding = at_left + at_right if pool_last else at_left
         shift = -at_right if pool_last else None
-        return Layout.insert(num_prompt_rows, length, padding, shift), padding
-    if facts.takes_position_ids:
+        return Layout.insert(num_prompt_rows, length, padding + start, shift), padding
+    if facts.takes_position_ids and not start:
         return Layout.prefix(num_prompt_rows), at_left
-    return Layout.insert(num_prompt_rows, length, torch.zeros_like(at_left), at_left), None
+    return Layout.insert(num_prompt_rows, length, torch.full_like(at_left, start), at_left), None
 
 
 def padding_positions(layout: Layout, padding: Tensor, length: int, first: int) -> Tensor:

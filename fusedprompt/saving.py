@@ -11,10 +11,20 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, heads, modules
-from .config import CONFIG_NAME, CPTConfig, PromptLearningConfig, PromptTuningConfig, PromptTuningInit
+from .config import (
+    CONFIG_NAME,
+    CPTConfig,
+    PromptLearningConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    format_json,
+)
 
 if TYPE_CHECKING:
     from .model import PromptModel
+
+# Beside PEFT's fields in adapter_config.json, and only where the prompt is not at PEFT's place: PEFT warns of it.
+PROMPT_START_KEY = "fusedprompt_prompt_start"
 
 
 @dataclass
@@ -22,6 +32,7 @@ class LoadedAdapter:
     """An adapter read from files and checked against a model, not yet part of it."""
 
     config: PromptLearningConfig
+    prompt_start: int
     encoder: modules.PromptModule
     head_tensors: dict[str, Tensor]
 
@@ -35,12 +46,17 @@ def save(model: PromptModel, adapter_name: str, folder: Path) -> None:
     config.inference_mode = True  # PEFT's files always say so
     prompt = model.get_prompt_embedding_to_save(adapter_name)
     tensors = {checkpoint.PROMPT_KEY: prompt, **heads.tensors(model.base_model, adapter_name)}
-    checkpoint.save_adapter(folder, config.to_json(), CONFIG_NAME, tensors, encoder)
+    fields = config.to_dict()
+    if model.prompt_start[adapter_name]:
+        fields[PROMPT_START_KEY] = model.prompt_start[adapter_name]
+    checkpoint.save_adapter(folder, format_json(fields), CONFIG_NAME, tensors, encoder)
 
 
 def load(model: PromptModel, folder: Path, is_trainable: bool) -> LoadedAdapter:
     """Read an adapter from a folder and check every tensor against a model, which is not changed."""
-    config = model._resolve(PromptLearningConfig.from_pretrained(folder))
+    fields = checkpoint.read_json(folder / CONFIG_NAME)
+    prompt_start = int(fields.pop(PROMPT_START_KEY, 0))
+    config = model._resolve(PromptLearningConfig.from_dict(fields, origin=str(folder / CONFIG_NAME)))
     config.inference_mode = not is_trainable
     file = checkpoint.stored(folder, checkpoint.ADAPTER_NAME)
     tensors, _ = checkpoint.read_tensors(file)
@@ -56,7 +72,7 @@ def load(model: PromptModel, folder: Path, is_trainable: bool) -> LoadedAdapter:
             encoder.embedding.weight.copy_(prompt)
         else:
             _load_encoder(encoder, config, folder, prompt)
-    return LoadedAdapter(config, encoder, tensors)
+    return LoadedAdapter(config, prompt_start, encoder, tensors)
 
 
 def _build(model: PromptModel, config: PromptLearningConfig) -> modules.PromptModule:

@@ -62,6 +62,7 @@ def splice(model: PromptModel, batch: Batch, labels: Tensor | None = None, pool_
         position_ids=batch.position_ids,
         token_type_ids=batch.token_type_ids,
         pool_last=pool_last,
+        start=model.active_start,
     )
 
 
@@ -114,7 +115,7 @@ def seq_2_seq_lm(model: PromptModel, batch: Batch) -> Any:
         length = batch.others["encoder_outputs"][0].shape[1]
         if mask is not None and mask.shape[1] != length:
             rows = model.prompt_rows().shape[0]
-            mask = choose_layout(model.facts, rows, mask.shape[1], mask)[0].fill(mask, 1)
+            mask = choose_layout(model.facts, rows, mask, mask, start=model.active_start)[0].fill(mask, 1)
         return model.base_model(attention_mask=mask, labels=batch.labels, **batch.others)
     spliced = splice(model, batch)
     return model.base_model(**spliced.arguments, labels=batch.labels, **batch.others)
@@ -182,7 +183,7 @@ def continue_from_cache(model: PromptModel, batch: Batch, past_key_values: Any) 
     if mask is not None:
         padding = None
         if mask.shape[1] == total - rows:
-            layout, padding = choose_layout(model.facts, rows, mask.shape[1], mask)
+            layout, padding = choose_layout(model.facts, rows, mask, mask, start=model.active_start)
             mask = layout.fill(mask, 1)
         elif mask.shape[1] != total:
             raise ValueError(

@@ -312,3 +312,52 @@ def test_generation_gives_no_warning_per_step() -> None:
 def test_one_adapter_per_row_is_refused_and_not_ignored(call: str) -> None:
     with pytest.raises(ValueError, match="adapter_names: expected None"):
         getattr(ours("Llama"), call)(input_ids=tokens(), adapter_names=["default"] * 3)
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_an_encoder_pools_its_cls_token_when_the_prompt_starts_behind_it(family: str, tmp_path: Path) -> None:
+    """PEFT puts virtual token 0 where the pooler looks. Its adapters are trained so, and keep their place here."""
+    base = build(family, "SEQ_CLS")
+    config = fusedprompt.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    model = fusedprompt.get_prompt_model(base, config, prompt_start=1).eval()
+    ids = tokens()
+    words = model.word_embeddings(ids)
+    rows = model.prompt_rows().expand(3, -1, -1)
+    expected = model.base_model(inputs_embeds=torch.cat((words[:, :1], rows, words[:, 1:]), 1)).logits
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    padded, mask = pad(ids, 2, 2)
+    torch.testing.assert_close(model(input_ids=padded, attention_mask=mask).logits, expected)
+    model.save_pretrained(tmp_path)
+    loaded = fusedprompt.PromptModel.from_pretrained(build(family, "SEQ_CLS"), tmp_path)
+    torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
+    import peft
+
+    with pytest.warns(UserWarning, match="fusedprompt_prompt_start"):
+        peft.PeftModel.from_pretrained(build(family, "SEQ_CLS"), str(tmp_path))
+
+
+def test_a_prompt_behind_the_first_token_generates_alike_with_and_without_padding() -> None:
+    config = fusedprompt.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = fusedprompt.get_prompt_model(build("Llama"), config, prompt_start=1).double()
+    ids, mask = pad(tokens(), 3, 0)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    plain = model.generate(input_ids=tokens(), **options)
+    assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, **options)[:, 3:], plain)
+    assert (logits(model)[:, 0] - logits(ours("Llama").double())[:, 0]).abs().max() > 1e-3
+    first = model(input_ids=ids[:, :8], attention_mask=mask[:, :8], use_cache=True)
+    rest = model(input_ids=ids[:, 8:], attention_mask=mask, past_key_values=first.past_key_values)
+    torch.testing.assert_close(rest.logits, logits(model, ids, attention_mask=mask)[:, -2:])
+
+
+@pytest.mark.parametrize(
+    ("start", "given", "message"),
+    [
+        (-1, {}, "prompt_start: expected an int >= 0, got -1"),
+        (9, {}, "input_ids: expected at least prompt_start = 9 tokens, got 7"),
+        (1, {"position_ids": torch.arange(7).unsqueeze(0)}, "position_ids: expected None with prompt_start = 1"),
+    ],
+)
+def test_bad_prompt_starts_are_named(start: int, given: dict[str, Any], message: str) -> None:
+    config = fusedprompt.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match=message):
+        fusedprompt.get_prompt_model(build("Llama"), config, prompt_start=start)(input_ids=tokens(), **given)

@@ -34,11 +34,14 @@ class PromptModule(nn.Module):
         """The prompt rows, (R, D). In inference mode these are the embedding's own."""
         return self.embedding.weight
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, indices: Tensor | None = None) -> Tensor:
         """Prompt rows for `indices` (B, P) in [0, R), as (B, P, D); PEFT's `PromptEncoder.forward`.
 
-        The table is encoded once, whatever the batch, so the result does not depend on the rest of the batch.
+        The table is encoded once, whatever the batch, so the result does not depend on the rest of the batch. Without
+        indices this is `encode()`, with the module's hooks (FSDP gathers parameters in one).
         """
+        if indices is None:
+            return self.encode()
         _check.tensor("indices", indices, "(B, P)", 2)
         _check.token_ids("indices", indices)
         return F.embedding(indices, self.encode())

@@ -91,12 +91,12 @@ class PromptEncoder(PromptModule):
             return self.embedding.weight
         return self._encode(self.embedding.weight)
 
-    def forward(self, indices: Tensor) -> Tensor:
-        """Prompt rows for `indices` (B, P) in [0, R), as (B, P, D).
+    def forward(self, indices: Tensor | None = None) -> Tensor:
+        """Prompt rows for `indices` (B, P) in [0, R), as (B, P, D); without indices, `encode()`.
 
         An LSTM reads the sequence that `indices` spells, so each different sequence is encoded by itself, once.
         """
-        if self.inference_mode or self.encoder_type is PromptEncoderReparameterizationType.MLP:
+        if indices is None or self.inference_mode or self.encoder_type is PromptEncoderReparameterizationType.MLP:
             return super().forward(indices)
         _check.tensor("indices", indices, "(B, P)", 2)
         _check.token_ids("indices", indices)
