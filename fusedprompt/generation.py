@@ -54,8 +54,8 @@ def _decoder(model: PromptModel, inputs: Tensor | None, kwargs: dict[str, Any]) 
     mask = kwargs.pop("attention_mask", None)
     if mask is None and ids is not None:
         mask = _infer_mask(model, ids, kwargs)
-    if ids is not None:
-        _count_new_tokens(base, ids.shape[1], kwargs)
+    tokens = ids if ids is not None else embeds
+    _count_new_tokens(base, tokens.shape[1], kwargs)
     rows = model.prompt_rows_count()
     if ids is not None and mask is not None and mask.shape[1] != ids.shape[1]:
         # Only new tokens, after a cache that the mask covers: the prompt is in the cache.
@@ -70,6 +70,8 @@ def _decoder(model: PromptModel, inputs: Tensor | None, kwargs: dict[str, Any]) 
     if embeds is not None and ids is not None and embeds.shape[1] != ids.shape[1]:
         raise ValueError(f"inputs_embeds: expected the length of input_ids, {ids.shape[1]}, got {embeds.shape[1]}")
     spliced = _splice(model, ids if embeds is None else None, embeds, mask, position_ids)
+    if position_ids is None:
+        spliced.arguments.pop("position_ids", None)  # transformers counts them from the mask, at every step
     if kwargs.get("assistant_model") is not None or _option(base, kwargs, "prompt_lookup_num_tokens"):
         return _assisted(model, ids if embeds is None else None, mask, spliced.layout, kwargs)
     if kwargs.get("use_cache") is False:
@@ -127,9 +129,6 @@ def _assisted(
         layout = Layout.from_slots(torch.cat((slots, more), dim=1), rows.shape[0])
         return args, {**call, "inputs_embeds": ops.splice(rows, layout, inputs_embeds=model.word_embeddings(given))}
 
-    for name in ("max_length", "min_length"):
-        if kwargs.get(name) is not None:
-            kwargs[name] += rows.shape[0]
     hook = base.register_forward_pre_hook(embed_prompt, with_kwargs=True)
     try:
         output = base.generate(input_ids=wide_ids, attention_mask=wide_mask, **kwargs)
@@ -186,7 +185,8 @@ def _count_new_tokens(base: Any, length: int, kwargs: dict[str, Any]) -> None:
             if limit and config is not None:
                 config = kwargs["generation_config"] = copy.copy(config)
                 setattr(config, whole, None)
-        if limit and kwargs.get(new) is None:
-            kwargs[new] = max(int(limit) - length, 0)
-    if kwargs.get("max_new_tokens") == 0 or (kwargs.get("max_new_tokens") or 1) < 1:
-        raise ValueError(f"max_length: expected more than the {length} tokens of the input")
+        if not limit or kwargs.get(new) is not None:
+            continue
+        if whole == "max_length" and limit <= length:
+            raise ValueError(f"max_length: expected more than the {length} tokens of the input, got {limit}")
+        kwargs[new] = max(int(limit) - length, 0)

@@ -64,6 +64,10 @@ class PromptModel(nn.Module):
     def __init__(self, base_model: nn.Module) -> None:
         """Without adapters, the base model as it is; see `get_prompt_model`."""
         super().__init__()
+        if isinstance(base_model, PromptModel):
+            raise TypeError(
+                "base_model: expected a transformers model, got a PromptModel; add_adapter adds prompts to it"
+            )
         self.base_model: Any = check_base_model(base_model)
         self.facts = BaseFacts.of(base_model)
         self.prompt_encoder = nn.ModuleDict()
@@ -159,13 +163,15 @@ class PromptModel(nn.Module):
         name = config.base_model_name_or_path or self.base_model.__dict__.get("name_or_path") or None
         own_heads = heads.TASK_HEADS.get(TaskType(config.task_type), ())
         saved = [*(config.modules_to_save or []), *own_heads]
+        # The table's width, where it is not the hidden size (OPT-350m projects between them).
+        width = getattr(self.word_embeddings, "embedding_dim", None)
         resolved = config.resolved(
             self.base_model.config,
+            token_dim=config.token_dim or width,
             base_model_name_or_path=name,
             modules_to_save=list(dict.fromkeys(saved)) or None,
         )
-        width = getattr(self.word_embeddings, "embedding_dim", resolved.token_dim)
-        if resolved.token_dim != width:
+        if width is not None and resolved.token_dim != width:
             raise ValueError(f"token_dim: expected the width of the word embeddings, {width}, got {resolved.token_dim}")
         return resolved
 
@@ -299,7 +305,8 @@ class PromptModel(nn.Module):
         _refuse_adapter_names(kwargs)
         if self._disabled or self.active_adapter is None:
             return self.base_model.generate(inputs, **kwargs)
-        return generate(self, inputs, **kwargs)
+        with torch.no_grad():  # as transformers does: nothing here is to be trained
+            return generate(self, inputs, **kwargs)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable and of all parameters."""

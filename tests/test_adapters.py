@@ -165,6 +165,20 @@ def test_parameter_counts_are_those_of_peft(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == expected
 
 
+def test_a_table_narrower_than_the_model_gives_the_prompts_width() -> None:
+    base = build("OPT", word_embed_proj_dim=16)
+    model = fusedprompt.get_prompt_model(
+        base, fusedprompt.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    assert model.prompt_rows().shape == (3, 16) and output(model).shape[1] == 10
+
+
+def test_a_prompt_model_is_not_a_base_model() -> None:
+    config = fusedprompt.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(TypeError, match="base_model: expected a transformers model, got a PromptModel"):
+        fusedprompt.get_prompt_model(ours("Llama"), config)
+
+
 def test_explain_names_method_route_and_backends() -> None:
     text = ours("Llama", method="LSTM").explain()
     assert (
