@@ -1,12 +1,14 @@
 """Launching Triton kernels: compiled once per kind of arguments, launched without Triton's own dispatch after that.
 
-Triton's JIT dispatch costs the host 9-11 us a launch, more than a small kernel takes on the device. A `Kernel` keeps what Triton
-compiled under a key of its own, and launches that directly (2-4 us). Import this module only where Triton is known to be there.
+Triton's JIT dispatch costs the host 9-11 us a launch, more than a small kernel takes on the device. A `Kernel` keeps
+what Triton compiled under a key of its own, and launches that directly (2-4 us). Import this module only where Triton
+is known to be there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -32,12 +34,16 @@ def recorded_launches() -> Iterator[list[str]]:
         _recorders.remove(names)
 
 
-def _kind(argument: Any) -> Any:
-    """What Triton may compile differently for: dtype and 16-byte alignment of tensors, 1 and multiples of 16 of ints."""
+def _kind(argument: Any, specialized: bool) -> Any:
+    """What Triton may compile differently for: dtype and 16-byte alignment of tensors, 1 and multiples of 16 of ints.
+
+    specialized: not in the kernel's `do_not_specialize`, which leaves only the width of an int.
+    """
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, argument > 2**31 - 1
+        is_wide = not -(2**31) <= argument < 2**31
+        return (argument == 1, argument % 16 == 0, is_wide) if specialized else is_wide
     return type(argument)
 
 
@@ -48,6 +54,7 @@ class Kernel:
         """function: what `@triton.jit` made."""
         self.function = function
         self.name: str = function.__name__
+        self._specialized = () if INTERPRETED else tuple(not param.do_not_specialize for param in function.params)
         self._compiled: dict[Any, Any] = {}
 
     def __call__(
@@ -74,7 +81,7 @@ class Kernel:
             options = {"num_warps": num_warps, "num_stages": num_stages}
             if launch_pdl:
                 options["launch_pdl"] = True
-            key = (device.index, *map(_kind, arguments), *constants.values(), *options.items())
+            key = (device.index, *map(_kind, arguments, self._specialized), *constants.values(), *options.items())
             compiled = self._compiled.get(key)
             if compiled is None:
                 self._compiled[key] = self.function[grid](*arguments, **constants, **options)
@@ -82,9 +89,10 @@ class Kernel:
             compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())
 
 
+@functools.cache
 def supports_pdl(device: torch.device) -> bool:
-    """Programmatic dependent launch is there from sm_90 on."""
-    return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
+    """Programmatic dependent launch is there from sm_90 on. (AMD's gfx9 counts as capability 9, too.)"""
+    return not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def cdiv(value: int, by: int) -> int:

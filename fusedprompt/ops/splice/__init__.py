@@ -3,25 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ...layout import IGNORE_INDEX, Layout
 from .. import _check
 from .._backend import Op, never_objects
+from .._requirements import why_not_triton
 from . import reference
+from ._op import POSITIONS, filled_dtype
+
+
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from . import triton
+
+    return triton.splice(*arguments)
+
+
+def _why_not_triton(
+    prompt: Tensor,
+    slots: Tensor | None,
+    input_ids: Tensor | None,
+    table: Tensor | None,
+    inputs_embeds: Tensor | None,
+    fields: Sequence[Tensor],
+    fills: Sequence[int],
+) -> str | None:
+    rows = table if inputs_embeds is None else inputs_embeds
+    assert rows is not None
+    reason = why_not_triton(prompt, rows)
+    if reason is None and len(fields) > 3:
+        return f"carries at most 3 fields, got {len(fields)}"
+    return reason
+
 
 OP = Op("splice")
 OP.add("reference", reference.splice, never_objects)
+OP.add("triton", _triton, _why_not_triton)
 
 
 class SplicedBatch(NamedTuple):
-    """What a base model is called with: (B, S, D) embeddings, and (B, S) mask and labels where they were given."""
+    """What a base model is called with: (B, S, D) embeddings, and (B, S) fields as far as they were given."""
 
     inputs_embeds: Tensor
     attention_mask: Tensor | None
     labels: Tensor | None
+    position_ids: Tensor | None = None
 
 
 def splice(
@@ -53,6 +81,7 @@ def splice(
         IndexError: an id outside the table, on CPU. On CUDA its row becomes NaN; FUSEDPROMPT_CHECK=1 raises there too.
         BackendUnavailable: the requested backend cannot run on these arguments.
     """
+    _check_arguments(prompt, layout, input_ids, table, inputs_embeds)
     embeds, _ = _splice(prompt, layout, input_ids, table, inputs_embeds, [], [], backend)
     return embeds
 
@@ -66,31 +95,40 @@ def splice_batch(
     inputs_embeds: Tensor | None = None,
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    first_position: int = 0,
     backend: str | None = None,
 ) -> SplicedBatch:
-    """`splice`, with the attention mask and the labels carried along in the same call.
+    """`splice`, with the attention mask, the labels and the position ids carried along in the same call.
 
     Args:
         attention_mask: (B, T); prompt rows get 1. The dtype stays what it was.
         labels: (B, T); prompt rows get -100.
+        position_ids: (B, T) integers; prompt row r gets first_position + r, and a token its own position + R.
+        first_position: the position of prompt row 0.
 
     The rest is as in `splice`.
     """
-    tokens = input_ids if input_ids is not None else inputs_embeds
+    if first_position < 0:
+        raise ValueError(f"first_position: expected an int >= 0, got {first_position}")
+    tokens = _check_arguments(prompt, layout, input_ids, table, inputs_embeds)
+    fills = {"attention_mask": 1, "labels": IGNORE_INDEX, "position_ids": POSITIONS + first_position}
     carried: dict[str, Tensor] = {}
     together: dict[str, Tensor] = {}
-    for name, field in (("attention_mask", attention_mask), ("labels", labels)):
+    for name, field in (("attention_mask", attention_mask), ("labels", labels), ("position_ids", position_ids)):
         if field is None:
             continue
         _check.tensor(name, field, "(B, T)", 2)
-        if tokens is not None:
-            _check.shape(name, field, "(B, T)", tokens.shape[:2])
-            _check.same_device(name, field, "the tokens", tokens)
-        # Fields travel with the ids as one tensor, so they need the ids' dtype; any other is carried by itself.
-        if input_ids is not None and field.dtype == input_ids.dtype:
+        _check.shape(name, field, "(B, T)", tokens.shape[:2])
+        _check.same_device(name, field, "the tokens", tokens)
+        # Fields of the ids' dtype travel with them, as one tensor; any other is carried by itself.
+        if field.dtype == filled_dtype(input_ids):
             together[name] = field
+        elif name == "position_ids":
+            _check.token_ids(name, field)
+            carried[name] = layout.position_ids(field, first_position).to(field.dtype)
         else:
-            carried[name] = layout.fill(field, _FILL[name])
+            carried[name] = layout.fill(field, fills[name])
     embeds, fields = _splice(
         prompt,
         layout,
@@ -98,14 +136,11 @@ def splice_batch(
         table,
         inputs_embeds,
         list(together.values()),
-        [_FILL[name] for name in together],
+        [fills[name] for name in together],
         backend,
     )
     carried.update(zip(together, fields.unbind(0)))
-    return SplicedBatch(embeds, carried.get("attention_mask"), carried.get("labels"))
-
-
-_FILL = {"attention_mask": 1, "labels": IGNORE_INDEX}
+    return SplicedBatch(embeds, carried.get("attention_mask"), carried.get("labels"), carried.get("position_ids"))
 
 
 def _splice(
@@ -118,7 +153,6 @@ def _splice(
     fills: Sequence[int],
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    _check_arguments(prompt, layout, input_ids, table, inputs_embeds)
     arguments = (prompt, layout.slots, input_ids, table, inputs_embeds, fields, fills)
     result: tuple[Tensor, Tensor] = OP.select(backend, *arguments).call(*arguments)
     return result
@@ -126,7 +160,10 @@ def _splice(
 
 def _check_arguments(
     prompt: Tensor, layout: Layout, input_ids: Tensor | None, table: Tensor | None, inputs_embeds: Tensor | None
-) -> None:
+) -> Tensor:
+    """Returns the tokens: ids or embeddings."""
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout: expected a fusedprompt.Layout, got {type(layout).__name__}")
     _check.tensor("prompt", prompt, "(R, D)", 2)
     _check.floating("prompt", prompt)
     _check.shape("prompt", prompt, "(R, D)", (layout.num_prompt_rows, prompt.shape[1]))
@@ -148,3 +185,4 @@ def _check_arguments(
     if layout.slots is not None:
         _check.shape("layout.slots", layout.slots, "(B, S)", (tokens.shape[0], layout.slots.shape[1]))
         _check.same_device("layout.slots", layout.slots, "prompt", prompt)
+    return tokens

@@ -1,0 +1,130 @@
+"""What the backends of splice share: the schemas, the fakes, the gradients, and the meaning of their arguments."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._library import below_autograd, define
+
+CHECK_IDS = os.environ.get("FUSEDPROMPT_CHECK", "0") == "1"
+
+# A fill of POSITIONS + n makes a field position ids: prompt row r gets n + r, a token its own value + R.
+POSITIONS = 1 << 40
+
+
+def out_of_range(ids: Tensor, table: Tensor) -> IndexError:
+    outside = ids[(ids < 0) | (ids >= table.shape[0])]
+    return IndexError(f"input_ids: expected ids in [0, {table.shape[0]}), got {int(outside[0])}")
+
+
+def _splice_fake(
+    prompt: Tensor,
+    slots: Tensor | None,
+    input_ids: Tensor | None,
+    table: Tensor | None,
+    inputs_embeds: Tensor | None,
+    fields: Sequence[Tensor],
+    fills: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    tokens = input_ids if inputs_embeds is None else inputs_embeds
+    rows = table if inputs_embeds is None else inputs_embeds
+    assert tokens is not None and rows is not None
+    batch, length = tokens.shape[0], prompt.shape[0] + tokens.shape[1] if slots is None else slots.shape[1]
+    embeds = rows.new_empty(batch, length, prompt.shape[1])
+    return embeds, tokens.new_empty((len(fields), batch, length), dtype=filled_dtype(input_ids))
+
+
+def filled_dtype(input_ids: Tensor | None) -> torch.dtype:
+    """The dtype of the fields that travel with the tokens: that of the ids."""
+    return torch.int64 if input_ids is None else input_ids.dtype
+
+
+def _splice_backward_fake(
+    d_out: Tensor, slots: Tensor | None, num_prompt_rows: int, num_tokens: int, prompt: bool, tokens: bool
+) -> tuple[Tensor, Tensor]:
+    width = d_out.shape[2]
+    return (
+        d_out.new_empty(
+            (num_prompt_rows, width) if prompt else (0,), dtype=torch.promote_types(d_out.dtype, torch.float32)
+        ),
+        d_out.new_empty((d_out.shape[0], num_tokens, width) if tokens else (0,)),
+    )
+
+
+def register(
+    suffix: str,
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    backward: Callable[..., tuple[Tensor, Tensor]],
+    table_gradient: Callable[[Tensor, Tensor, int], Tensor],
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Register one backend's ops, `splice` + suffix and `splice_backward` + suffix; returns the differentiable splice.
+
+    forward: (prompt, slots, input_ids, table, inputs_embeds, fields, fills) -> (embeds, filled). `fields` are integer
+        tensors (B, T) in `filled_dtype`, with the fill of each at prompt rows; they come back as (k, B, S).
+    backward: (d_out, slots, R, T, prompt, tokens) -> (d_prompt, d_tokens): each prompt row's gradients summed over its
+        uses, (R, D) in fp32 (fp64 for fp64), and each token's, (B, T, D) in d_out's dtype; empty if not asked for.
+    table_gradient: (d_tokens, input_ids, V) -> (V, D), of anything that torch can trace.
+    """
+
+    class Splice(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any,
+            prompt: Tensor,
+            slots: Tensor | None,
+            input_ids: Tensor | None,
+            table: Tensor | None,
+            inputs_embeds: Tensor | None,
+            fields: Sequence[Tensor],
+            fills: Sequence[int],
+        ) -> tuple[Tensor, Tensor]:
+            ctx.save_for_backward(slots, input_ids)
+            tokens = input_ids if inputs_embeds is None else inputs_embeds
+            assert tokens is not None
+            ctx.num_prompt_rows, ctx.num_tokens = prompt.shape[0], tokens.shape[1]
+            ctx.prompt_dtype = prompt.dtype
+            ctx.table_rows = 0 if table is None else table.shape[0]
+            embeds, filled = below_autograd(
+                f"splice{suffix}", prompt, slots, input_ids, table, inputs_embeds, fields, fills
+            )
+            ctx.mark_non_differentiable(filled)
+            return embeds, filled
+
+        @staticmethod
+        def backward(ctx: Any, d_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+            slots, input_ids = ctx.saved_tensors
+            needs_prompt = ctx.needs_input_grad[0]
+            needs_table, needs_embeds = ctx.needs_input_grad[3:5]
+            d_prompt, d_tokens = getattr(torch.ops.fusedprompt, f"splice_backward{suffix}")(
+                d_out, slots, ctx.num_prompt_rows, ctx.num_tokens, needs_prompt, needs_table or needs_embeds
+            )
+            return (
+                d_prompt.to(ctx.prompt_dtype) if needs_prompt else None,
+                None,
+                None,
+                table_gradient(d_tokens, input_ids, ctx.table_rows) if needs_table else None,
+                d_tokens if needs_embeds else None,
+                None,
+                None,
+            )
+
+    define(
+        f"splice_backward{suffix}(Tensor d_out, Tensor? slots, SymInt num_prompt_rows, SymInt num_tokens, bool prompt, "
+        "bool tokens) -> (Tensor, Tensor)",
+        backward,
+        _splice_backward_fake,
+    )
+    define(
+        f"splice{suffix}(Tensor prompt, Tensor? slots, Tensor? input_ids, Tensor? table, Tensor? inputs_embeds, "
+        "Tensor[] fields, int[] fills) -> (Tensor, Tensor)",
+        forward,
+        _splice_fake,
+        Splice.apply,
+    )
+    operator: Callable[..., tuple[Tensor, Tensor]] = getattr(torch.ops.fusedprompt, f"splice{suffix}")
+    return operator
