@@ -23,16 +23,16 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _why_not_triton(
     prompt: Tensor,
-    slots: Tensor | None,
-    input_ids: Tensor | None,
-    table: Tensor | None,
-    inputs_embeds: Tensor | None,
-    fields: Sequence[Tensor],
-    fills: Sequence[int],
+    slots: Tensor | None = None,
+    input_ids: Tensor | None = None,
+    table: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    fields: Sequence[Tensor] = (),
+    fills: Sequence[int] = (),
 ) -> str | None:
+    """Also of the prompt alone, for `explain`."""
     rows = table if inputs_embeds is None else inputs_embeds
-    assert rows is not None
-    reason = why_not_triton(prompt, rows)
+    reason = why_not_triton(prompt) if rows is None else why_not_triton(prompt, rows)
     if reason is None and len(fields) > 3:
         return f"carries at most 3 fields, got {len(fields)}"
     return reason
@@ -40,7 +40,8 @@ def _why_not_triton(
 
 OP = Op("splice")
 OP.add("reference", reference.splice, never_objects)
-OP.add("triton", _triton, _why_not_triton)
+# Proved in the interpreter and by its compiled code only: not a default before it has been measured on a GPU.
+OP.add("triton", _triton, _why_not_triton, by_default=False)
 
 
 class SplicedBatch(NamedTuple):
