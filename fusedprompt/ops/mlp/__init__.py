@@ -9,10 +9,39 @@ from torch import Tensor
 
 from .. import _check
 from .._backend import Op, never_objects
+from .._requirements import why_not_triton
 from . import reference
+
+# Above this many rows the products are limited by arithmetic, which cuBLAS does best.
+_MOST_TRITON_ROWS = 255
+
+
+def _triton(x: Tensor, weights: list[Tensor], biases: list[Tensor], dropout_masks: list[Tensor]) -> Tensor:
+    from . import triton
+
+    return triton.mlp(x, weights, biases, dropout_masks)
+
+
+def _why_not_triton(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dropout_masks: Sequence[Tensor] = ()
+) -> str | None:
+    reason = why_not_triton(x, *weights)
+    if reason is not None:
+        return reason
+    if x.shape[0] > _MOST_TRITON_ROWS:
+        return f"takes at most {_MOST_TRITON_ROWS} rows, where cuBLAS is faster, got {x.shape[0]}"
+    for layer, weight in enumerate(weights):
+        if 0 in weight.shape:
+            return f"needs layers of at least one input and output, got weights[{layer}] {tuple(weight.shape)}"
+        # A copy would cost more than the whole product; cuBLAS reads a transposed weight in place.
+        if not weight.is_contiguous():
+            return f"needs contiguous weights, got weights[{layer}] with strides {weight.stride()}"
+    return None
+
 
 OP = Op("mlp")
 OP.add("reference", reference.mlp, never_objects)
+OP.add("triton", _triton, _why_not_triton)
 
 
 def mlp(
@@ -35,7 +64,7 @@ def mlp(
         dropout: probability of zeroing a hidden activation after each ReLU, in [0, 1). The masks are drawn by torch
             in the order `F.dropout` would draw them, so a seed gives the same result on every backend.
         training: apply dropout.
-        backend: "auto", "reference" or "triton".
+        backend: "auto", "reference" or "triton" (CUDA; up to 255 rows).
 
     Returns:
         (P, D_out) in x's dtype (under autocast, in the autocast dtype).

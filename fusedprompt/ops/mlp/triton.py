@@ -1,124 +1,226 @@
-"""The MLP encoder on Triton: one kernel a layer, each weight read once, in either direction.
-
-With P prompt rows the products are matrix-vector-like: the weights are all the traffic. So the weights are the large operand
-(the product is computed transposed, weights on the left), a program owns a strip of them over the whole inner dimension, and
-bias, ReLU and dropout mask are applied before the result leaves registers.
+"""The MLP encoder on Triton: one launch a layer forward, one a layer backward.
 
     forward   h_n = relu(W_n h_{n-1} + b_n) * mask_n                       (no relu and mask in the last layer)
     backward  dW_n = dy_n^T h_{n-1},  db_n = sum dy_n,  dy_{n-1} = (dy_n W_n) * (h_{n-1} > 0) * mask_{n-1}
 
-Sums run in a fixed order, without atomics.
+Under autocast the parameters are cast in registers, and their gradients are written in the parameters' own dtype: no
+16-bit copy of a weight or of a gradient exists. Sums are in fp32. Backward computes every gradient, also those that
+autograd drops. Products of fp32 operands are exact or TF32, as cuBLAS has them under
+`torch.set_float32_matmul_precision`: "highest" means IEEE fp32, "high" and "medium" mean TF32.
 """
 
 from __future__ import annotations
 
-import triton
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import triton.language as tl
+from torch import Tensor
+
+from .._library import below_autograd, define
+from .._triton import INTERPRETED, Kernel, cdiv, supports_pdl
+from ._configs import backward_config, configurations, forward_config
+from ._kernels import linear_backward, linear_forward
+
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+_forward = Kernel(linear_forward)
+_backward = Kernel(linear_backward)
 
 
-@triton.jit
-def linear_forward(
-    x_ptr,  # (P, K)
-    weight_ptr,  # (N, K)
-    bias_ptr,  # (N,)
-    mask_ptr,  # (P, N) dropout mask, read if HAS_MASK
-    out_ptr,  # (P, N)
-    P,
-    K,
-    N,
-    RELU: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    COMPUTE: tl.constexpr,  # dtype of the product's operands; weights are cast in registers
-    PRECISION: tl.constexpr,  # of fp32 products: "ieee" or "tf32"
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """out = relu(x W^T + b) * mask, BLOCK_N columns by BLOCK_P rows a program."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    k = tl.arange(0, BLOCK_K)
-    total = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
-    weight_at = weight_ptr + n[:, None].to(tl.int64) * K + k[None, :]
-    x_at = x_ptr + p[None, :].to(tl.int64) * K + k[:, None]
-    for start in range(0, K, BLOCK_K):
-        in_k = k < K - start
-        weight = tl.load(
-            weight_at + start, mask=(n < N)[:, None] & in_k[None, :], other=0.0, eviction_policy="evict_first"
+def _precision(compute: torch.dtype) -> str:
+    # torch.get_float32_matmul_precision() raises once anyone, such as transformers' Trainer, used the newer setting.
+    is_exact = compute == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "ieee" if is_exact else "tf32"
+
+
+def _mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    dropout_masks: Sequence[Tensor],
+    compute: torch.dtype | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The output, and for backward the activations after each ReLU and mask."""
+    dtype = compute or x.dtype
+    precision = _precision(dtype)
+    pdl = supports_pdl(x.device)
+    rows = x.shape[0]
+    out, layers = x.contiguous(), []
+    for layer, (weight, bias) in enumerate(zip(weights, biases)):
+        outputs, width = weight.shape
+        inputs, out = out, x.new_empty(rows, outputs, dtype=dtype)
+        layers.append(out)
+        if rows == 0:
+            continue
+        is_hidden = layer + 1 < len(weights)
+        has_mask = is_hidden and len(dropout_masks) > 0
+        itemsize = max(inputs.dtype.itemsize, weight.dtype.itemsize)
+        config: dict[str, Any] = forward_config(rows, width, outputs, itemsize, precision)
+        _forward(
+            (cdiv(outputs, config["BLOCK_N"]), cdiv(rows, config["BLOCK_P"])),
+            inputs,
+            weight,
+            bias.contiguous(),
+            dropout_masks[layer].contiguous() if has_mask else inputs,
+            out,
+            rows,
+            width,
+            outputs,
+            launch_pdl=pdl,
+            RELU=is_hidden,
+            HAS_MASK=has_mask,
+            COMPUTE=_TRITON_DTYPES[dtype],
+            PRECISION=precision,
+            **config,
+            PDL=pdl,
+            INTERPRETED=INTERPRETED,
         )
-        x = tl.load(x_at + start, mask=in_k[:, None] & (p < P)[None, :], other=0.0)
-        if INTERPRETED:  # its dot multiplies the bits of bf16 numbers
-            total += tl.dot(weight.to(COMPUTE).to(tl.float32), x.to(COMPUTE).to(tl.float32), input_precision="ieee")
-        else:
-            total = tl.dot(weight.to(COMPUTE), x.to(COMPUTE), total, input_precision=PRECISION)
-    total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    if RELU:
-        total = tl.maximum(total, 0.0)
-    inside = (n < N)[:, None] & (p < P)[None, :]
-    at = p[None, :].to(tl.int64) * N + n[:, None]
-    if HAS_MASK:
-        total *= tl.load(mask_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+    return out, layers[:-1]
 
 
-@triton.jit
-def linear_backward(
-    d_out_ptr,  # (P, N)
-    x_ptr,  # (P, K) the layer's input: the activation of the layer before
-    weight_ptr,  # (N, K)
-    mask_ptr,  # (P, K) dropout mask of the layer before, read if HAS_MASK
-    d_x_ptr,  # (P, K)
-    d_weight_ptr,  # (N, K)
-    d_bias_ptr,  # (N,)
-    P,
-    K,
-    N,
-    RELU: tl.constexpr,  # the layer before ends in a ReLU
-    HAS_MASK: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr,  # at least P: a program sees all rows
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """d_x = (d_out W) * (x > 0) * mask, d_weight = d_out^T x, d_bias = sum of d_out, in one pass over W.
+def _mlp_fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    dropout_masks: Sequence[Tensor],
+    compute: torch.dtype | None,
+) -> tuple[Tensor, list[Tensor]]:
+    outputs = [x.new_empty(x.shape[0], weight.shape[0], dtype=compute or x.dtype) for weight in weights]
+    return outputs[-1], outputs[:-1]
 
-    A program owns BLOCK_K columns of W; the first one also sums the bias gradient.
-    """
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    p = tl.arange(0, BLOCK_P)
-    n = tl.arange(0, BLOCK_N)
-    inside = (p < P)[:, None] & (k < K)[None, :]
-    at = p[:, None].to(tl.int64) * K + k[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0.0)
-    operand = x.to(COMPUTE).to(tl.float32) if INTERPRETED else x.to(COMPUTE)
-    d_x = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
-    for start in range(0, N, BLOCK_N):
-        in_n = n < N - start
-        d_out = tl.load(
-            d_out_ptr + p[:, None].to(tl.int64) * N + start + n[None, :],
-            mask=(p < P)[:, None] & in_n[None, :],
-            other=0.0,
+
+def _mlp_backward(
+    d_out: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dropout_masks: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    compute: torch.dtype | None,
+) -> list[Tensor]:
+    """Gradients of x, of every weight, and of every bias."""
+    dtype = compute or x.dtype
+    precision = _precision(dtype)
+    pdl = supports_pdl(x.device)
+    rows = x.shape[0]
+    activations = [x.contiguous(), *hidden]
+    d_weights = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
+    d_biases = [weight.new_empty(weight.shape[0]) for weight in weights]
+    d_out = d_out.contiguous()
+    for layer in range(len(weights) - 1, -1, -1):
+        weight, inputs = weights[layer], activations[layer]
+        outputs, width = weight.shape
+        d_inputs = torch.empty_like(inputs)
+        if rows == 0:
+            d_weights[layer].zero_()
+            d_biases[layer].zero_()
+            d_out = d_inputs
+            continue
+        follows_relu = layer > 0
+        has_mask = follows_relu and len(dropout_masks) > 0
+        config: dict[str, Any] = backward_config(rows, width, outputs, weight.dtype.itemsize, dtype, precision)
+        _backward(
+            (cdiv(width, config["BLOCK_K"]),),
+            d_out,
+            inputs,
+            weight,
+            dropout_masks[layer - 1].contiguous() if has_mask else inputs,
+            d_inputs,
+            d_weights[layer],
+            d_biases[layer],
+            rows,
+            width,
+            outputs,
+            launch_pdl=pdl,
+            RELU=follows_relu,
+            HAS_MASK=has_mask,
+            COMPUTE=_TRITON_DTYPES[dtype],
+            PRECISION=precision,
+            **config,
+            PDL=pdl,
+            INTERPRETED=INTERPRETED,
         )
-        if tl.program_id(0) == 0:
-            d_bias = tl.sum(d_out.to(tl.float32), axis=0)
-            tl.store(d_bias_ptr + start + n, d_bias.to(d_bias_ptr.dtype.element_ty), mask=in_n)
-        weight_at = (start + n)[:, None].to(tl.int64) * K + k[None, :]
-        in_weight = in_n[:, None] & (k < K)[None, :]
-        weight = tl.load(weight_ptr + weight_at, mask=in_weight, other=0.0, eviction_policy="evict_first")
-        if INTERPRETED:
-            gradient = d_out.to(COMPUTE).to(tl.float32)
-            d_x += tl.dot(gradient, weight.to(COMPUTE).to(tl.float32), input_precision="ieee")
-            d_weight = tl.dot(tl.trans(gradient), operand, input_precision="ieee")
-        else:
-            gradient = d_out.to(COMPUTE)
-            d_x = tl.dot(gradient, weight.to(COMPUTE), d_x, input_precision=PRECISION)
-            d_weight = tl.dot(tl.trans(gradient), operand, input_precision=PRECISION)
-        tl.store(d_weight_ptr + weight_at, d_weight.to(d_weight_ptr.dtype.element_ty), mask=in_weight)
-    if RELU:
-        d_x = tl.where(x.to(tl.float32) > 0, d_x, 0.0)
-    if HAS_MASK:
-        d_x *= tl.load(mask_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
+        d_out = d_inputs
+    return [d_out, *d_weights, *d_biases]
+
+
+def _mlp_backward_fake(
+    d_out: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dropout_masks: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    compute: torch.dtype | None,
+) -> list[Tensor]:
+    d_tensors = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, *weights)]
+    return [*d_tensors, *(weight.new_empty(weight.shape[0]) for weight in weights)]
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, compute: torch.dtype | None, depth: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """tensors: `depth` weights, `depth` biases, and the dropout masks."""
+        weights, biases, masks = list(tensors[:depth]), list(tensors[depth : 2 * depth]), list(tensors[2 * depth :])
+        out, hidden = below_autograd("mlp_triton", x, weights, biases, masks, compute)
+        ctx.compute, ctx.depth, ctx.num_masks = compute, depth, len(masks)
+        ctx.save_for_backward(x, *weights, *masks, *hidden)
+        ctx.mark_non_differentiable(*hidden)
+        ctx.set_materialize_grads(False)
+        return out, *hidden
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        of_masks: list[None] = [None] * ctx.num_masks
+        if d_out is None:
+            return (None, None, None, *[None] * (2 * ctx.depth), *of_masks)
+        if torch.is_grad_enabled() and d_out.requires_grad:
+            raise RuntimeError("fusedprompt.ops.mlp on Triton has no double backward; use backend='reference'")
+        x, *tensors = ctx.saved_tensors
+        masks_end = ctx.depth + ctx.num_masks
+        d_x, *d_parameters = torch.ops.fusedprompt.mlp_backward_triton(
+            d_out,
+            x,
+            tensors[: ctx.depth],
+            tensors[ctx.depth : masks_end],
+            tensors[masks_end:],
+            ctx.compute,
+        )
+        return (d_x, None, None, *d_parameters, *of_masks)
+
+
+def _mlp_autograd(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    dropout_masks: Sequence[Tensor],
+    compute: torch.dtype | None,
+) -> tuple[Tensor, list[Tensor]]:
+    apply: Any = _MLP.apply
+    out, *hidden = apply(x, compute, len(weights), *weights, *biases, *dropout_masks)
+    return out, hidden
+
+
+define(
+    "mlp_triton(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] dropout_masks, ScalarType? compute) "
+    "-> (Tensor, Tensor[] hidden)",
+    _mlp,
+    _mlp_fake,
+    _mlp_autograd,
+)
+define(
+    "mlp_backward_triton(Tensor d_out, Tensor x, Tensor[] weights, Tensor[] dropout_masks, "
+    "Tensor[] hidden, ScalarType? compute) -> Tensor[]",
+    _mlp_backward,
+    _mlp_backward_fake,
+)
+
+
+def mlp(x: Tensor, weights: list[Tensor], biases: list[Tensor], dropout_masks: list[Tensor]) -> Tensor:
+    device = x.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    result: Tensor = torch.ops.fusedprompt.mlp_triton(x, weights, biases, dropout_masks, compute)[0]
+    return result
+
+
+__all__ = ["configurations", "mlp"]

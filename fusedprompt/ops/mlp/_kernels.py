@@ -1,0 +1,141 @@
+"""The MLP encoder's Triton kernels: one launch a layer, each weight read once, in either direction.
+
+With P prompt rows the products are matrix-vector-like: the weights are all the traffic. So the weights are the large
+operand, a program owns a strip of them over the whole inner dimension, and bias, ReLU and dropout mask are applied
+before the result leaves registers. Sums run in a fixed order, without atomics.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _wait_for_kernel_before(weights):
+    """Bring the cache lines of some weights to L2 while the kernel before this one ends; then let the next one start.
+
+    To L2 and no further: who updates the weights may still be running, and what it writes replaces the line there, but
+    would not replace what a register holds.
+    """
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [weights], dtype=tl.int32, is_pure=False, pack=1
+    )
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit(do_not_specialize=["P"])
+def linear_forward(
+    x_ptr,  # (P, K)
+    weight_ptr,  # (N, K)
+    bias_ptr,  # (N,)
+    mask_ptr,  # (P, N) dropout mask, read if HAS_MASK
+    out_ptr,  # (P, N)
+    P,
+    K,
+    N,
+    RELU: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    COMPUTE: tl.constexpr,  # dtype of the product's operands, to which both are cast in registers
+    PRECISION: tl.constexpr,  # of fp32 products: "ieee" or "tf32"
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,  # started before the kernel that writes x has ended
+    INTERPRETED: tl.constexpr,
+):
+    """out = relu(x W^T + b) * mask, computed as (W x^T)^T: BLOCK_N columns by BLOCK_P rows a program."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    k = tl.arange(0, BLOCK_K)
+    weight_at = weight_ptr + n[:, None].to(tl.int64) * K + k[None, :]
+    x_at = x_ptr + p[None, :].to(tl.int64) * K + k[:, None]
+    if PDL:
+        line: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
+        column = tl.minimum(tl.arange(0, 8) * line, K - 1)
+        _wait_for_kernel_before(weight_ptr + tl.minimum(n, N - 1)[:, None].to(tl.int64) * K + column[None, :])
+    total = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        in_k = k < K - start
+        weight = tl.load(
+            weight_at + start, mask=(n < N)[:, None] & in_k[None, :], other=0.0, eviction_policy="evict_first"
+        )
+        x = tl.load(x_at + start, mask=in_k[:, None] & (p < P)[None, :], other=0.0)
+        if INTERPRETED:  # its dot multiplies the bits of bf16 numbers
+            total += tl.dot(weight.to(COMPUTE).to(tl.float32), x.to(COMPUTE).to(tl.float32), input_precision="ieee")
+        else:
+            total = tl.dot(weight.to(COMPUTE), x.to(COMPUTE), total, input_precision=PRECISION)
+    total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if RELU:
+        total = tl.where(total < 0, 0.0, total)  # keeps NaN, as torch.relu does
+    inside = (n < N)[:, None] & (p < P)[None, :]
+    at = p[None, :].to(tl.int64) * N + n[:, None]
+    if HAS_MASK:
+        total *= tl.load(mask_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["P"])
+def linear_backward(
+    d_out_ptr,  # (P, N)
+    x_ptr,  # (P, K) the layer's input: the activation of the layer before
+    weight_ptr,  # (N, K)
+    mask_ptr,  # (P, K) dropout mask of the layer before, read if HAS_MASK
+    d_x_ptr,  # (P, K)
+    d_weight_ptr,  # (N, K)
+    d_bias_ptr,  # (N,)
+    P,
+    K,
+    N,
+    RELU: tl.constexpr,  # the layer before ends in a ReLU
+    HAS_MASK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # at least P: a program sees all rows
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,  # started before the kernel that writes d_out has ended
+    INTERPRETED: tl.constexpr,
+):
+    """d_x = (d_out W) * (x > 0) * mask, d_weight = d_out^T x, d_bias = sum of d_out, in one pass over W.
+
+    A program owns BLOCK_K columns of W; the first one also sums the bias gradient.
+    """
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    p = tl.arange(0, BLOCK_P)
+    n = tl.arange(0, BLOCK_N)
+    if PDL:
+        _wait_for_kernel_before(weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * K + tl.program_id(0) * BLOCK_K)
+    inside = (p < P)[:, None] & (k < K)[None, :]
+    at = p[:, None].to(tl.int64) * K + k[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    operand = x.to(COMPUTE).to(tl.float32) if INTERPRETED else x.to(COMPUTE)
+    d_x = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        in_n = n < N - start
+        d_out = tl.load(
+            d_out_ptr + p[:, None].to(tl.int64) * N + start + n[None, :],
+            mask=(p < P)[:, None] & in_n[None, :],
+            other=0.0,
+        )
+        if tl.program_id(0) == 0:
+            d_bias = tl.sum(d_out.to(tl.float32), axis=0)
+            tl.store(d_bias_ptr + start + n, d_bias.to(d_bias_ptr.dtype.element_ty), mask=in_n)
+        weight_at = (start + n)[:, None].to(tl.int64) * K + k[None, :]
+        in_weight = in_n[:, None] & (k < K)[None, :]
+        weight = tl.load(weight_ptr + weight_at, mask=in_weight, other=0.0, eviction_policy="evict_first")
+        if INTERPRETED:
+            gradient = d_out.to(COMPUTE).to(tl.float32)
+            d_x += tl.dot(gradient, weight.to(COMPUTE).to(tl.float32), input_precision="ieee")
+            d_weight = tl.dot(tl.trans(gradient), operand, input_precision="ieee")
+        else:
+            gradient = d_out.to(COMPUTE)
+            d_x = tl.dot(gradient, weight.to(COMPUTE), d_x, input_precision=PRECISION)
+            d_weight = tl.dot(tl.trans(gradient), operand, input_precision=PRECISION)
+        tl.store(d_weight_ptr + weight_at, d_weight.to(d_weight_ptr.dtype.element_ty), mask=in_weight)
+    if RELU:
+        d_x = tl.where(x.to(tl.float32) <= 0, 0.0, d_x)
+    if HAS_MASK:
+        d_x *= tl.load(mask_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,316 @@
+"""The MLP's Triton kernels, run by Triton's interpreter on a CPU, against the fp64 oracle."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusedprompt import ops
+
+pytest.importorskip("triton")
+from fusedprompt.ops import _triton
+
+if not _triton.INTERPRETED:
+    pytest.skip("needs TRITON_INTERPRET=1, set before triton is imported", allow_module_level=True)
+
+from fusedprompt.ops.mlp import triton as backend
+from fusedprompt.ops.mlp._configs import backward_config, forward_config
+from tolerance import (
+    Tensors,
+    assert_identical,
+    dtypes,
+    evaluate,
+    evaluate_oracle,
+    examples,
+    generator,
+    largest,
+    normal,
+    ulp,
+)
+
+# (P, [D, hidden ..., D_out]): 1, 2, 3 and 4 layers. Widths that are multiples of 16 get other tiles than odd ones do.
+SHAPES = [
+    (1, [1, 1, 1, 1]),
+    (7, [33, 7, 33]),
+    (33, [130, 97]),
+    (97, [33, 97, 7, 1, 33]),
+    (130, [7, 33, 130, 7]),
+    (20, [64, 96, 272, 64]),
+    (7, [16, 16, 32]),
+    (33, [16, 144, 16, 48]),
+    (97, [48, 32, 80, 16, 16]),
+    (255, [16, 80]),
+]
+shapes = pytest.mark.parametrize("rows, sizes", SHAPES, ids=lambda value: str(value).replace(" ", ""))
+
+
+def make(rows: int, sizes: list[int], dtype: torch.dtype, seed: int = 0) -> Tensors:
+    source = generator(seed)
+    inputs = {"x": normal((rows, sizes[0]), dtype, source)}
+    for layer, (width, out) in enumerate(itertools.pairwise(sizes)):
+        inputs[f"weight{layer}"] = normal((out, width), dtype, source) / width**0.5
+        inputs[f"bias{layer}"] = normal((out,), dtype, source)
+    return inputs
+
+
+def parts(inputs: Tensors) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    depth = (len(inputs) - 1) // 2
+    return inputs["x"], [inputs[f"weight{i}"] for i in range(depth)], [inputs[f"bias{i}"] for i in range(depth)]
+
+
+def fused(inputs: Tensors) -> Tensor:
+    return ops.mlp(*parts(inputs), backend="triton")
+
+
+def plain(inputs: Tensors, masks: Sequence[Tensor] = (), positive: Sequence[Tensor] = ()) -> Tensor:
+    return plain_layers(inputs, masks, positive)[-1]
+
+
+def plain_layers(inputs: Tensors, masks: Sequence[Tensor] = (), positive: Sequence[Tensor] = ()) -> list[Tensor]:
+    """What each layer gives. positive: which activations the ReLUs let through; by default those above zero."""
+    x, weights, biases = parts(inputs)
+    layers = []
+    for layer, (weight, bias) in enumerate(zip(weights, biases)):
+        x = F.linear(x, weight, bias)
+        if layer < len(weights) - 1:
+            x = torch.where(positive[layer], x, 0.0) if positive else F.relu(x)
+            if masks:
+                x = x * masks[layer].to(x.dtype)
+        layers.append(x)
+    return layers
+
+
+def assert_as_accurate(actual: Tensors, baseline: Tensors, truth: Tensors, rounded: torch.dtype | None = None) -> None:
+    """As `tolerance.assert_as_accurate`, with allowances for the interpreter.
+
+    Its stores truncate to bf16, which is one more ulp, and its sums over rows add one after the other, where torch and
+    the GPU add in pairs.
+
+    rounded: the dtype of the hidden activations, where it is not that of the result.
+    """
+    assert actual.keys() == truth.keys() == baseline.keys()
+    for name, true in truth.items():
+        value, expected = actual[name], baseline[name]
+        assert (value.dtype, value.shape) == (expected.dtype, expected.shape), name
+        dtype = rounded or value.dtype
+        factor = 4 if name.startswith("d_bias") else 2
+        ulps = 2 if dtype == torch.bfloat16 else 1
+        allowed = factor * largest(expected.double() - true) + ulps * ulp(largest(true), dtype)
+        error = largest(value.double() - true)
+        assert error <= allowed, f"{name}: error {error:.3g} exceeds {allowed:.3g}"
+
+
+def check(
+    inputs: Tensors, d_out: Tensor, masks: Sequence[Tensor] = (), oracle_inputs: Tensors | None = None
+) -> Tensors:
+    """Every layer's result, then every gradient, against the oracle; returns the output and the gradients.
+
+    A gradient jumps where an activation crosses zero, and rounding may move it across. So the oracle lets through what
+    the kernels let through, once these have been found right.
+    """
+    x, weights, biases = parts(inputs)
+    compute = torch.bfloat16 if oracle_inputs else None
+    out, hidden = torch.ops.fusedprompt.mlp_triton(x, weights, biases, list(masks), compute)
+    exact = {name: value.double() for name, value in (oracle_inputs or inputs).items()}
+
+    def named(layers: list[Tensor]) -> Tensors:
+        return {f"layer {index}": layer for index, layer in enumerate(layers)}
+
+    assert_as_accurate(
+        named([*hidden, out]), named(plain_layers(inputs, masks)), named(plain_layers(exact, masks)), compute
+    )
+    positive = [activations > 0 for activations in hidden]
+    truth = evaluate_oracle(lambda values: plain(values, masks, positive), exact, d_out)
+    baseline = evaluate(lambda values: plain(values, masks, positive), inputs, d_out)
+    actual = evaluate(lambda values: backend.mlp(*parts(values), list(masks)), inputs, d_out)
+    assert_as_accurate(actual, baseline, truth, compute)
+    return actual
+
+
+@dtypes
+@shapes
+def test_mlp_and_all_gradients_match_fp64_oracle(rows: int, sizes: list[int], dtype: torch.dtype) -> None:
+    check(make(rows, sizes, dtype), normal((rows, sizes[-1]), dtype, generator(9)))
+
+
+@examples(20)
+@given(
+    rows=st.integers(1, 40),
+    sizes=st.lists(st.one_of(st.integers(1, 40), st.sampled_from((16, 32, 48))), min_size=2, max_size=5),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+    seed=st.integers(0, 2**31),
+)
+def test_mlp_of_any_small_shape_matches_fp64_oracle(rows: int, sizes: list[int], dtype: torch.dtype, seed: int) -> None:
+    check(make(rows, sizes, dtype, seed), normal((rows, sizes[-1]), dtype, generator(seed + 2)))
+
+
+@pytest.mark.parametrize("width", [2128, 4240])
+def test_mlp_of_wide_layers_matches_fp64_oracle(width: int) -> None:
+    check(make(3, [16, width, 16], torch.float32), normal((3, 16), torch.float32, generator(9)))
+
+
+@dtypes
+def test_mlp_with_dropout_and_all_gradients_match_fp64_oracle(dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    masks = [F.dropout(torch.ones(33, width, dtype=dtype), 0.3) for width in (97, 65)]
+    inputs, d_out = make(33, [17, 97, 65, 9], dtype), normal((33, 9), dtype, generator(9))
+    check(inputs, d_out, masks)
+    torch.manual_seed(4)
+    drawn = evaluate(
+        lambda values: ops.mlp(*parts(values), dropout=0.3, training=True, backend="triton"), inputs, d_out
+    )
+    assert_identical(drawn, evaluate(lambda values: backend.mlp(*parts(values), masks), inputs, d_out))
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=["x-float32", "x-bfloat16"])
+@pytest.mark.parametrize("dropout", [False, True], ids=["no-dropout", "dropout"])
+def test_mlp_under_autocast_matches_fp64_oracle(parameters: torch.dtype, x_dtype: torch.dtype, dropout: bool) -> None:
+    inputs = make(33, [17, 97, 40, 9], parameters)
+    inputs["x"] = inputs["x"].to(x_dtype)
+    masks = [F.dropout(torch.ones(33, width, dtype=x_dtype), 0.3) for width in (97, 40)] if dropout else []
+    d_out = normal((33, 9), torch.bfloat16, generator(9))
+    # The products' operands are rounded to bf16 by definition, so the oracle starts from rounded ones.
+    rounded = {name: value.bfloat16() for name, value in inputs.items() if not name.startswith("bias")}
+    with torch.autocast("cpu", torch.bfloat16), _triton.recorded_launches() as launches:
+        actual = check(inputs, d_out, masks, {**inputs, **rounded})
+    assert actual["output"].dtype == torch.bfloat16
+    assert {actual[f"d_{name}"].dtype for name in inputs if name != "x"} == {parameters}
+    assert len(launches) == 3 + 6  # nothing was cast by a kernel of its own
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_mlp_launches_one_kernel_a_layer_in_each_direction(depth: int, dropout: float) -> None:
+    inputs = {name: value.requires_grad_() for name, value in make(7, [33] * (depth + 1), torch.float32).items()}
+    with _triton.recorded_launches() as launches:
+        out = ops.mlp(*parts(inputs), dropout=dropout, training=True, backend="triton")
+    assert launches == ["linear_forward"] * depth
+    with _triton.recorded_launches() as launches:
+        out.sum().backward()
+    assert launches == ["linear_backward"] * depth
+
+
+def test_mlp_twice_gives_the_same_bits() -> None:
+    inputs, d_out = make(33, [96, 130, 97], torch.float32), normal((33, 97), torch.float32, generator(9))
+    assert_identical(evaluate(fused, inputs, d_out), evaluate(fused, inputs, d_out))
+
+
+def test_mlp_of_no_rows_launches_nothing_and_gives_zero_gradients() -> None:
+    inputs = make(0, [7, 5, 3], torch.float32)
+    with _triton.recorded_launches() as launches:
+        result = evaluate(fused, inputs, torch.zeros(0, 3))
+    assert launches == [] and result["output"].shape == (0, 3)
+    for name, value in inputs.items():
+        assert torch.equal(result[f"d_{name}"], torch.zeros_like(value))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_mlp_of_noncontiguous_rows_and_biases_gives_the_bits_of_contiguous_ones(layout: str) -> None:
+    inputs, d_out = make(33, [7, 97, 33], torch.float32), normal((33, 33), torch.float32, generator(9))
+    strange = dict(inputs)
+    for name, value in inputs.items():
+        if not name.startswith("weight"):
+            other = normal(tuple(value.shape), value.dtype, generator(0), layout)
+            strange[name] = other.copy_(value)
+    assert not strange["x"].is_contiguous()
+    d_strange = normal((33, 33), torch.float32, generator(9), layout)
+    assert torch.equal(d_strange, d_out) and not d_strange.is_contiguous()
+    assert_identical(evaluate(fused, strange, d_strange), evaluate(fused, inputs, d_out))
+
+
+def test_mlp_keeps_nan_as_relu_does() -> None:
+    inputs = make(2, [3, 4, 5], torch.float32)
+    inputs["bias0"][1] = torch.nan
+    d_out = torch.ones(2, 5)
+    actual, expected = evaluate(fused, inputs, d_out), evaluate(plain, inputs, d_out)
+    for name, value in expected.items():
+        assert torch.equal(actual[name].isnan(), value.isnan()), name
+
+
+def test_mlp_gives_gradients_only_to_tensors_that_require_them() -> None:
+    inputs = make(7, [5, 9, 3], torch.float32)
+    for name in ("x", "weight1"):
+        inputs[name].requires_grad_()
+    fused(inputs).sum().backward()
+    assert {name for name, value in inputs.items() if value.grad is not None} == {"x", "weight1"}
+    assert not fused({name: value.detach() for name, value in inputs.items()}).requires_grad
+
+
+def test_mlp_refuses_double_backward() -> None:
+    inputs = {name: value.requires_grad_() for name, value in make(2, [3, 4], torch.float32).items()}
+    with pytest.raises(RuntimeError, match="no double backward"):
+        torch.autograd.grad(fused(inputs).square().sum(), inputs["x"], create_graph=True)
+
+
+def refusals() -> list[Any]:
+    few, many = make(3, [4, 5], torch.float32), make(256, [4, 5], torch.float32)
+    turned = {**few, "weight0": few["weight0"].t().contiguous().t()}
+    wide = {name: value.double() for name, value in few.items()}
+    empty = make(3, [4, 1, 2], torch.float32)
+    empty["weight0"], empty["bias0"], empty["weight1"] = torch.zeros(0, 4), torch.zeros(0), torch.zeros(2, 0)
+    return [
+        pytest.param(many, r"at most 255 rows, where cuBLAS is faster, got 256", id="rows"),
+        pytest.param(turned, r"contiguous weights, got weights\[0\] with strides \(1, 5\)", id="contiguous"),
+        pytest.param(wide, r"needs float32, bfloat16 or float16, got torch.float64", id="dtype"),
+        pytest.param(empty, r"at least one input and output, got weights\[0\] \(0, 4\)", id="empty"),
+    ]
+
+
+@pytest.mark.parametrize(("inputs", "reason"), refusals())
+def test_mlp_that_triton_refuses_runs_on_the_reference(inputs: Tensors, reason: str) -> None:
+    with pytest.raises(ops.BackendUnavailable, match=reason):
+        fused(inputs)
+    with _triton.recorded_launches() as launches:
+        actual = ops.mlp(*parts(inputs))
+    assert launches == [] and torch.equal(actual, plain(inputs))
+
+
+def test_mlp_chooses_triton_where_it_runs() -> None:
+    with _triton.recorded_launches() as launches:
+        ops.mlp(*parts(make(255, [4, 5], torch.float32)))
+    assert launches == ["linear_forward"]
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("compute", [None, torch.bfloat16])
+def test_mlp_ops_pass_opcheck(dropout: bool, compute: torch.dtype | None) -> None:
+    x, weights, biases = parts(make(7, [5, 9, 3], torch.float32))
+    masks = [F.dropout(torch.ones(7, 9), 0.5)] if dropout else []
+    out, hidden = torch.ops.fusedprompt.mlp_triton(x, weights, biases, masks, compute)
+    d_out = torch.ones_like(out)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    for leaf in (x, *weights, *biases):
+        leaf.requires_grad_()
+    torch.library.opcheck(
+        torch.ops.fusedprompt.mlp_triton.default, (x, weights, biases, masks, compute), test_utils=checks
+    )
+    arguments = (d_out, x.detach(), [weight.detach() for weight in weights], masks, hidden, compute)
+    torch.library.opcheck(torch.ops.fusedprompt.mlp_backward_triton.default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_mlp_compiles_in_one_graph_with_the_bits_of_eager(autocast: bool) -> None:
+    inputs, d_out = make(7, [5, 9, 3], torch.float32), normal((7, 3), torch.float32, generator(9))
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert_identical(evaluate(compiled, inputs, d_out), evaluate(fused, inputs, d_out))
+
+
+def test_mlp_tiles_cover_their_rows_and_are_few() -> None:
+    for precision, compute in (("ieee", torch.float32), ("tf32", torch.float32), ("tf32", torch.bfloat16)):
+        for rows in (1, 16, 17, 32, 33, 64, 65, 128, 129, 255):
+            for width in (1, 768, 2112, 2128, 4224, 4240, 16384):
+                forward = forward_config(rows, width, width, compute.itemsize, precision)
+                backward = backward_config(rows, width, width, compute.itemsize, compute, precision)
+                assert forward["BLOCK_P"] == backward["BLOCK_P"] >= rows
+                assert min(value for name, value in {**forward, **backward}.items() if "BLOCK" in name) >= 16
+    assert len(list(backend.configurations())) <= 60
