@@ -8,9 +8,8 @@ TORCH_VERSION ?= 2.13.0
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 READY := $(VENV)/.ready
-RESULTS ?= benches/results
 
-.PHONY: help demo test lint format types check bench doctor wheel clean
+.PHONY: help demo test lint format types check kernels bench doctor wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -44,9 +43,12 @@ types: $(READY)  ## check types
 
 check: test lint types  ## all of CI
 
+kernels: $(READY)  ## compile every Triton kernel for every chip, without a GPU, and tabulate the result
+	$(BIN)/python -m benches.compile_table --write docs/kernels-compiled.md
+
 bench: $(READY)  ## measure against PEFT on this machine
-	$(BIN)/python -m pytest benches -q --benchmark-json=$(RESULTS)/latest.json $(ARGS)
-	$(BIN)/python benches/report.py $(RESULTS)/latest.json
+	$(BIN)/python -m pytest benches -q --benchmark-quiet --benchmark-json=.benchmarks/latest.json $(ARGS)
+	$(BIN)/python -m benches.report .benchmarks/latest.json --save
 
 doctor: $(READY)  ## what is installed here, and which backend each op uses
 	$(BIN)/python -m fusedprompt doctor

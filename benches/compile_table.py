@@ -97,9 +97,8 @@ def _assemble(text: str) -> tuple[int, int]:
     found = re.search(r"\.target (sm_\w+)", text)
     assert found is not None
     chip = found.group(1)
-    # Blackwell has an assembler of its own in newer releases of Triton.
-    candidates = [path for path in (ptxas / "ptxas-blackwell", ptxas / "ptxas") if path.exists()]
-    program = candidates[0] if chip.startswith("sm_10") else candidates[-1]
+    # Newer releases bring a second, newer assembler, which reads the PTX they write for every chip.
+    program = next(path for path in (ptxas / "ptxas-blackwell", ptxas / "ptxas") if path.exists())
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(text)
         file.flush()

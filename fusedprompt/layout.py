@@ -26,16 +26,23 @@ class Layout:
     num_prompt_rows: int
     slots: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        count = self.num_prompt_rows
+        if isinstance(count, bool) or count < 0:
+            raise ValueError(f"num_prompt_rows: expected an int >= 0, got {count!r}")
+
     @classmethod
     def prefix(cls, num_prompt_rows: int) -> Layout:
         """All prompt rows, then the tokens: what PEFT builds by concatenation."""
-        if isinstance(num_prompt_rows, bool) or not isinstance(num_prompt_rows, int) or num_prompt_rows < 0:
+        if not isinstance(num_prompt_rows, int):
             raise ValueError(f"num_prompt_rows: expected an int >= 0, got {num_prompt_rows!r}")
         return cls(num_prompt_rows)
 
     @classmethod
     def from_slots(cls, slots: Tensor, num_prompt_rows: int) -> Layout:
         """Any arrangement. Slots are not checked against the number of prompt rows: that would wait for the device."""
+        if not isinstance(slots, Tensor):
+            raise TypeError(f"slots: expected an int64 tensor of shape (B, S), got {type(slots).__name__}")
         if slots.dim() != 2 or slots.dtype != torch.int64:
             raise ValueError(f"slots: expected int64 of shape (B, S), got {slots.dtype} of shape {tuple(slots.shape)}")
         return cls(num_prompt_rows, slots)
@@ -76,6 +83,8 @@ class Layout:
         """Carry per-token values (B, T) to (B, S), with `rows[r]` at prompt row r; `rows` is (R,) in values' dtype."""
         if self.slots is None:
             return torch.cat((rows.expand(values.shape[0], -1), values), dim=1)
+        if not rows.shape[0]:
+            return self.fill(values, 0)
         return torch.where(self.slots < 0, rows[(~self.slots).clamp(min=0)], self.fill(values, 0))
 
     def position_ids(self, values: Tensor, first: int = 0) -> Tensor:

@@ -1,7 +1,7 @@
 """The truth: every op written from its formula in fp64, one step at a time, sharing no code with the package.
 
-Tensors come in already rounded to the dtype under test; everything here is computed from those values in fp64. Gradients
-are autograd's through these functions, or the loops of `splice_gradients` and `cpt_gradient`.
+Tensors come in already rounded to the dtype under test; everything here is computed from those values in fp64.
+Gradients are autograd's through these functions, or the loops of `splice_gradients` and `cpt_gradient`.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def cpt(embedding: Tensor, delta: Tensor, epsilon: Tensor) -> tuple[Tensor, Tens
 
 
 def cpt_gradient(d_rows: Tensor, token_types: Sequence[int]) -> Tensor:
-    """The projection counts as part of the optimizer: delta's gradient is the rows', but 0 for labels and separators."""
+    """The projection counts as part of the optimizer: delta's gradient is the rows', 0 for labels and separators."""
     d_delta = d_rows.double().clone()
     for row, code in enumerate(token_types):
         if code % 4 == 0:
@@ -171,8 +171,3 @@ def cpt_loss(logits: Tensor, labels: Tensor, token_types: Tensor, decay: float) 
             total = total + (decay ** examples.index(code) if code in examples else 1.0) * loss
             count += 1
     return total / max(count, 1)
-
-
-def cross_entropy_is_ignored(labels: Tensor) -> bool:
-    """Whether no position of (B, S) labels is predicted by an earlier one."""
-    return all(label == -100 for row in labels[:, 1:].tolist() for label in row)

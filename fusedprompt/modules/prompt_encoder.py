@@ -100,13 +100,13 @@ class PromptEncoder(PromptModule):
             return super().forward(indices)
         _check.tensor("indices", indices, "(B, P)", 2)
         _check.token_ids("indices", indices)
-        if indices.shape[0] <= 1 or torch.compiler.is_compiling():
+        if not indices.numel():
+            return self.embedding.weight.new_empty(*indices.shape, self.token_dim)
+        if indices.shape[0] == 1 or torch.compiler.is_compiling():
             distinct, which = indices, None
         else:
             distinct, which = torch.unique(indices, dim=0, return_inverse=True)
         encoded = [self._encode(self.embedding(sequence)) for sequence in distinct.unbind(0)]
-        if not encoded:
-            return self.embedding.weight.new_empty(0, indices.shape[1], self.token_dim)
         rows = torch.stack(encoded)
         return rows if which is None else rows[which]
 

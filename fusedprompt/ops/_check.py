@@ -41,6 +41,13 @@ def same_dtype(argument: str, value: torch.Tensor, other_name: str, other: torch
         raise TypeError(f"{argument}: expected the dtype of {other_name}, {other.dtype}, got {value.dtype}")
 
 
+def integral(argument: str, value: torch.Tensor) -> None:
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{argument}: expected an integer dtype, got {value.dtype}")
+
+
 def probability(argument: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument}: expected a number in [0, 1), got {value!r} of type {type(value).__name__}")
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{argument}: expected a number in [0, 1), got {value}")

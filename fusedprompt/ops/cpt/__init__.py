@@ -71,7 +71,9 @@ def cpt_loss(logits: Tensor, labels: Tensor, token_types: Tensor, *, decay: floa
         A scalar in fp32 (fp64 for fp64 logits).
     """
     _check.tensor("logits", logits, "(B, S, V)", 3)
+    _check.floating("logits", logits)
     for name, value in (("labels", labels), ("token_types", token_types)):
         _check.tensor(name, value, "(B, S)", 2)
         _check.shape(name, value, "(B, S)", logits.shape[:2])
+        _check.integral(name, value)
     return reference.weighted_loss(logits, labels, token_types, decay)

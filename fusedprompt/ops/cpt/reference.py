@@ -65,13 +65,13 @@ def weighted_loss(logits: Tensor, labels: Tensor, token_types: Tensor, decay: fl
         logits[:, :-1].flatten(0, 1).to(wide), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     ).view(targets.shape)
     if decay != 1.0:
-        losses = losses * decay ** _example_rank(token_types[:, 1:].to(logits.device))
+        losses = losses * losses.new_full((), decay) ** _example_rank(token_types[:, 1:].to(logits.device))
     return losses.sum() / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def _example_rank(token_types: Tensor) -> Tensor:
-    """For each label code of a row, how many different higher label codes the row holds; anything at other codes."""
+    """For each label code of a row, how many different higher label codes the row holds; 0 at other codes."""
     codes = torch.where(is_label(token_types), token_types, 0)
     ordered, order = codes.sort(dim=1, descending=True)
     steps = F.pad((ordered[:, 1:] != ordered[:, :-1]).long(), (1, 0)).cumsum(1)
-    return torch.empty_like(steps).scatter_(1, order, steps)
+    return torch.where(codes > 0, torch.empty_like(steps).scatter_(1, order, steps), 0)

@@ -48,10 +48,10 @@ def lstm(
         TypeError, ValueError: an argument of the wrong type, dtype or shape.
         BackendUnavailable: the requested backend cannot run on these arguments.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
-    hidden = _check_arguments(x, weights, num_layers, bidirectional, dropout)
+    autocast = _autocast_dtype(x)
+    hidden = _check_arguments(x, weights, num_layers, bidirectional, dropout, any_dtype=autocast is not None)
+    if autocast is not None:
+        x, weights = x.to(autocast), [weight.to(autocast) for weight in weights]
     masks: list[Tensor] = []
     if training and dropout > 0.0:
         # nn.LSTM works on (P, B, directions * H) inside, and draws there.
@@ -62,7 +62,17 @@ def lstm(
     return result
 
 
-def _check_arguments(x: Tensor, weights: Sequence[Tensor], num_layers: int, bidirectional: bool, dropout: float) -> int:
+def _autocast_dtype(x: object) -> torch.dtype | None:
+    """What autocast asks for where x is, or None."""
+    if not isinstance(x, Tensor) or x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def _check_arguments(
+    x: Tensor, weights: Sequence[Tensor], num_layers: int, bidirectional: bool, dropout: float, any_dtype: bool
+) -> int:
+    """Returns H. any_dtype: the weights need not have x's dtype."""
     _check.tensor("x", x, "(B, P, D)", 3)
     _check.floating("x", x)
     _check.probability("dropout", dropout)
@@ -89,6 +99,9 @@ def _check_arguments(x: Tensor, weights: Sequence[Tensor], num_layers: int, bidi
         name = f"weights[{index}]"
         _check.tensor(name, weight, rule, len(shape))
         _check.shape(name, weight, rule, shape)
-        _check.same_dtype(name, weight, "x", x)
         _check.same_device(name, weight, "x", x)
+        if any_dtype:
+            _check.floating(name, weight)
+        else:
+            _check.same_dtype(name, weight, "x", x)
     return hidden

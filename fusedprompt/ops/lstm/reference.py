@@ -164,12 +164,12 @@ def _layer_backward(d_output: Tensor, layer: list[Sequence[Tensor]], saved: dict
         d_bias = d_gate.sum(0)
         d_gate = d_gate.to(hidden.dtype)
         gradients += (
-            d_gate.t() @ inputs[way].reshape(rows, -1),
+            d_gate.t() @ inputs[way].reshape(rows, weight_ih.shape[1]),
             d_gate.t() @ hidden[way, :-1].reshape(rows, size),
             d_bias.to(bias_ih.dtype),
             d_bias.to(bias_hh.dtype, copy=True),
         )
-        d_input = (d_gate @ weight_ih).view(steps, batch, -1)
+        d_input = (d_gate @ weight_ih).view(steps, batch, weight_ih.shape[1])
         d_inputs = d_input if d_inputs is None else d_inputs + d_input.flip(0)
     assert d_inputs is not None
     return [d_inputs, *gradients]
@@ -206,7 +206,10 @@ def _lstm_backward_fake(
     saved: Sequence[Tensor],
 ) -> list[Tensor]:
     batch, steps, _ = d_output.shape
-    return [d_output.new_empty(batch, steps, weights[0].shape[1]), *(torch.empty_like(weight) for weight in weights)]
+    return [
+        d_output.new_empty(batch, steps, weights[0].shape[1]),
+        *(weight.new_empty(weight.shape) for weight in weights),
+    ]
 
 
 class _LSTM(torch.autograd.Function):

@@ -23,8 +23,9 @@ def _triton(x: Tensor, weights: list[Tensor], biases: list[Tensor], dropout_mask
 
 
 def _why_not_triton(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dropout_masks: Sequence[Tensor] = ()
+    x: Tensor, weights: Sequence[Tensor] = (), biases: Sequence[Tensor] = (), dropout_masks: Sequence[Tensor] = ()
 ) -> str | None:
+    """Also of the rows alone, for `explain`."""
     reason = why_not_triton(x, *weights)
     if reason is not None:
         return reason
@@ -41,7 +42,8 @@ def _why_not_triton(
 
 OP = Op("mlp")
 OP.add("reference", reference.mlp, never_objects)
-OP.add("triton", _triton, _why_not_triton)
+# Proved in the interpreter and by its compiled code only: not a default before it has been measured on a GPU.
+OP.add("triton", _triton, _why_not_triton, by_default=False)
 
 
 def mlp(
@@ -103,6 +105,7 @@ def _check_arguments(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tens
         _check.tensor(f"biases[{layer}]", bias, "(out,)", 1)
         _check.shape(f"biases[{layer}]", bias, "(out,)", (weight.shape[0],))
         _check.same_dtype(f"biases[{layer}]", bias, name, weight)
+        _check.same_device(f"biases[{layer}]", bias, "x", x)
         if not torch.is_autocast_enabled(x.device.type):
             _check.same_dtype(name, weight, "x", x)
         width = weight.shape[0]

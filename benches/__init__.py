@@ -1,0 +1,1 @@
+"""Benchmarks of fusedprompt against PEFT; see README.md."""

@@ -1,0 +1,52 @@
+"""What a run of the benchmarks writes down about the machine and the software."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "fusedprompt", "pytest-benchmark")
+
+
+def _version(package: str) -> str:
+    if package == "fusedprompt":  # a checkout is measured as it is, installed or not
+        import fusedprompt
+
+        return fusedprompt.__version__
+    return importlib.metadata.version(package)
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+    """Replace pytest-benchmark's description, which has the host's name in it, by what the figures depend on."""
+    machine_info.clear()
+    machine_info.update(
+        cpu=_cpu_model(),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        cpus=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        versions={package: _version(package) for package in PACKAGES},
+    )
+
+
+def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Leave out every single time and what describes the process: the figures are in `extra_info`."""
+    output_json["commit_info"] = {key: output_json["commit_info"].get(key) for key in ("id", "dirty")}
+    for row in output_json["benchmarks"]:
+        for key in ("stats", "options", "params", "param", "group"):
+            row.pop(key, None)

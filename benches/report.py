@@ -1,0 +1,146 @@
+"""Print a benchmark result as tables, and keep it: `python -m benches.report RESULT.json [--save]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ._interleave import AGAIN, COMPILED, OURS
+
+RESULTS = Path(__file__).parent / "results"
+MISSING = "-"
+TITLES = {OURS: "ours", COMPILED: "compiled"}
+
+
+def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The measured rows: `extra_info` of each benchmark, as `_interleave.measure` fills it."""
+    return [row["extra_info"] for row in result["benchmarks"] if "contenders" in row.get("extra_info", {})]
+
+
+def machine_name(machine: dict[str, Any]) -> str:
+    """A file name for a machine: its processor, and the threads used."""
+    words = re.sub(r"\((?:r|tm)\)", " ", machine["cpu"].lower())
+    return "-".join([*re.findall(r"[a-z0-9]+", words), str(machine["threads"]), "threads"])
+
+
+def aligned(cells: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lines of a table with a rule under its first row. The first `left` columns are flush left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = []
+    for row in cells:
+        padded = [
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(padded).rstrip())
+    lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return lines
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def _ratio(value: float, control: float | None) -> str:
+    """A ratio, with ~ where PEFT against itself is as far from 1 in either direction."""
+    within_noise = control is not None and abs(math.log(value)) <= abs(math.log(control))
+    return f"{'~' if within_noise else ''}{value:.2f}"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One group's table: ours with its spread, then each peer's median and its ratio to ours, then the control."""
+    found = dict.fromkeys(name for row in rows for name in (*row["contenders"], *row["left_out"]))
+    peers = [name for name in found if name not in (OURS, AGAIN)]
+    header = ["case", "dtype", "measured", f"{TITLES[OURS]} ms", "p20", "p80"]
+    for peer in peers:
+        header += [f"{TITLES.get(peer, peer)} ms", "ratio"]
+    cells = [[*header, "PEFT/PEFT"]]
+    for row in rows:
+        ours = row["contenders"][OURS]
+        line = [row["case"], row["dtype"], row["mode"]]
+        line += [_milliseconds(ours[key]) for key in ("median_ms", "p20_ms", "p80_ms")]
+        for peer in peers:
+            figures = row["contenders"].get(peer)
+            if figures:
+                line += [_milliseconds(figures["median_ms"]), _ratio(figures["ratio"], row["control"])]
+            else:
+                line += [MISSING, MISSING]
+        cells.append([*line, MISSING if row["control"] is None else f"{row['control']:.2f}"])
+    return aligned(cells, left=3)
+
+
+def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Why figures are missing, one line per contender and reason."""
+    missing = Counter((name, reason) for row in rows for name, reason in row["left_out"].items() if name != AGAIN)
+    return [f"no figure for {name} in {count} rows: {reason}" for (name, reason), count in missing.items()]
+
+
+def control(rows: Sequence[dict[str, Any]]) -> str:
+    """What PEFT against itself says about the run."""
+    measured = [row["control"] for row in rows if row["control"] is not None]
+    if not measured:
+        return "PEFT against itself: not measured."
+    return (
+        f"PEFT against itself: {statistics.median(measured):.2f} in the median of {len(measured)} rows, from "
+        f"{min(measured):.2f} to {max(measured):.2f}."
+    )
+
+
+def render(result: dict[str, Any]) -> str:
+    """The whole report as text.
+
+    Raises:
+        ValueError: the result has no measured rows.
+    """
+    rows = rows_of(result)
+    if not rows:
+        raise ValueError("result: expected benchmarks with measured contenders, got none")
+    machine, commit = result["machine_info"], result.get("commit_info") or {}
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    changed = ", with changes" if commit.get("dirty") else ""
+    lines = [
+        f"Machine:  {machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads on {machine['cpus']} "
+        f"CPUs, {machine['system']}",
+        f"Software: python {machine['python']}, {versions}",
+        f"Date:     {result['datetime'][:19]}, commit {(commit.get('id') or 'unknown')[:12]}{changed}",
+        f"Baseline: PEFT {machine['versions']['peft']} in the same process, eager and under torch.compile, interleaved "
+        "with ours.",
+        "Columns:  medians in milliseconds; ratio = peer / ours, so above 1 ours is faster.",
+        "          ours: fusedprompt, eager. compiled: PEFT under torch.compile, in `step` with the whole base model.",
+        "          PEFT/PEFT: PEFT against a second PEFT, the control; a ratio marked ~ is no further from 1.",
+    ]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        of_group = [row for row in rows if row["group"] == group]
+        lines += ["", group, *table(of_group), *notes(of_group)]
+    return "\n".join([*lines, "", control(rows)])
+
+
+def save(result: dict[str, Any]) -> Path:
+    """Write the result under the machine's name, in place of an older one."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{machine_name(result['machine_info'])}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="benches.report", description=__doc__)
+    parser.add_argument("result", type=Path, help="what --benchmark-json wrote, or a file of benches/results")
+    parser.add_argument("--save", action="store_true", help="also keep it in benches/results, by the machine's name")
+    options = parser.parse_args(arguments)
+    result = json.loads(options.result.read_text())
+    print(render(result))
+    if options.save:
+        print(f"\nSaved as {save(result)}")
+
+
+if __name__ == "__main__":
+    main()

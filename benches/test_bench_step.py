@@ -1,0 +1,141 @@
+"""Training steps of whole models: prompt tuning, P-tuning and CPT on a Llama with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fusedprompt
+
+from ._compiled import COMPILED_ONLY, compiled
+from ._interleave import AGAIN, COMPILED, FORWARD, OURS, PEFT, STEP, Case, Contender, check, measure
+
+CPT_TYPES = [0, 1, 2, 2, 3, 4, 4, 0, 0, 5, 6, 6, 7, 8, 8, 0]  # two examples: template, input, template, label
+METHODS: dict[str, tuple[int, int, int, Callable[..., Any]]] = {  # B, P, T, configuration
+    "prompt tuning": (4, 200, 210, lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=200)),
+    "P-tuning MLP": (
+        *(8, 20, 64),
+        lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
+    ),
+    "P-tuning LSTM": (
+        *(8, 20, 64),
+        lambda: peft.PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=20,
+            encoder_reparameterization_type="LSTM",
+            encoder_hidden_size=256,
+        ),
+    ),
+    "CPT": (
+        *(4, len(CPT_TYPES), 64),
+        lambda: peft.CPTConfig(
+            task_type="CAUSAL_LM",
+            cpt_token_ids=list(range(100, 100 + len(CPT_TYPES))),
+            cpt_mask=[1] * len(CPT_TYPES),
+            cpt_tokens_type_mask=CPT_TYPES,
+            opt_weighted_loss_type="decay",
+            opt_loss_decay_factor=0.95,
+        ),
+    ),
+}
+SMALL, LARGE = (2, 256, 8000), (6, 512, 32000)  # layers, D, V
+
+
+def llama(layers: int, width: int, vocabulary: int) -> LlamaForCausalLM:
+    """Random weights, the same on every call."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=width,
+            intermediate_size=width * 11 // 4,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            num_key_value_heads=width // 64,
+            vocab_size=vocabulary,
+            max_position_embeddings=1024,
+        )
+    ).train()
+
+
+def contender(name: str, model: nn.Module, call: Any, batch: dict[str, Tensor]) -> Contender:
+    """call: the model, compiled or not. batch: its arguments; each call gets its own input_type_mask, which PEFT
+    changes in place."""
+    parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
+    length = batch["input_ids"].shape[1]
+
+    def forward() -> Any:
+        own = dict(batch)
+        if "input_type_mask" in own:
+            own["input_type_mask"] = own["input_type_mask"].clone()
+        return call(**own)
+
+    return Contender(
+        name,
+        forward=forward,
+        backward=lambda output: output.loss.backward(),
+        outputs=lambda output: {"loss": output.loss, "text logits": output.logits[:, -length:]},
+        parameters=parameters,
+        update=optimizer.step,
+        **(COMPILED_ONLY if name == COMPILED else {}),
+    )
+
+
+def build(method: str, size: tuple[int, int, int], small: bool) -> Case:
+    """size: layers, D, V. small: compile a peer too."""
+    batch_size, rows, length, config = METHODS[method]
+    torch.manual_seed(0)
+    ids = torch.randint(0, size[2], (batch_size, length))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    if method == "CPT":
+        batch["input_type_mask"] = torch.tensor([1, 2, 3, 4]).repeat_interleave(length // 4).repeat(batch_size, 1)
+
+    def peer() -> Any:  # built anew each time: a copy would lack the hook that masks CPT's gradient
+        model = peft.get_peft_model(llama(*size), config())
+        if method == "CPT":  # zeros at first: there would be nothing to project
+            nn.init.normal_(model.prompt_encoder["default"].delta_embedding.weight, std=0.01)
+        return model
+
+    theirs, truth = peer(), peer()
+    ours = fusedprompt.get_prompt_model(llama(*size), config())
+    ours.prompt_encoder["default"].load_state_dict(theirs.prompt_encoder["default"].state_dict())
+
+    again = peer()
+    contenders = [contender(OURS, ours, ours, batch), contender(PEFT, theirs, theirs, batch)]
+    if small:
+        to_compile = peer()
+        contenders.append(contender(COMPILED, to_compile, compiled(to_compile), batch))
+    contenders.append(contender(AGAIN, again, again, batch))
+    return check(
+        Case(
+            group="step",
+            name=f"{method} B={batch_size} P={rows} T={length}, {size[0]} layers D={size[1]} V={size[2]}",
+            dtype="fp32",
+            contenders=contenders,
+            truth=contender("PEFT", truth, truth, batch),
+            tolerance=(1e-5, 1e-4),
+            seconds=3.0 if small else 4.0,
+            rounds=(8, 80) if small else (4, 12),
+        )
+    )
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(method, small) for small in (True, False) for method in METHODS],
+    ids=lambda param: f"{param[0]}-{'small' if param[1] else 'large'}".replace(" ", "-"),
+)
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    method, small = request.param
+    yield build(method, SMALL if small else LARGE, small)
+
+
+@pytest.mark.parametrize("mode", [FORWARD, STEP])
+def test_step(benchmark: Any, case: Case, mode: str) -> None:
+    measure(benchmark, case, mode)

@@ -1,0 +1,92 @@
+"""The training loop of the demo, and what it records."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Curve:
+    """What happened in a training.
+
+    loss: of each step's batch, in nats per token.
+    seconds: at the end of each step, counting the steps alone and not the checks between them.
+    checked_steps: after how many steps there was a check; the first is after none.
+    checks: what each check found.
+    """
+
+    loss: list[float] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    checked_steps: list[int] = dataclasses.field(default_factory=list)
+    checks: list[float] = dataclasses.field(default_factory=list)
+
+    def checked_seconds(self) -> list[float]:
+        """When each check was, on the clock of `seconds`."""
+        return [0.0 if step == 0 else self.seconds[step - 1] for step in self.checked_steps]
+
+
+def train(
+    model: nn.Module,
+    data: dict[str, Tensor],
+    *,
+    title: str,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    check: Callable[[], float],
+    check_every: int,
+    enough: float = math.inf,
+) -> Curve:
+    """Train those parameters of a model that require gradients, and leave it in eval mode.
+
+    Args:
+        data: the model's arguments by name, each (rows, T); a step takes `batch_size` random rows.
+        title: shown beside the progress bar.
+        learning_rate: the highest; it rises over the first tenth of the steps and falls to zero along a cosine.
+        check: called every `check_every` steps, before the first, and after the last.
+        enough: stop when two checks in a row reach this.
+    """
+    from tqdm import tqdm
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    warmup = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+    )
+    generator = torch.Generator().manual_seed(seed)
+    count = len(data["input_ids"])
+    curve = Curve(checked_steps=[0], checks=[check()])
+    elapsed = 0.0
+    with tqdm(total=steps, desc=title, unit="step", leave=False) as progress:
+        for step in range(1, steps + 1):
+            start = time.perf_counter()
+            model.train()
+            rows = torch.randint(count, (batch_size,), generator=generator).to(data["input_ids"].device)
+            loss = model(**{name: tensor[rows] for name, tensor in data.items()}).loss
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            curve.loss.append(loss.item())
+            elapsed += time.perf_counter() - start
+            curve.seconds.append(elapsed)
+            progress.update()
+            if step % check_every == 0 or step == steps:
+                model.eval()
+                curve.checked_steps.append(step)
+                curve.checks.append(check())
+                progress.set_postfix(loss=f"{curve.loss[-1]:.3f}", check=f"{curve.checks[-1]:.1f}")
+                if min(curve.checks[-2:]) >= enough:
+                    break
+    model.eval()
+    return curve

@@ -1,0 +1,217 @@
+"""What importing the package brings with it, and which part may import which."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fusedprompt
+
+PACKAGE = Path(fusedprompt.__file__).resolve().parent
+OPTIONAL = ("transformers", "peft", "triton", "safetensors", "matplotlib", "tqdm", "huggingface_hub")
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+OPS = [path for path in SOURCES if path.is_relative_to(PACKAGE / "ops")]
+
+
+def run_python(code: str) -> str:
+    """The output of a fresh process."""
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_importing_the_package_imports_nothing_but_the_standard_library() -> None:
+    code = f"""
+import sys
+import fusedprompt
+print(sorted({{"torch", "numpy", *{OPTIONAL}}} & set(sys.modules)))
+"""
+    assert run_python(code).strip() == "[]"
+
+
+def test_using_every_public_name_imports_nothing_optional_that_torch_does_not() -> None:
+    code = f"""
+import sys
+import torch
+before = set(sys.modules)
+import fusedprompt
+from fusedprompt import *
+for name in fusedprompt.__all__:
+    assert getattr(fusedprompt, name) is globals()[name], name
+assert set(fusedprompt.__all__) <= set(dir(fusedprompt))
+print(sorted(set({OPTIONAL}) & (set(sys.modules) - before)))
+"""
+    assert run_python(code).strip() == "[]"
+
+
+def test_everything_but_models_runs_where_optional_packages_are_missing() -> None:
+    code = f"""
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {OPTIONAL}:
+            raise ModuleNotFoundError(f"No module named {{name!r}} (blocked)", name=name)
+
+sys.meta_path.insert(0, Missing())
+import torch
+import fusedprompt as fp
+
+x = torch.ones(2, 3, requires_grad=True)
+y = fp.ops.mlp(x, [torch.ones(4, 3)], [torch.ones(4)])
+assert torch.equal(y, torch.full((2, 4), 4.0))
+ids = torch.zeros(5, 1, dtype=torch.int64)
+batch = fp.ops.splice_batch(y, fp.Layout.prefix(2), input_ids=ids, table=torch.zeros(1, 4), labels=ids)
+batch.inputs_embeds.sum().backward()
+assert torch.equal(x.grad, torch.full((2, 3), 20.0))
+for kind in ("MLP", "LSTM"):
+    config = fp.PromptEncoderConfig(num_virtual_tokens=2, token_dim=4, encoder_reparameterization_type=kind)
+    assert fp.PromptEncoder(config).encode().shape == (2, 4)
+rows, _ = fp.ops.cpt(x.detach(), x, torch.ones(2), torch.ones(2, dtype=torch.bool))
+assert fp.explain("mlp", x, [], [], [])["reference"] == "runs"
+for name in {OPTIONAL}:
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(name)
+print("done")
+"""
+    assert run_python(code).strip() == "done"
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'fusedprompt' has no attribute 'nonsense'"):
+        fusedprompt.nonsense  # noqa: B018
+
+
+def imported_names(path: Path, top_level_only: bool = False) -> Iterator[str]:
+    """Full names of what a file imports, with relative imports resolved; type-checking imports are not counted."""
+    tree = ast.parse(path.read_text())
+    package = ["fusedprompt", *path.relative_to(PACKAGE).parent.parts]
+
+    def visit(node: ast.AST) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                stem = package[: len(package) - child.level + 1] if child.level else []
+                base = ".".join([*stem, *([child.module] if child.module else [])])
+                yield from (f"{base}.{alias.name}" for alias in child.names)
+            elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                yield from ()
+            elif not (top_level_only and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))):
+                yield from visit(child)
+
+    return visit(tree)
+
+
+def imports_of(path: Path, forbidden: tuple[str, ...], top_level_only: bool = False) -> list[str]:
+    return [
+        name
+        for name in imported_names(path, top_level_only)
+        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in forbidden)
+    ]
+
+
+def test_the_scan_of_imports_sees_relative_and_nested_imports() -> None:
+    folder = PACKAGE / "ops" / "mlp"
+    assert "fusedprompt.ops._check" in set(imported_names(folder / "__init__.py"))
+    assert "fusedprompt.ops.mlp.reference" in set(imported_names(folder / "__init__.py"))
+    assert "fusedprompt.ops._library.LIBRARY" in set(imported_names(folder / "reference.py"))
+    config = PACKAGE / "config.py"
+    assert "fusedprompt.checkpoint.read_json" in set(imported_names(config))
+    assert "fusedprompt.checkpoint.read_json" not in set(imported_names(config, top_level_only=True))
+    assert len(OPS) > 10 and len(SOURCES) > 20
+
+
+ABOVE_OPS = (
+    "transformers",
+    "peft",
+    *(
+        f"fusedprompt.{name.stem}"
+        for name in PACKAGE.glob("*.py")
+        if name.stem not in ("layout", "__init__", "_version")
+    ),
+    "fusedprompt.modules",
+    "fusedprompt.integrations",
+    "fusedprompt.demo",
+)
+
+
+@pytest.mark.parametrize("path", OPS, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_ops_import_nothing_that_sits_on_top_of_them(path: Path) -> None:
+    assert {"fusedprompt.model", "fusedprompt.routes", "fusedprompt.checkpoint"} <= set(ABOVE_OPS)
+    assert imports_of(path, ABOVE_OPS) == []
+
+
+BACKENDS = ("reference", "triton", "native")
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in OPS if path.stem in BACKENDS], ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_a_backend_imports_no_other_backend_and_no_other_op(path: Path) -> None:
+    op = path.parent.name
+    others = tuple(f"fusedprompt.ops.{op}.{name}" for name in BACKENDS if name != path.stem)
+    other_ops = tuple(
+        f"fusedprompt.ops.{folder.name}"
+        for folder in (PACKAGE / "ops").iterdir()
+        if (folder / "__init__.py").exists() and folder.name != op
+    )
+    assert len(other_ops) == 3
+    assert imports_of(path, others + other_ops) == []
+
+
+@pytest.mark.parametrize("name", ["config.py", "layout.py"])
+def test_config_and_layout_import_nothing_of_the_package_at_module_level(name: str) -> None:
+    assert imports_of(PACKAGE / name, ("fusedprompt",), top_level_only=True) == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in SOURCES if path.parent.name == "modules" or path.name in ("config.py", "layout.py")],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_modules_import_nothing_of_models(path: Path) -> None:
+    names = ("model", "routes", "tasks", "heads", "generation", "saving", "base_model", "integrations", "demo")
+    assert imports_of(path, tuple(f"fusedprompt.{name}" for name in names)) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_optional_packages_are_imported_inside_functions_only(path: Path) -> None:
+    # Triton's kernels cannot be written without Triton; see the next test.
+    optional = tuple(name for name in OPTIONAL if name != "triton" or path not in OPS)
+    assert imports_of(path, optional, top_level_only=True) == []
+
+
+def test_no_file_but_those_of_triton_backends_needs_triton_at_module_level() -> None:
+    needy: dict[Path, str] = {}
+    while True:
+        names = ("triton", *needy.values())
+        more = [path for path in SOURCES if path not in needy and imports_of(path, names, top_level_only=True)]
+        if not more:
+            break
+        for path in more:
+            needy[path] = ".".join(("fusedprompt", *path.relative_to(PACKAGE).with_suffix("").parts))
+    assert PACKAGE / "ops" / "_triton.py" in needy
+    for path in needy:
+        assert path in OPS and (path.stem == "triton" or re.fullmatch("_[a-z]+", path.stem)), path
+        assert path.stem not in ("_backend", "_check", "_library", "_requirements", "_op"), path
+
+
+@pytest.mark.parametrize("path", OPS, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_ops_catch_no_exception_they_do_not_name(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: except without a type"
+            names = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)}
+            assert not names & {"Exception", "BaseException"}, f"line {node.lineno}: {ast.unparse(node.type)}"
