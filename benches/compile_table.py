@@ -1,7 +1,7 @@
-"""Compile every Triton kernel for every chip, without a GPU, and tabulate what came out: `python -m benches.compile_table`.
+"""Compile every Triton kernel for every chip, without a GPU, and tabulate it: `python -m benches.compile_table`.
 
-For each configuration that the package can select: registers and spilled bytes as ptxas reports them, shared memory, how many
-128-bit accesses to global memory the program holds, and which tensor-core instructions.
+For each configuration that the package can select: registers and spilled bytes as ptxas reports them, shared memory,
+how many 128-bit accesses to global memory the program holds, and which tensor-core instructions.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 CHIPS = {80: "A100", 90: "H100, H200", 100: "B200"}
 # Most shared memory one block may have, bytes (CUDA C++ programming guide, table of compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+_WIDE = re.compile(r"(?:ld|st)\.global[^;]*\.(?:v4\.b32|v2\.b64)|cp\.async\.cg[^;]*0x10")
 MODULES = ("fusedprompt.ops.splice.triton", "fusedprompt.ops.mlp.triton")
 
 
@@ -84,7 +85,7 @@ def compile_for(configuration: Configuration, capability: int) -> Compiled:
         registers,
         spilled,
         int(compiled.metadata.shared),
-        len(re.findall(r"(?:ld|st)\.global[^;]*\.v4\.b32|(?:ld|st)\.global[^;]*\.v2\.b64|cp\.async\.cg[^;]*0x10", text)),
+        len(_WIDE.findall(text)),
         ", ".join(sorted(set(re.findall(r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", text)))) or "none",
     )
 
@@ -121,7 +122,7 @@ def table(rows: list[Compiled], version: str) -> str:
     lines = [
         "# Compiled kernels",
         "",
-        f"Written by `make kernels` with Triton {version}; no GPU is needed. Registers a thread; spilled bytes a thread;",
+        f"Written by `make kernels` with Triton {version}; no GPU is needed. Registers and spilled bytes a thread;",
         "shared memory a block in bytes; 128-bit accesses to global memory in the program; tensor-core instructions.",
         "",
         "| " + " | ".join(head) + " |",

@@ -215,6 +215,14 @@ def test_lstm_under_autocast_has_the_dtypes_of_nn_lstm_and_matches_fp64_oracle(x
     assert_as_accurate(actual, plain, exact(shape), inputs, d_out, precision=torch.bfloat16)
 
 
+def test_fp64_lstm_under_autocast_stays_in_fp64_as_nn_lstm_does() -> None:
+    shape = (1, 5, 3, 4, 2, True)
+    inputs = make(shape, torch.float64)
+    actual = under_autocast(fused(shape))(inputs)
+    assert actual.dtype == under_autocast(stock(shape))(inputs).dtype == torch.float64
+    assert torch.equal(actual, fused(shape)(inputs))
+
+
 @each_backend("lstm")
 @dtypes
 def test_lstm_twice_gives_the_same_bits(dtype: torch.dtype, backend: str) -> None:

@@ -195,6 +195,14 @@ def test_mlp_under_autocast_gives_the_bits_of_sequential_under_autocast(dropout:
     assert_identical(actual, expected)
 
 
+def test_fp64_mlp_under_autocast_stays_in_fp64_as_linear_does() -> None:
+    inputs = make(7, [5, 9, 3], torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = fused()(inputs), plain(inputs)
+    assert actual.dtype == torch.float64
+    assert torch.equal(actual, expected)
+
+
 @each_backend("mlp")
 def test_mlp_twice_gives_the_same_bits(backend: str) -> None:
     inputs = make(97, [257, 513, 257], torch.float32)

@@ -95,7 +95,7 @@ def _checked_name(source: str, name: str) -> str:
 
 
 # The last entry is in force; the first is read once from the environment.
-_preference = [_checked_name("FUSEDPROMPT_BACKEND", os.environ.get("FUSEDPROMPT_BACKEND", AUTO))]
+_preference = [_checked_name("FUSEDPROMPT_BACKEND", os.environ.get("FUSEDPROMPT_BACKEND") or AUTO)]
 
 
 @contextlib.contextmanager

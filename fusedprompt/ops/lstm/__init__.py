@@ -63,8 +63,10 @@ def lstm(
 
 
 def _autocast_dtype(x: object) -> torch.dtype | None:
-    """What autocast asks for where x is, or None."""
-    if not isinstance(x, Tensor) or x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+    """What autocast asks for where x is, or None; it leaves fp64 alone."""
+    if not isinstance(x, Tensor) or x.device.type == "meta" or x.dtype == torch.float64:
+        return None
+    if not torch.is_autocast_enabled(x.device.type):
         return None
     return torch.get_autocast_dtype(x.device.type)
 
