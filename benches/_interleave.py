@@ -45,15 +45,17 @@ class Contender:
         """What one turn times: `FORWARD`, `BACKWARD` (with its forward) or `STEP` (both, and the update)."""
         if mode == FORWARD:
             return self.forward
-        if mode == BACKWARD:
-            return lambda: self.backward(self.forward())
-        assert self.update is not None
+        update = self.update if mode == STEP else None
+        assert mode == BACKWARD or update is not None
 
-        def step(update: Callable[[], None] = self.update) -> None:
-            self.backward(self.forward())
-            update()
+        def forward_and_backward() -> Any:
+            result = self.forward()
+            self.backward(result)
+            if update is not None:
+                update()
+            return result  # so that it is not freed in time that counts
 
-        return step
+        return forward_and_backward
 
     def clear(self) -> None:
         """Give the gradients' memory back. Never timed."""

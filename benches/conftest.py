@@ -30,6 +30,13 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def pytest_configure(config: Any) -> None:
+    """Make the result's folder now: minutes later is too late to find that there is none."""
+    result = config.getoption("benchmark_json", None)
+    if result is not None:
+        result.parent.mkdir(parents=True, exist_ok=True)
+
+
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     """Replace pytest-benchmark's description, which has the host's name in it, by what the figures depend on."""
     machine_info.clear()

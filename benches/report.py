@@ -79,7 +79,9 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Why figures are missing, one line per contender and reason."""
     missing = Counter((name, reason) for row in rows for name, reason in row["left_out"].items() if name != AGAIN)
-    return [f"no figure for {name} in {count} rows: {reason}" for (name, reason), count in missing.items()]
+    return [
+        f"no figure for {name} in {count} row{'s' * (count > 1)}: {reason}" for (name, reason), count in missing.items()
+    ]
 
 
 def control(rows: Sequence[dict[str, Any]]) -> str:

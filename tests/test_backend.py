@@ -170,3 +170,14 @@ def test_ops_give_the_bits_of_the_reference_under_each_preference(preferred: str
     x, weights, biases = torch.randn(3, 4), [torch.randn(2, 4)], [torch.randn(2)]
     with fp.use_backend(preferred):
         assert torch.equal(fp.ops.mlp(x, weights, biases), torch.nn.functional.linear(x, weights[0], biases[0]))
+
+
+def test_auto_passes_over_a_backend_that_is_not_a_default_and_its_name_takes_it() -> None:
+    op = Op("trial")
+    op.add("reference", lambda: "reference", lambda: None)
+    op.add("triton", lambda: "triton", lambda: None, by_default=False)
+    assert op.select(None).name == op.select("auto").name == "reference"
+    assert op.select("triton").name == "triton"
+    with use_backend("triton"):
+        assert op.select(None).name == "triton"
+    assert op.explain() == {"triton": "runs if asked for by name", "reference": "runs"}

@@ -259,7 +259,7 @@ def test_the_report_has_a_table_per_group() -> None:
     assert " ".join(encode.split()) == "MLP P=20 fp32 forward 2.000 1.800 2.500 2.100 ~1.05 5.000 2.50 0.90"
     splice = next(line for line in lines if line.startswith("B=8"))
     assert " ".join(splice.split()) == "B=8 fp32 forward+backward 2.000 1.800 2.500 16.0 8.00 - - -"
-    assert "no figure for PEFT compiled in 1 rows: cannot run: why" in lines
+    assert "no figure for PEFT compiled in 1 row: cannot run: why" in lines
     assert lines[-1] == "PEFT against itself: 0.90 in the median of 1 rows, from 0.90 to 0.90."
 
 

@@ -274,9 +274,13 @@ def test_mlp_that_triton_refuses_runs_on_the_reference(inputs: Tensors, reason: 
     assert launches == [] and torch.equal(actual, plain(inputs))
 
 
-def test_mlp_chooses_triton_where_it_runs() -> None:
+def test_mlp_runs_on_triton_where_it_is_preferred_and_only_there() -> None:
+    arguments = parts(make(255, [4, 5], torch.float32))
     with _triton.recorded_launches() as launches:
-        ops.mlp(*parts(make(255, [4, 5], torch.float32)))
+        ops.mlp(*arguments)
+        assert launches == []  # not measured on a GPU yet, so not a default
+        with ops.use_backend("triton"):
+            ops.mlp(*arguments)
     assert launches == ["linear_forward"]
 
 
