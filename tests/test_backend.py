@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fusedprompt as fp
-from fusedprompt.ops._backend import Op, never_objects
+from fusedprompt.ops._backend import Op, never_objects, use_backend
 from tolerance import sample
 
 ROOT = Path(fp.__file__).resolve().parent.parent
