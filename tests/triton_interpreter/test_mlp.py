@@ -317,4 +317,4 @@ def test_mlp_tiles_cover_their_rows_and_are_few() -> None:
                 backward = backward_config(rows, width, width, compute.itemsize, compute, precision)
                 assert forward["BLOCK_P"] == backward["BLOCK_P"] >= rows
                 assert min(value for name, value in {**forward, **backward}.items() if "BLOCK" in name) >= 16
-    assert len(list(backend.configurations())) <= 60
+    assert len(list(backend.configurations(pdl=True))) <= 200
