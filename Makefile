@@ -9,7 +9,8 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format types check kernels bench doctor wheel clean
+.PHONY: help demo test lint format types check kernels kernels-oldest bench doctor wheel clean \
+        gpu gpu-install gpu-test gpu-sanitize gpu-bench
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -46,9 +47,36 @@ check: test lint types  ## all of CI
 kernels: $(READY)  ## compile every Triton kernel for every chip, without a GPU, and tabulate the result
 	$(BIN)/python -m benches.compile_table --write docs/kernels-compiled.md
 
+OLDEST_TRITON := build/triton-3.6.0
+kernels-oldest: $(READY)  ## the same with the oldest Triton that is supported
+	test -d $(OLDEST_TRITON) || $(BIN)/python -m pip install -q --no-deps --target $(OLDEST_TRITON) triton==3.6.0
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m benches.compile_table
+
 bench: $(READY)  ## measure against PEFT on this machine
 	$(BIN)/python -m pytest benches -q --benchmark-quiet --benchmark-json=.benchmarks/latest.json $(ARGS)
 	$(BIN)/python -m benches.report .benchmarks/latest.json --save
+
+# On a machine with a GPU, torch, Triton and nvcc, and without a network: make gpu PYTHON=python3 OUT=somewhere
+OUT ?= benches/results
+
+gpu: gpu-test gpu-sanitize gpu-bench  ## all three of the following, each in less than 8 minutes
+
+gpu-install:
+	$(PYTHON) -m pip --disable-pip-version-check install -q --no-build-isolation --no-deps -e .
+
+gpu-test: gpu-install  ## run the GPU tests
+	$(PYTHON) -m fusedprompt doctor
+	$(PYTHON) -m pytest -q tests/gpu
+
+gpu-sanitize: gpu-install  ## look for bad accesses and races in the kernels
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 220 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	    $(PYTHON) -m benches.gpu.small || exit; done
+
+gpu-bench: gpu-install  ## measure the GPU, then the ops on it, into OUT
+	mkdir -p $(OUT) build
+	nvcc -O3 -std=c++17 -arch=native -o build/probe benches/gpu/probe.cu && build/probe > $(OUT)/probe.json
+	$(PYTHON) -m benches.gpu.run --probe $(OUT)/probe.json --out $(OUT)
 
 doctor: $(READY)  ## what is installed here, and which backend each op uses
 	$(BIN)/python -m fusedprompt doctor

@@ -165,9 +165,9 @@ def table(rows: Sequence[Compiled], version: str) -> str:
     lines = [
         "# Compiled kernels",
         "",
-        f"Written by `make kernels` with Triton {version}; no GPU is needed. Registers and bytes of stack a thread (the",
-        "stack holds what is spilled); bytes of shared memory a block; 128-bit accesses to global memory and tensor-core",
-        "instructions in the machine code.",
+        f"Written by `make kernels` with Triton {version}; no GPU is needed. Registers and bytes of stack a thread",
+        "(which holds what is spilled); bytes of shared memory a block; 128-bit accesses to global memory and",
+        "tensor-core instructions in the machine code.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),

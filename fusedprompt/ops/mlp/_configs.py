@@ -57,16 +57,16 @@ def forward_config(rows: int, inputs: int, outputs: int, itemsize: int, precisio
 _BACKWARD_HALF = {
     (32, 16): (128, 4, 4),
     (32, 32): (128, 4, 4),
-    (64, 16): (64, 8, 4),
-    (64, 32): (64, 8, 4),
+    (64, 16): (64, 8, 3),
+    (64, 32): (64, 8, 3),
     (128, 32): (64, 8, 3),
     (256, 32): (32, 8, 3),
 }
 _BACKWARD_TF32 = {
     (32, 16): (64, 4, 4),
     (32, 32): (64, 4, 4),
-    (64, 16): (64, 8, 4),
-    (64, 32): (64, 8, 4),
+    (64, 16): (64, 8, 3),
+    (64, 32): (64, 8, 3),
     (128, 32): (32, 8, 3),
     (256, 16): (16, 8, 3),
 }
@@ -82,9 +82,10 @@ _BACKWARD_IEEE = {
 }
 
 
-def backward_precision(rows: int, inputs: int, outputs: int, precision: str) -> str:
-    """Of fp32 products in `linear_backward`. In TF32, tiles of 256 rows at unaligned widths would spill 190 bytes."""
-    return "ieee" if rows > 128 and not _is_aligned(inputs, outputs) else precision
+def backward_precision(rows: int, inputs: int, outputs: int, compute: torch.dtype, precision: str) -> str:
+    """Of products in `linear_backward`. In TF32, tiles of 256 rows at unaligned widths would spill 190 bytes."""
+    is_exact = compute == torch.float32 and rows > 128 and not _is_aligned(inputs, outputs)
+    return "ieee" if is_exact else precision
 
 
 def backward_config(
@@ -96,7 +97,8 @@ def backward_config(
     """
     block_p = block_rows(rows, precision)
     if not _is_aligned(inputs, outputs):
-        return _tile(block_p, 16, 16, 8 if block_p >= (32 if precision == "ieee" else 128) else 4, 2)
+        num_warps = 4 if block_p < (32 if precision == "ieee" else 128) else 8
+        return _tile(block_p, 16, 16, 16 if block_p == 256 and precision == "ieee" else num_warps, 2)
     is_half = compute != torch.float32
     table = _BACKWARD_HALF if is_half else _BACKWARD_IEEE if precision == "ieee" else _BACKWARD_TF32
     block_k = 16 if (inputs <= 132 * 16 and (block_p, 16) in table) or (block_p, 32) not in table else 32
@@ -140,7 +142,7 @@ def configurations(pdl: bool) -> Iterator[dict[str, Any]]:
         tile = forward_config(*sizes, itemsize, precision)
         dtypes = (inputs, parameters, compute)
         forward = _configuration(linear_forward, dtypes, precision, aligned, tile, pdl)
-        precision = backward_precision(*sizes, precision)
+        precision = backward_precision(*sizes, _DTYPES[compute], precision)
         tile = backward_config(*sizes, itemsize, _DTYPES[compute], precision)
         backward = _configuration(linear_backward, dtypes, precision, aligned, tile, pdl)
         found |= {f"{one['kernel'].__name__} {one['label']}": one for one in (forward, backward)}

@@ -64,7 +64,7 @@ def _backward_launch(
     pdl: bool,
 ) -> tuple[tuple[int, int, int], Launch]:
     """The grid, and the launch. sizes: rows, inputs and outputs. dtypes: of output, input, weight and mask."""
-    precision = backward_precision(*sizes, precision)
+    precision = backward_precision(*sizes, compute, precision)
     config = backward_config(*sizes, dtypes[2].itemsize, compute, precision)
     grid = (cdiv(sizes[1], config["BLOCK_K"]), 1, 1)
     return grid, _launch(linear_backward, config, compute, precision, relu, has_mask, pdl)
