@@ -94,8 +94,8 @@ class Launch:
 
 @functools.cache
 def supports_pdl(device: torch.device) -> bool:
-    """Programmatic dependent launch is there from sm_90 on. (AMD's gfx9 counts as capability 9, too.)"""
-    return not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    """Programmatic dependent launch is there from sm_90 on."""
+    return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def cdiv(value: int, by: int) -> int:
