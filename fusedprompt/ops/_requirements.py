@@ -21,7 +21,7 @@ _TRITON_ON_CPU = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton's inte
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _why_not_gpu(index: int) -> str | None:
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU, got an AMD one"
@@ -40,7 +40,7 @@ def why_not_triton(*tensors: Tensor) -> str | None:
     elif device.type != "cuda":
         return f"needs a CUDA tensor, got {device.type}"
     else:
-        reason = _why_not_gpu(device.index)
+        reason: str | None = _why_not_gpu(device.index)
         if reason is not None:
             return reason
     for tensor in tensors:
