@@ -27,7 +27,7 @@ CHIPS = {80: "A100", 90: "H100, H200", 100: "B200"}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MODULES = ("fusedprompt.ops.splice.triton", "fusedprompt.ops.mlp.triton")
 _WIDE = re.compile(r"\b(?:LDG|STG|LDGSTS)\.[^ ]*128|\b(?:UBLKCP|UTMALDG|UTMASTG)\b")
-_TENSOR = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\.([\w.]*)")
+_TENSOR = re.compile(r"\b(HMMA\.\d+|HGMMA\.\w+|UTC\w*MMA)\b")
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,14 @@ class Compiled:
     registers: int
     stack: int
     shared: int
-    wide_accesses: int
-    tensor_instructions: str
+    wide_accesses: int | None
+    tensor_instructions: str | None
+
+    @property
+    def cells(self) -> list[str]:
+        """Its part of a line of the table."""
+        found = (self.registers, self.stack, self.shared, self.wide_accesses, self.tensor_instructions)
+        return [str(value) for value in found]
 
     @property
     def objection(self) -> str | None:
@@ -107,13 +113,13 @@ def compile_with_triton(configuration: Configuration, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def compile_for(configuration: Configuration, capability: int) -> Compiled:
-    """Compile, and read the machine code."""
+def compile_for(configuration: Configuration, capability: int, disassembled: bool = True) -> Compiled:
+    """Compile, and read the machine code. Its instructions only if it is `disassembled`, which takes 0.4 s."""
     compiled = compile_with_triton(configuration, capability)
-    code = _disassemble(compiled.asm["cubin"])
+    code = _dump(compiled.asm["cubin"], "-res-usage", *(["-sass"] if disassembled else []))
     resources = re.search(r"REG:(\d+) STACK:(\d+)", code)
     assert resources is not None, code
-    tensor = collections.Counter(f"{kind}.{shape}".split(".F32")[0] for kind, shape in _TENSOR.findall(code))
+    tensor = collections.Counter(_TENSOR.findall(code))
     return Compiled(
         configuration.name,
         configuration.label,
@@ -123,35 +129,39 @@ def compile_for(configuration: Configuration, capability: int) -> Compiled:
         registers=int(resources.group(1)),
         stack=int(resources.group(2)),
         shared=int(compiled.metadata.shared),
-        wide_accesses=len(_WIDE.findall(code)),
-        tensor_instructions=", ".join(f"{count} {name}" for name, count in sorted(tensor.items())) or "none",
+        wide_accesses=len(_WIDE.findall(code)) if disassembled else None,
+        tensor_instructions=(", ".join(f"{count} {name}" for name, count in sorted(tensor.items())) or "none")
+        if disassembled
+        else None,
     )
 
 
-def _disassemble(machine_code: bytes) -> str:
+def _dump(machine_code: bytes, *what: str) -> str:
     import triton
 
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(machine_code)
         file.flush()
-        command = [str(program), "-res-usage", "-sass", file.name]
+        command = [str(program), *what, file.name]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
     return result.stdout
 
 
-def _compile_share(chips: Sequence[int], share: int, shares: int) -> list[tuple[int, Compiled]]:
+def _compile_share(
+    chips: Sequence[int], disassembled: Sequence[int], share: int, shares: int
+) -> list[tuple[int, Compiled]]:
     """Every `shares`-th compilation, with its place in the whole list."""
-    jobs = [(configuration, chip) for chip in chips for configuration in configurations(chip)]
+    jobs = [(configuration, chip, chip in disassembled) for chip in chips for configuration in configurations(chip)]
     return [(place, compile_for(*jobs[place])) for place in range(share, len(jobs), shares)]
 
 
-def compile_all(chips: Sequence[int] = tuple(CHIPS)) -> list[Compiled]:
-    """Every configuration for every chip, on all processors."""
+def compile_all(chips: Sequence[int], disassembled: Sequence[int]) -> list[Compiled]:
+    """Every configuration for every chip, on all processors; instructions are read for the chips `disassembled`."""
     shares = os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with concurrent.futures.ProcessPoolExecutor(shares, mp_context=context) as pool:
-        futures = [pool.submit(_compile_share, chips, share, shares) for share in range(shares)]
+        futures = [pool.submit(_compile_share, chips, disassembled, share, shares) for share in range(shares)]
         done = [item for future in futures for item in future.result()]
     return [compiled for _, compiled in sorted(done, key=lambda item: item[0])]
 
@@ -178,8 +188,7 @@ def table(rows: Sequence[Compiled], version: str) -> str:
     for (kernel, label), compiled in by_configuration.items():
         cells = [f"`{kernel}`", label, str(compiled[0].num_warps), str(compiled[0].num_stages)]
         for row in sorted(compiled, key=lambda row: row.capability):
-            cells += [str(row.registers), str(row.stack), str(row.shared), str(row.wide_accesses)]
-            cells.append(row.tensor_instructions)
+            cells += row.cells
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -192,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     import triton
 
-    rows = compile_all(options.chips)
+    rows = compile_all(options.chips, options.chips if options.write else [])
     if options.write:
         options.write.write_text(table(rows, triton.__version__))
     bad = [row for row in rows if row.objection]

@@ -74,9 +74,9 @@ _BACKWARD_IEEE = {
     (16, 16): (64, 8, 4),
     (16, 32): (64, 8, 4),
     (32, 16): (64, 4, 3),
-    (32, 32): (64, 8, 4),
+    (32, 32): (32, 8, 4),
     (64, 16): (32, 8, 4),
-    (64, 32): (64, 8, 4),
+    (64, 32): (32, 8, 4),
     (128, 32): (16, 8, 3),
     (256, 32): (16, 8, 3),
 }
@@ -104,7 +104,7 @@ def backward_config(
     block_k = 16 if (inputs <= 132 * 16 and (block_p, 16) in table) or (block_p, 32) not in table else 32
     block_n, num_warps, num_stages = table[block_p, block_k]
     if is_half and itemsize == 4:
-        block_n = min(block_n, 64)
+        block_n, num_warps = min(block_n, 64), 8
     return _tile(block_p, block_n, block_k, num_warps, num_stages)
 
 
