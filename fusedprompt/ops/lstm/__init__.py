@@ -9,10 +9,11 @@ from torch import Tensor
 
 from .. import _check
 from .._backend import Op, never_objects
-from . import reference
+from . import native, reference
 
 OP = Op("lstm")
 OP.add("reference", reference.lstm, never_objects)
+OP.add("native", native.lstm, native.why_not)
 
 
 def lstm(
