@@ -123,7 +123,7 @@ void direction_backward(const LstmBackward& b, int64_t direction, int64_t parts)
 const float* widened(const Tensor& tensor, std::vector<float>& buffer) {
   if (lstm_dtype(tensor) == Dtype::kFloat32) return tensor.const_data_ptr<float>();
   buffer.resize(tensor.numel());
-  kernels_of(lstm_dtype(tensor)).widen(tensor.const_data_ptr(), 0, buffer.data(), 1, tensor.numel());
+  kernels_of(lstm_dtype(tensor)).widen(tensor.const_data_ptr(), 1, tensor.numel(), buffer.data(), 0);
   return buffer.data();
 }
 
@@ -139,17 +139,17 @@ struct Cpu {
   }
 
   static void input_products(LayerForward& f) {
-    std::vector<float> buffer;
-    const Dtype dtype = lstm_dtype(f.inputs);
-    const DtypeKernels& kernels = kernels_of(dtype);
-    const float* inputs = widened(f.inputs, buffer);
-    const int64_t n = 4 * f.hidden;
+    const DtypeKernels& kernels = kernels_of(lstm_dtype(f.inputs));
+    const int64_t n = 4 * f.hidden, stride = round_up(f.width, kUnits) + kUnits;
+    std::vector<float> inputs(f.rows * stride);
+    kernels.widen(f.inputs.const_data_ptr(), f.rows, f.width, inputs.data(), stride);
     for (int64_t direction = 0; direction < f.directions; ++direction) {
       const DirectionWeights& w = f.weights[direction];
       const InputProduct product{f.rows,
                                  n,
                                  f.width,
-                                 inputs,
+                                 inputs.data(),
+                                 stride,
                                  w[0].const_data_ptr(),
                                  w[2].const_data_ptr(),
                                  w[3].const_data_ptr(),
@@ -185,13 +185,13 @@ struct Cpu {
       of_inputs.g[direction] = d_gates + direction * rows * n;
       of_inputs.weight[direction] = b.weights[direction][0].const_data_ptr();
       const char* g = at(static_cast<const void*>(b.d_gates.const_data_ptr()), direction * rows * n, dtype);
-      weight_gradient(kernels, {rows, n, b.width, g, n, inputs, b.width, d[0].mutable_data_ptr(), d[2].mutable_data_ptr(),
-                                d[3].mutable_data_ptr()});
+      weight_gradient(kernels, {rows, n, b.width, g, inputs, b.width, d[0].mutable_data_ptr(),
+                                d[2].mutable_data_ptr(), d[3].mutable_data_ptr()});
       if (b.steps == 1) continue;
       // h_{t-1} of direction 0 is a row of steps before, of direction 1 one behind.
       const int64_t shift = b.batch * (direction ? 0 : n), h_shift = direction ? b.batch : 0;
       const int64_t h_width = b.directions * b.hidden;
-      weight_gradient(kernels, {after, n, b.hidden, at(static_cast<const void*>(g), shift, dtype), n,
+      weight_gradient(kernels, {after, n, b.hidden, at(static_cast<const void*>(g), shift, dtype),
                                 output + h_shift * h_width + direction * b.hidden, h_width, d[1].mutable_data_ptr(),
                                 nullptr, nullptr});
     }

@@ -49,10 +49,11 @@ struct BackwardStep {
   void* d_gates;            // (B, 4H) of dtype
 };
 
-// C (M, N) fp32 = A (M, K) W (N, K)^T + bias + bias_2. Rows of C and A are adjacent.
+// C (M, N) fp32 = A (M, K) W (N, K)^T + bias + bias_2.
 struct InputProduct {
   int64_t m, n, k;
-  const float* a;       // fp32, whatever the layer's dtype: see `widen`
+  const float* a;       // fp32, whatever the layer's dtype
+  int64_t a_stride;     // not a multiple of 1024, where every row would fall on the same cache lines
   const void* weight;   // of dtype
   const void* bias;
   const void* bias_2;
@@ -62,8 +63,7 @@ struct InputProduct {
 // C (N, K) of dtype = G (M, N)^T A (M, K), and sums (N) of dtype = the columns of G added up, where not null.
 struct WeightGradient {
   int64_t m, n, k;
-  const void* g;
-  int64_t g_stride;
+  const void* g;         // rows adjacent
   const float* a;
   int64_t a_stride;
   void* c;
@@ -90,8 +90,8 @@ struct DtypeKernels {
   void (*weight_gradient)(const WeightGradient&, int64_t begin, int64_t end, float* panel);
   // Columns [begin, end) of C; begin is a multiple of kPieceColumns.
   void (*input_gradient)(const InputGradient&, int64_t begin, int64_t end);
-  // (rows, columns) of dtype at from_stride to fp32 rows that are adjacent.
-  void (*widen)(const void* from, int64_t from_stride, float* to, int64_t rows, int64_t columns);
+  // (rows, columns) of dtype to fp32.
+  void (*widen)(const void* from, int64_t rows, int64_t columns, float* to, int64_t to_stride);
 };
 
 struct Kernels {

@@ -12,11 +12,11 @@ constexpr int64_t kRowBlock = 120;   // rows of C that `input_gradient` accumula
 constexpr int64_t kDepthBlock = 64;  // weight rows that it runs through for each: 32 KB of a piece in fp32
 
 template <class T>
-static void widen(const void* from, int64_t from_stride, float* to, int64_t rows, int64_t columns) {
+static void widen(const void* from, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
   const T* source = static_cast<const T*>(from);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t k = 0; k < columns; k += kLanes) {
-      store_up_to(to + row * columns + k, load_up_to(source + row * from_stride + k, columns - k), columns - k);
+      store_up_to(to + row * to_stride + k, load_up_to(source + row * columns + k, columns - k), columns - k);
     }
   }
 }
@@ -36,7 +36,7 @@ static void dot_tile(const InputProduct& p, const float* a, const T* w, int64_t 
     for (int j = 0; j < 4; ++j) weight[j] = load(w + j * p.k + k);
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
-      const Vec at = load(a + i * p.k + k);
+      const Vec at = load(a + i * p.a_stride + k);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) sums[i][j] += at * weight[j];
     }
@@ -44,7 +44,7 @@ static void dot_tile(const InputProduct& p, const float* a, const T* w, int64_t 
   if (k < p.k) {
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
-      const Vec at = load_some(a + i * p.k + k, p.k - k);
+      const Vec at = load_some(a + i * p.a_stride + k, p.k - k);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) sums[i][j] += at * load_some(w + j * p.k + k, p.k - k);
     }
@@ -61,21 +61,23 @@ static void dot_tile(const InputProduct& p, const float* a, const T* w, int64_t 
 template <class T>
 static void input_product(const InputProduct& p, int64_t begin, int64_t end) {
   const int64_t tiles = tile_count(p.m, kDotRows);
-  for (int64_t n = begin; n < end; n += 4) {  // 4 divides 4H
-    const T* w = static_cast<const T*>(p.weight) + n * p.k;
+  for (int64_t first = begin; first < end; first += kPieceRows) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t row = tile_begin(tile, tiles, p.m);
-      const float* a = p.a + row * p.k;
-      float* c = p.c + row * p.n + n;
-      switch (tile_begin(tile + 1, tiles, p.m) - row) {
+      const int64_t row = tile_begin(tile, tiles, p.m), rows = tile_begin(tile + 1, tiles, p.m) - row;
+      const float* a = p.a + row * p.a_stride;
+      for (int64_t n = first; n < first + kPieceRows && n < end; n += 4) {  // 4 divides 4H
+        const T* w = static_cast<const T*>(p.weight) + n * p.k;
+        float* c = p.c + row * p.n + n;
+        switch (rows) {
 #if FP_VECTOR_BYTES == 64
-        case 6: dot_tile<T, 6>(p, a, w, n, c); break;
-        case 5: dot_tile<T, 5>(p, a, w, n, c); break;
-        case 4: dot_tile<T, 4>(p, a, w, n, c); break;
+          case 6: dot_tile<T, 6>(p, a, w, n, c); break;
+          case 5: dot_tile<T, 5>(p, a, w, n, c); break;
+          case 4: dot_tile<T, 4>(p, a, w, n, c); break;
 #endif
-        case 3: dot_tile<T, 3>(p, a, w, n, c); break;
-        case 2: dot_tile<T, 2>(p, a, w, n, c); break;
-        default: dot_tile<T, 1>(p, a, w, n, c);
+          case 3: dot_tile<T, 3>(p, a, w, n, c); break;
+          case 2: dot_tile<T, 2>(p, a, w, n, c); break;
+          default: dot_tile<T, 1>(p, a, w, n, c);
+        }
       }
     }
   }
@@ -128,7 +130,7 @@ static void weight_gradient(const WeightGradient& p, int64_t begin, int64_t end,
     float sums[kPieceRows] = {};
     for (int64_t m = 0; m < p.m; ++m) {
       float row[round_up(kPieceRows, kLanes)] = {};
-      widen<T>(g + m * p.g_stride + n, 0, row, 1, rows);
+      widen<T>(g + m * p.n + n, 1, rows, row, 0);
       for (int64_t i = 0; i < kPieceRows; ++i) {
         panel[m * kPieceRows + i] = row[i];
         sums[i] += row[i];
