@@ -24,6 +24,8 @@ struct LstmForward {
   float* gates;                              // (directions, P, B, 4H)  in: pre_t;  out: i, f, g, o after their functions
   float* cell;                               // (directions, P, B, H)   out: c_t
   void* output;                              // (P, B, directions * H)  out: h_t, rounded to dtype; what W_hh multiplies
+  const void* bias[2][2] = {};               // b_ih and b_hh (4H) per direction. Only for a device whose pre_t comes without
+                                             // them, CUDA; on CPU they are in pre_t
 };
 
 struct LstmBackward {

@@ -20,6 +20,7 @@ struct Arguments {
   int64_t exchange_pitch;    // multiple of 16
   int64_t ring;              // P, or 2 where a launch is one step
 
+  const void* bias[2][2];    // b_ih and b_hh of each direction, forward: added to gates here, which saves a launch
   float* gates;              // (directions, P, B, 4H)
   float* cell;               // (directions, P, B, H)
   void* output;              // (P, B, directions * H), forward
@@ -47,19 +48,26 @@ FP_DEVICE unsigned char* exchange_row(const Arguments& a, int direction, int64_t
   return a.exchange + (((direction - a.first_direction) * a.ring + step % a.ring) * a.batch + b) * a.exchange_pitch;
 }
 
-// One cell (unit, b) of one direction through the steps of a pass. `load` reads what is known before the vector of the step
-// before arrives; `finish` takes the products with it and writes the results.
+// One cell (unit, b) of one direction through the steps of a pass. `begin` reads what all steps share, `load` what a step knows
+// before the vector of the step before arrives; `finish` takes the products with that vector and writes the results.
 template <typename T, bool kBackward>
 struct Cell;
 
 template <typename T>
 struct Cell<T, false> {
-  LstmGates pre;
+  LstmGates bias, pre;
+
+  FP_DEVICE void begin(const Arguments& a, int direction, int64_t unit) {
+    const T* const ih = static_cast<const T*>(a.bias[direction][0]) + unit;
+    const T* const hh = static_cast<const T*>(a.bias[direction][1]) + unit;
+    bias = {widen(ih[0]) + widen(hh[0]), widen(ih[a.hidden]) + widen(hh[a.hidden]),
+            widen(ih[2 * a.hidden]) + widen(hh[2 * a.hidden]), widen(ih[3 * a.hidden]) + widen(hh[3 * a.hidden])};
+  }
 
   FP_DEVICE void load(const Arguments& a, int direction, int64_t step, int64_t b, int64_t unit) {
     const int64_t row = (direction * a.steps + position<false>(a, direction, step)) * a.batch + b;
     const float* gates = a.gates + row * 4 * a.hidden + unit;
-    pre = {gates[0], gates[a.hidden], gates[2 * a.hidden], gates[3 * a.hidden]};
+    pre = {gates[0] + bias.i, gates[a.hidden] + bias.f, gates[2 * a.hidden] + bias.g, gates[3 * a.hidden] + bias.o};
   }
 
   // products: of the four gates. state: c, of the step before, then of this. Returns h.
@@ -87,6 +95,8 @@ template <typename T>
 struct Cell<T, true> {
   LstmGates gate;
   float c, c_prev, d_h;
+
+  FP_DEVICE void begin(const Arguments&, int, int64_t) {}
 
   FP_DEVICE void load(const Arguments& a, int direction, int64_t step, int64_t b, int64_t unit) {
     const int64_t t = position<true>(a, direction, step);

@@ -1,187 +1,87 @@
-// Chooses and launches the kernels of the recurrence. docs/lstm.md explains them.
-#include "lstm_cuda.h"
-
-#include "lstm_persistent.cuh"
-#include "lstm_stream.cuh"
+// The LSTM ops on CUDA: lstm_stack.h with products by cuBLAS through ATen and the recurrence of lstm_launch.cuh.
+//
+// Built as a library of its own, which only a process with CUDA loads. Everything is put on the current stream of x's device
+// and allocated by ATen.
+#include "lstm_launch.cuh"
+#include "lstm_stack.h"
+#include "lstm_torch.cuh"
 
 namespace fusedprompt {
 namespace {
 
-using device::Arguments;
-using device::Launch;
-using device::Together;
-using device::Transpose;
+Tensor workspace_for(const Tensor& like, const LstmProblem& problem, LstmPass pass, const LstmPlan& plan) {
+  return empty(like, {int64_t(lstm_workspace_bytes(problem, pass, plan))}, ScalarType::Byte);
+}
 
-size_t round_up(size_t value, size_t to) { return (value + to - 1) / to * to; }
-size_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+// Direction `direction` of a (directions, P, B, width) tensor as (P * B, width).
+Tensor rows_of(const Tensor& tensor, int64_t direction, int64_t rows, int64_t width) {
+  return torch::stable::view(torch::stable::select(tensor, 0, direction), {rows, width});
+}
 
-// The workspace: the exchanged vectors, then weights that cannot be read in place, then gradients of cells. Weights are
-// transposed for a backward pass; forward, rows that are no multiple of 16 bytes are copied with padding.
-struct Workspace {
-  size_t exchange_pitch, ring, exchange_bytes;
-  size_t matrix_pitch, matrix_bytes;  // of one direction's weights
-  size_t d_cell_bytes;
-  size_t total;
+Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
-  Workspace(const LstmProblem& p, LstmPass pass, const LstmPlan& plan) {
-    const bool backward = pass == LstmPass::kBackward, stream = plan.variant == LstmVariant::kStream;
-    const size_t columns = size_t(p.hidden) * (backward ? 4 : 1);
-    exchange_pitch = round_up(columns * element_size(p.dtype), 16);
-    ring = plan.variant == LstmVariant::kCluster ? 0 : stream ? 2 : size_t(p.steps);
-    exchange_bytes = round_up(size_t(plan.directions_at_once) * ring * size_t(p.batch) * exchange_pitch, 256);
-    matrix_pitch = round_up(columns, 16 / element_size(p.dtype));
-    matrix_bytes = round_up(size_t(p.hidden) * (backward ? 1 : 4) * matrix_pitch * element_size(p.dtype), 256);
-    d_cell_bytes = backward && stream ? size_t(p.directions * p.batch * p.hidden) * 4 : 0;
-    total = exchange_bytes + size_t(plan.directions_at_once) * matrix_bytes + d_cell_bytes;
+struct Cuda {
+  static void fresh(Tensor&) {}  // pages of a GPU's memory need no preparation
+
+  // Without biases, which the recurrence adds.
+  static void input_products(LayerForward& f) {
+    const device::DeviceGuard guard(f.inputs.get_device_index());
+    const Tensor inputs = torch::stable::view(f.inputs, {f.rows, f.width});
+    for (int64_t direction = 0; direction < f.directions; ++direction) {
+      Tensor gates = rows_of(f.gates, direction, f.rows, 4 * f.hidden);
+      device::product_in_fp32(gates, inputs, transposed(f.weights[direction][0]));
+    }
+  }
+
+  static void recurrence_forward(const LstmForward& call, const Tensor& x) {
+    const device::DeviceGuard guard(x.get_device_index());
+    const LstmProblem problem{call.steps, call.batch, call.hidden, call.directions, call.dtype};
+    const LstmPlan plan = lstm_plan_here(problem, LstmPass::kForward);
+    const Tensor workspace = workspace_for(x, problem, LstmPass::kForward, plan);
+    lstm_forward_cuda(call, plan, workspace.mutable_data_ptr(), device::current_stream(x));
+  }
+
+  static void recurrence_backward(const LstmBackward& call, const Tensor& x) {
+    const device::DeviceGuard guard(x.get_device_index());
+    const LstmProblem problem{call.steps, call.batch, call.hidden, call.directions, call.dtype};
+    const LstmPlan plan = lstm_plan_here(problem, LstmPass::kBackward);
+    const Tensor workspace = workspace_for(x, problem, LstmPass::kBackward, plan);
+    lstm_backward_cuda(call, plan, workspace.mutable_data_ptr(), device::current_stream(x));
+  }
+
+  static void gradients(LayerBackward& b) {
+    const device::DeviceGuard guard(b.inputs.get_device_index());
+    const int64_t rows = b.steps * b.batch, n = 4 * b.hidden, before = (b.steps - 1) * b.batch;
+    const Tensor inputs = torch::stable::view(b.inputs, {rows, b.width});
+    const Tensor output = torch::stable::view(b.output, {rows, b.directions * b.hidden});
+    Tensor d_inputs = torch::stable::view(b.d_inputs, {rows, b.width});
+    for (int64_t direction = 0; direction < b.directions; ++direction) {
+      const Tensor d_gates = rows_of(b.d_gates, direction, rows, n);
+      std::array<Tensor, 4>& d = b.d_weights[direction];
+      device::product(d[0], transposed(d_gates), inputs);
+      if (b.steps > 1) {
+        // h of the step before: direction 0 walks forward, so it lies one position before; of direction 1 one behind.
+        Tensor after = d_gates, h = output;
+        h = torch::stable::narrow(h, 1, direction * b.hidden, b.hidden);
+        h = torch::stable::narrow(h, 0, direction == 0 ? 0 : b.batch, before);
+        after = torch::stable::narrow(after, 0, direction == 0 ? b.batch : 0, before);
+        device::product(d[1], transposed(after), h);
+      }
+      const int64_t dimension = 0;
+      torch::stable::sum_out(d[2], d_gates, torch::headeronly::IntHeaderOnlyArrayRef(&dimension, 1));
+      torch::stable::copy_(d[3], d[2]);
+      if (direction == 0) {
+        device::product(d_inputs, d_gates, b.weights[direction][0]);
+      } else {
+        device::add_product(d_inputs, d_gates, b.weights[direction][0]);
+      }
+    }
   }
 };
 
-unsigned cluster_of(const LstmPlan& plan) {
-  return plan.variant == LstmVariant::kCluster ? unsigned(plan.blocks) : 1;
-}
-
-Launch launch_of(const LstmPlan& plan, device::Stream stream) {
-  const unsigned all = unsigned(plan.blocks) * unsigned(plan.directions_at_once);
-  switch (plan.variant) {
-    case LstmVariant::kStream:
-      return {unsigned(plan.blocks), unsigned(plan.directions_at_once), unsigned(plan.threads), 0, Together::kNo, stream};
-    case LstmVariant::kCluster:
-      return {all, 1, unsigned(plan.threads), size_t(plan.shared_bytes), Together::kCluster, stream};
-    default:
-      return {all, 1, unsigned(plan.threads), size_t(plan.shared_bytes), Together::kGrid, stream};
-  }
-}
-
-template <typename T, bool kBackward>
-auto persistent_kernel(int64_t batch) {
-  // Up to 4 entries share a read of the weights; more would not leave enough registers.
-  return batch == 1 ? &device::lstm_persistent<T, kBackward, 1> : &device::lstm_persistent<T, kBackward, 4>;
-}
-
-template <typename T, bool kBackward>
-void run(const Arguments& a, device::Stream stream) {
-  const Launch launch = launch_of(a.plan, stream);
-  if (a.plan.variant == LstmVariant::kStream) {
-    Arguments one = a;
-    for (one.step = 0; one.step < a.steps; ++one.step) {
-      device::launch("lstm_step", &device::lstm_step<T, kBackward>, launch, 1, one);
-    }
-  } else {
-    device::launch("lstm_persistent", persistent_kernel<T, kBackward>(a.batch), launch, cluster_of(a.plan), a);
-  }
-}
-
-template <bool kBackward>
-void run(Dtype dtype, const Arguments& a, device::Stream stream) {
-  switch (dtype) {
-    case Dtype::kFloat32: return run<float, kBackward>(a, stream);
-    case Dtype::kBFloat16: return run<device::BFloat16, kBackward>(a, stream);
-    case Dtype::kFloat16: return run<device::Float16, kBackward>(a, stream);
-  }
-}
-
-template <bool kBackward>
-bool fits(Dtype dtype, int64_t batch, const LstmPlan& plan) {
-  const Launch launch = launch_of(plan, {});
-  const unsigned cluster = cluster_of(plan);
-  switch (dtype) {
-    case Dtype::kFloat32: return device::fits(persistent_kernel<float, kBackward>(batch), launch, cluster);
-    case Dtype::kBFloat16: return device::fits(persistent_kernel<device::BFloat16, kBackward>(batch), launch, cluster);
-    default: return device::fits(persistent_kernel<device::Float16, kBackward>(batch), launch, cluster);
-  }
-}
-
-// W_hh in place, or a copy whose rows begin at multiples of 16 bytes.
-const void* readable(const LstmProblem& p, const void* weight_hh, void* copy, const Workspace& w, device::Stream stream) {
-  const size_t row = size_t(p.hidden) * element_size(p.dtype), pitch = w.matrix_pitch * element_size(p.dtype);
-  if (row == pitch && reinterpret_cast<uintptr_t>(weight_hh) % 16 == 0) return weight_hh;
-  device::fill(copy, 0, w.matrix_bytes, stream);
-  device::copy_rows(copy, pitch, weight_hh, row, size_t(4 * p.hidden), stream);
-  return copy;
-}
-
-const void* transpose(const LstmProblem& p, const void* weight_hh, void* transposed, size_t pitch, device::Stream stream) {
-  const unsigned tiles = unsigned((p.hidden + device::kTransposeTile - 1) / device::kTransposeTile);
-  const size_t shared = element_size(p.dtype) * device::kTransposeTile * (4 * device::kTransposeTile + 1);
-  const Launch launch{tiles, tiles, unsigned(kLstmThreads), shared, Together::kNo, stream};
-  const Transpose argument{weight_hh, transposed, p.hidden, int64_t(pitch)};
-  if (p.dtype == Dtype::kFloat32) {
-    device::launch("lstm_transpose", &device::lstm_transpose<uint32_t>, launch, 1, argument);
-  } else {
-    device::launch("lstm_transpose", &device::lstm_transpose<uint16_t>, launch, 1, argument);
-  }
-  return transposed;
-}
-
-// All directions, `directions_at_once` of them together.
-template <bool kBackward>
-void run_pass(const LstmProblem& p, const void* const (&weight_hh)[2], Arguments a, const LstmPlan& plan, void* memory,
-              device::Stream stream) {
-  const Workspace workspace(p, kBackward ? LstmPass::kBackward : LstmPass::kForward, plan);
-  unsigned char* const exchange = static_cast<unsigned char*>(memory);
-  unsigned char* const matrices = exchange + workspace.exchange_bytes;
-  a.plan = plan;
-  a.steps = p.steps;
-  a.batch = p.batch;
-  a.hidden = p.hidden;
-  a.directions = p.directions;
-  a.exchange = exchange;
-  a.exchange_pitch = int64_t(workspace.exchange_pitch);
-  a.ring = int64_t(workspace.ring);
-  a.d_cell = reinterpret_cast<float*>(matrices + size_t(plan.directions_at_once) * workspace.matrix_bytes);
-
-  a.matrix_pitch = int64_t(workspace.matrix_pitch);
-  for (int first = 0; first < p.directions; first += plan.directions_at_once) {
-    a.first_direction = first;
-    for (int direction = first; direction < first + plan.directions_at_once; ++direction) {
-      void* const copy = matrices + size_t(direction - first) * workspace.matrix_bytes;
-      a.matrix[direction] = kBackward ? transpose(p, weight_hh[direction], copy, workspace.matrix_pitch, stream)
-                                      : readable(p, weight_hh[direction], copy, workspace, stream);
-    }
-    // All ones: nobody has published. STREAM reads only what was written, and zeros behind it.
-    const int unwritten = plan.variant == LstmVariant::kStream ? 0 : 0xff;
-    if (workspace.exchange_bytes > 0) device::fill(exchange, unwritten, workspace.exchange_bytes, stream);
-    run<kBackward>(p.dtype, a, stream);
-  }
-}
-
 }  // namespace
-
-GpuFigures gpu_figures() { return device::figures(); }
-
-LstmPlan lstm_plan_here(const LstmProblem& problem, LstmPass pass, std::optional<LstmVariant> variant, int threads) {
-  const std::optional<LstmPlan> plan = plan_lstm(problem, pass, gpu_figures(), variant, threads);
-  const bool runs = plan && (plan->variant == LstmVariant::kStream ||
-                             (pass == LstmPass::kForward ? fits<false>(problem.dtype, problem.batch, *plan)
-                                                         : fits<true>(problem.dtype, problem.batch, *plan)));
-  if (runs) return *plan;
-  if (variant) {
-    throw std::invalid_argument(std::string("variant: expected one that fits this GPU, got ") + name_of(*variant));
-  }
-  return *plan_lstm(problem, pass, gpu_figures(), LstmVariant::kStream);
-}
-
-size_t lstm_workspace_bytes(const LstmProblem& problem, LstmPass pass, const LstmPlan& plan) {
-  return Workspace(problem, pass, plan).total;
-}
-
-void lstm_forward_cuda(const LstmForward& call, const LstmPlan& plan, void* workspace, void* stream) {
-  Arguments a{};
-  a.gates = call.gates;
-  a.cell = call.cell;
-  a.output = call.output;
-  run_pass<false>({call.steps, call.batch, call.hidden, call.directions, call.dtype}, call.weight_hh, a, plan, workspace,
-                  static_cast<device::Stream>(stream));
-}
-
-void lstm_backward_cuda(const LstmBackward& call, const LstmPlan& plan, void* workspace, void* stream) {
-  Arguments a{};
-  a.gates = const_cast<float*>(call.gates);  // read only, as are the cells
-  a.cell = const_cast<float*>(call.cell);
-  a.d_output = call.d_output;
-  a.d_gates = call.d_gates;
-  run_pass<true>({call.steps, call.batch, call.hidden, call.directions, call.dtype}, call.weight_hh, a, plan, workspace,
-                 static_cast<device::Stream>(stream));
-}
-
 }  // namespace fusedprompt
+
+STABLE_TORCH_LIBRARY_IMPL(fusedprompt, FP_DISPATCH_KEY, library) {
+  fusedprompt::LstmOps<fusedprompt::Cuda>::implement(library);
+}

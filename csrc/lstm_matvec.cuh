@@ -65,10 +65,10 @@ class Slice {
   // slots: plan.shared_slots x warps x 512 bytes of shared memory.
   FP_DEVICE Slice(const Arguments& a, int direction, int64_t first_unit, unsigned char* slots)
       : plan_(a.plan),
-        matrix_(static_cast<const T*>(a.matrix[direction])),
-        pitch_(a.matrix_pitch),
-        hidden_(a.hidden),
-        first_unit_(first_unit),
+        matrix_(static_cast<const unsigned char*>(a.matrix[direction])),
+        pitch_(uint32_t(a.matrix_pitch * int64_t(sizeof(T)))),
+        hidden_(uint32_t(a.hidden)),
+        first_unit_(uint32_t(first_unit)),
         lane_(thread() % 32) {
     const int warp = thread() / 32, warps = threads() / 32;
     group_ = warp / plan_.split;
@@ -152,14 +152,14 @@ class Slice {
   FP_DEVICE int first_row_of(int tile) const { return (tile * plan_.row_groups + group_) * plan_.tile_rows; }
   // Of row 0 of group i of a tile, among the slots that are not in registers.
   FP_DEVICE int slot_of(int tile, int i) const { return (tile * plan_.depth + i - plan_.held_depth) * plan_.tile_rows; }
-  FP_DEVICE int64_t chunk_index(int i) const { return (part_ + int64_t(plan_.split) * i) * 32 + lane_; }
+  FP_DEVICE int chunk_index(int i) const { return (part_ + plan_.split * i) * 32 + lane_; }
 
   FP_DEVICE uint4 chunk(int tile, int i, int s) const {
     const int n = first_row_of(tile) + s;
-    const int64_t column = chunk_index(i) * kElements<T>;
+    const uint32_t column = uint32_t(chunk_index(i)) * 16;
     if (s >= plan_.tile_rows || n >= rows_ || column >= pitch_) return {0, 0, 0, 0};
-    const int64_t row = kBackward ? first_unit_ + n : (n % 4) * hidden_ + first_unit_ + n / 4;
-    return load_weights(reinterpret_cast<const uint4*>(matrix_ + row * pitch_ + column));
+    const uint32_t row = kBackward ? first_unit_ + n : (n % 4) * hidden_ + first_unit_ + n / 4;
+    return load_weights(reinterpret_cast<const uint4*>(matrix_ + (row * pitch_ + column)));
   }
 
   // Two loops, so that the loads of a group that is read from memory are all under way before the first is used.
@@ -190,8 +190,8 @@ class Slice {
   }
 
   const LstmPlan& plan_;
-  const T* matrix_;
-  int64_t pitch_, hidden_, first_unit_;
+  const unsigned char* matrix_;
+  uint32_t pitch_, hidden_, first_unit_;  // pitch in bytes: all of 4 * 8192 * 8192 fp32 weights have 32-bit offsets
   int lane_, group_, part_, rows_, slot_stride_;
   uint4* own_slots_;
   Held<kHeld> held_;

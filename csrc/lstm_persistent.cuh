@@ -16,12 +16,13 @@ FP_KERNEL(kLstmThreads) lstm_persistent(const FP_PARAMETER Arguments a) {
   const bool cluster = plan.variant == LstmVariant::kCluster;
   const int direction = a.first_direction + block() / plan.blocks;
   const int64_t first_unit = int64_t(block() % plan.blocks) * plan.units;
-  const int64_t vector_bytes = a.batch * plan.staged_bytes;
+  const int64_t batch = kBatch == 1 ? 1 : a.batch;  // a constant frees registers
+  const int64_t vector_bytes = batch * plan.staged_bytes;
   const int vectors = cluster ? 2 : 1;  // in S a faster block writes the next vector while this one still reads the last
 
   unsigned char* const vector = memory;
   float* const sums = reinterpret_cast<float*>(memory + vectors * vector_bytes);
-  const int64_t sums_bytes = (int64_t(plan.split) * plan.rows * a.batch * 4 + 15) / 16 * 16;
+  const int64_t sums_bytes = (int64_t(plan.split) * plan.rows * batch * 4 + 15) / 16 * 16;
   for (int64_t i = thread(); i < vectors * vector_bytes / 16; i += threads()) {
     reinterpret_cast<uint4*>(vector)[i] = {0, 0, 0, 0};
   }
@@ -30,13 +31,16 @@ FP_KERNEL(kLstmThreads) lstm_persistent(const FP_PARAMETER Arguments a) {
 
   // A thread's cell. Planned units are counted, not those that exist, so that neighbours in 2 bytes share a warp.
   const int64_t b = thread() / plan.units, unit_here = thread() % plan.units, unit = first_unit + unit_here;
-  const bool in_cells = thread() / 32 * 32 < plan.units * a.batch;  // the same for a whole warp
-  const bool has_cell = b < a.batch && unit < a.hidden;
+  const bool in_cells = thread() / 32 * 32 < plan.units * batch;  // the same for a whole warp
+  const bool has_cell = b < batch && unit < a.hidden;
   const int64_t words = (a.hidden * kColumnsOfUnit<kBackward> * int64_t(sizeof(T)) + 3) / 4;
   const int64_t place = unit * kColumnsOfUnit<kBackward> * int64_t(sizeof(T));  // of the cell's words in a row
   Cell<T, kBackward> cell{};
   float state = 0.0f;
-  if (has_cell) cell.load(a, direction, 0, b, unit);
+  if (has_cell) {
+    cell.begin(a, direction, unit);
+    cell.load(a, direction, 0, b, unit);
+  }
   if (cluster) {
     cluster_barrier();
   } else {
@@ -47,12 +51,12 @@ FP_KERNEL(kLstmThreads) lstm_persistent(const FP_PARAMETER Arguments a) {
     unsigned char* const now = vector + (cluster && step % 2 == 1 ? vector_bytes : 0);
     if (step > 0) {
       if (!cluster) {
-        for (int64_t entry = 0; entry < a.batch; ++entry) {
+        for (int64_t entry = 0; entry < batch; ++entry) {
           gather(exchange_row(a, direction, step - 1, entry), words, now + entry * plan.staged_bytes, step);
         }
         block_barrier();
       }
-      slice.multiply(now, a.batch, sums);
+      slice.multiply(now, batch, sums);
       block_barrier();
     }
     if (in_cells) {
@@ -62,7 +66,7 @@ FP_KERNEL(kLstmThreads) lstm_persistent(const FP_PARAMETER Arguments a) {
         for (int part = 0; part < plan.split && step > 0; ++part) {
 #pragma unroll
           for (int r = 0; r < kRowsOfUnit<kBackward>; ++r) {
-            products[r] += sums[(int64_t(part) * plan.rows + unit_here * kRowsOfUnit<kBackward> + r) * a.batch + b];
+            products[r] += sums[(int64_t(part) * plan.rows + unit_here * kRowsOfUnit<kBackward> + r) * batch + b];
           }
         }
         cell.finish(a, direction, step, b, unit, products, state, published);

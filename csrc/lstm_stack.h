@@ -144,6 +144,7 @@ std::tuple<Tensor, std::vector<Tensor>> stack_forward(const Tensor& x, const std
       for (int64_t direction = 0; direction < directions; ++direction) {
         f.weights[direction] = direction_weights(weights, sizes, layer, direction);
         step.weight_hh[direction] = f.weights[direction][1].const_data_ptr();
+        for (size_t kind : {0, 1}) step.bias[direction][kind] = f.weights[direction][2 + kind].const_data_ptr();
       }
       Device::input_products(f);
       Device::recurrence_forward(step, x);

@@ -44,6 +44,7 @@ FP_KERNEL(kLstmThreads) lstm_step(const FP_PARAMETER Arguments a) {
       state = kBackward ? *d_cell : a.cell[((direction * a.steps + before) * a.batch + b) * a.hidden + unit];
     }
     Cell<T, kBackward> cell{};
+    cell.begin(a, direction, unit);
     cell.load(a, direction, a.step, b, unit);
     uint32_t published[kWords<T, kBackward>] = {};
     cell.finish(a, direction, a.step, b, unit, products, state, published);

@@ -27,24 +27,25 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 
 
 def make(shape: Shape, dtype: torch.dtype) -> Tensors:
-    """x (B, P, directions * 4H): what the recurrence of each direction is added to; weights ~ N(0, 1 / H)."""
+    """x (B, P, directions * 4H): what the recurrence of each direction is added to; W_hh ~ N(0, 1 / H); biases."""
     steps, batch, hidden, directions = shape
     source = generator(steps + hidden)
     inputs = {"x": normal((batch, steps, directions * 4 * hidden), dtype, source)}
     for direction in range(directions):
         inputs[f"weight_hh_{direction}"] = normal((4 * hidden, hidden), dtype, source).mul_(hidden**-0.5)
+        for kind in ("ih", "hh"):
+            inputs[f"bias_{kind}_{direction}"] = normal((4 * hidden,), dtype, source)
     return inputs
 
 
 def all_weights(shape: Shape, inputs: Tensors) -> list[Tensor]:
-    """nn.LSTM's list, in which W_ih picks the columns of x that belong to a direction, and biases are zero."""
+    """nn.LSTM's list, in which W_ih picks the columns of x that belong to a direction."""
     width, directions = 4 * shape[2], shape[3]
-    weights = []
-    for direction, weight_hh in enumerate(list(inputs.values())[1:]):
-        selection = torch.zeros(width, directions * width, dtype=weight_hh.dtype)
+    weights, given = [], list(inputs.values())[1:]
+    for direction in range(directions):
+        selection = torch.zeros(width, directions * width, dtype=inputs["x"].dtype)
         selection[:, direction * width : (direction + 1) * width] = torch.eye(width)
-        zero = torch.zeros(width, dtype=weight_hh.dtype)
-        weights += [selection, weight_hh, zero, zero]
+        weights += [selection, *given[3 * direction : 3 * direction + 3]]
     return weights
 
 
@@ -83,6 +84,8 @@ def on_machine(machine: Machine, gpu: Gpu, shape: Shape, inputs: Tensors) -> tup
         d_a = d_gates[direction].float()
         before, after = (h[:-1], d_a[1:]) if direction == 0 else (h[1:], d_a[:-1])
         result[f"d_weight_hh_{direction}"] = torch.einsum("tbg,tbh->gh", after, before).to(dtype)
+        for kind in ("ih", "hh"):
+            result[f"d_bias_{kind}_{direction}"] = d_gates[direction].float().sum((0, 1)).to(dtype)
     return forward, backward, result
 
 

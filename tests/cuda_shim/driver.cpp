@@ -1,6 +1,6 @@
 // Runs one pass of the recurrence under the shim: a case on standard input, the results on standard output.
 //
-// In:  kHeader int64 (see Header), weights of each direction, gates; backward: cells, d_output. Arrays as in csrc/lstm.h.
+// In:  Header, weights and both biases of each direction, gates; backward: cells, d_output. Arrays as in csrc/lstm.h.
 // Out: status (0 or the length of a message, which follows), 13 int64 of plan and counters, then forward gates, cells and
 //      output; backward d_gates.
 #include <cstdio>
@@ -9,8 +9,7 @@
 #include <memory>
 #include <vector>
 
-#include "../../csrc/lstm_cuda.h"
-#include "../../csrc/shim/device.h"
+#include "../../csrc/lstm_launch.cuh"
 
 namespace {
 
@@ -45,10 +44,14 @@ void run() {
   std::cin.read(reinterpret_cast<char*>(&h), sizeof h);
   const size_t size = h.dtype == 0 ? 4 : 2;
   const size_t cells = size_t(h.directions * h.steps * h.batch * h.hidden);
-  std::vector<Array> weights;
+  std::vector<Array> weights, biases;
   for (int64_t direction = 0; direction < h.directions; ++direction) {
     weights.emplace_back(size_t(4 * h.hidden * h.hidden) * size, h.misaligned ? size : 0);
     weights.back().read();
+    for (int which = 0; which < 2; ++which) {
+      biases.emplace_back(size_t(4 * h.hidden) * size);
+      biases.back().read();
+    }
   }
   Array gates(4 * cells * 4), cell(cells * 4), output(cells * size), d_gates(4 * cells * size);
   gates.read();
@@ -62,8 +65,9 @@ void run() {
   Array workspace(lstm_workspace_bytes(problem, pass, plan));
   const auto weight = [&](int64_t direction) { return direction < h.directions ? weights[size_t(direction)].data() : nullptr; };
   if (pass == LstmPass::kForward) {
-    const LstmForward call{h.steps, h.batch, h.hidden, h.directions, problem.dtype, {weight(0), weight(1)},
-                           reinterpret_cast<float*>(gates.data()), reinterpret_cast<float*>(cell.data()), output.data()};
+    LstmForward call{h.steps, h.batch, h.hidden, h.directions, problem.dtype, {weight(0), weight(1)},
+                           reinterpret_cast<float*>(gates.data()), reinterpret_cast<float*>(cell.data()), output.data(), {}};
+    for (size_t index = 0; index < biases.size(); ++index) call.bias[index / 2][index % 2] = biases[index].data();
     lstm_forward_cuda(call, plan, workspace.data(), nullptr);
   } else {
     cell.read();

@@ -1,4 +1,4 @@
-"""Builds csrc/lstm_cuda.cu with g++ against the fiber shim and runs single passes of it: what a test calls."""
+"""Builds the kernels of csrc/ and their launches with g++ against the fiber shim and runs single passes of it: what a test calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SOURCES = ("csrc/lstm_cuda.cu", "csrc/lstm_plan.cpp", "csrc/shim/fibers.cpp", "tests/cuda_shim/driver.cpp")
+SOURCES = ("csrc/lstm_plan.cpp", "csrc/shim/fibers.cpp", "tests/cuda_shim/driver.cpp")
 COMPILER = shutil.which("g++")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 VARIANTS = ("S", "M", "L", "STREAM")
@@ -64,8 +64,7 @@ def build(folder: Path) -> Path:
     objects = []
     for source in SOURCES:
         objects.append(str(folder / (Path(source).stem + ".o")))
-        language = ["-x", "c++"] if source.endswith(".cu") else []
-        subprocess.run([str(COMPILER), *flags, *language, "-c", str(ROOT / source), "-o", objects[-1]], check=True)
+        subprocess.run([str(COMPILER), *flags, "-c", str(ROOT / source), "-o", objects[-1]], check=True)
     driver = folder / "driver"
     subprocess.run([str(COMPILER), *flags, *objects, "-o", str(driver)], check=True)
     return driver
@@ -98,7 +97,10 @@ class Machine:
         return [*numbers, gpu.threads, gpu.seed, gpu.lose_store, gpu.resident, int(gpu.misaligned)]
 
     def forward(self, gpu: Gpu, weights: Sequence[Tensor], pre: Tensor) -> tuple[Plan, Tensor, Tensor, Tensor]:
-        """pre (directions, P, B, 4H) fp32. Returns the plan, gates, cells and output, as in csrc/lstm.h."""
+        """weights: W_hh, b_ih, b_hh of each direction; pre (directions, P, B, 4H) fp32, without biases.
+
+        Returns the plan, gates, cells and output, as in csrc/lstm.h.
+        """
         directions, steps, batch, width = pre.shape
         hidden, dtype = width // 4, weights[0].dtype
         numbers = self._numbers(gpu, False, (steps, batch, hidden, directions), dtype)
