@@ -64,7 +64,7 @@ class Team {
 #endif
   }
 
-  static constexpr int kSpins = 2000;  // some 30 us; a part takes 5 to 200
+  static constexpr int kSpins = 500;  // some 10 us; a part takes 5 to 200
 
   int64_t parts_;
   std::vector<Count> claimed_;  // steps claimed, for each part
