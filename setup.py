@@ -98,7 +98,9 @@ def compile_cuda(source: str, target: str) -> None:
                 *("--threads", str(os.cpu_count() or 1), *STABLE_ABI, *gencode(architectures())),
                 *(f"-I{path}" for path in cpp_extension.include_paths()),
                 *(f"-L{path}" for path in libraries),
-                *(source, "csrc/lstm_plan.cpp", "-ltorch_cpu", "-ltorch_cuda", "-Xlinker", "--allow-shlib-undefined"),
+                # Some linkers drop a library that defines nothing we use, as the stub does; then nothing would be found.
+                *("-Xlinker", "--no-as-needed", "-Xlinker", "--allow-shlib-undefined"),
+                *(source, "csrc/lstm_plan.cpp", "-ltorch_cpu", "-ltorch_cuda"),
                 *("-o", target),
             ],
             check=True,
