@@ -6,6 +6,7 @@
 #include <map>
 
 #include "lstm_cpu.h"
+#include "lstm_plan_python.h"
 
 // Set by setup.py.
 #ifndef FUSEDPROMPT_CUDA_BUILD
@@ -29,4 +30,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("cpu_level", &fusedprompt::cpu_level, "the instruction set in use");
   module.def("use_cpu_level", &fusedprompt::use_cpu_level, pybind11::arg("level"),
              "use another of cpu_levels() in this process; ValueError for any other name");
+  fusedprompt::add_plan_lstm(module);
 }

@@ -59,6 +59,7 @@ bool place_weights(LstmPlan& plan, const Sizes& sizes, const GpuFigures& gpu) {
   const int64_t held_bytes = int64_t(plan.threads) * kChunk * kLstmTileRows;  // of one group of chunks
   const bool held = sizes.problem.batch == 1;  // with more, the accumulators need the registers
   plan.held_depth = held ? int32_t(std::min<int64_t>({kLstmHeldDepth, plan.depth, gpu.register_bytes / 2 / held_bytes})) : 0;
+  plan.held_bytes = plan.held_depth * held_bytes;
 
   const int64_t vectors = plan.variant == LstmVariant::kCluster ? 2 : 1;
   const int64_t sums = round_up(int64_t(plan.split) * plan.rows * sizes.problem.batch * 4, kChunk);

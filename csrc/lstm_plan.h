@@ -53,6 +53,7 @@ struct LstmPlan {
   int32_t shared_slots;        // rows of such groups, a warp's 512 bytes each, that stay in shared memory, per warp
   int64_t staged_bytes;        // of one batch entry's vector in shared memory, with padding
   int64_t shared_bytes;        // of one block
+  int64_t held_bytes;          // registers of one block that hold weights
   int64_t on_chip_bytes;       // weights that stay in registers and shared memory, of all blocks that run at once
   int64_t streamed_bytes;      // weights read again in each step, by all blocks that run at once
   double predicted_us;         // of one step of all directions
