@@ -49,13 +49,15 @@ FP_DEVICE unsigned char* exchange_row(const Arguments& a, int direction, int64_t
 }
 
 // One cell (unit, b) of one direction through the steps of a pass. `begin` reads what all steps share, `load` what a step knows
-// before the vector of the step before arrives; `finish` takes the products with that vector and writes the results.
+// before the vector of the step before arrives; `finish` takes the products with that vector and returns what the
+// others wait for, and `store` writes the rest.
 template <typename T, bool kBackward>
 struct Cell;
 
 template <typename T>
 struct Cell<T, false> {
-  LstmGates bias, pre;
+  LstmGates bias, gate;  // gate: before its functions, then after them
+  uint32_t h;
 
   FP_DEVICE void begin(const Arguments& a, int direction, int64_t unit) {
     const T* const ih = static_cast<const T*>(a.bias[direction][0]) + unit;
@@ -67,27 +69,28 @@ struct Cell<T, false> {
   FP_DEVICE void load(const Arguments& a, int direction, int64_t step, int64_t b, int64_t unit) {
     const int64_t row = (direction * a.steps + position<false>(a, direction, step)) * a.batch + b;
     const float* gates = a.gates + row * 4 * a.hidden + unit;
-    pre = {gates[0] + bias.i, gates[a.hidden] + bias.f, gates[2 * a.hidden] + bias.g, gates[3 * a.hidden] + bias.o};
+    gate = {gates[0] + bias.i, gates[a.hidden] + bias.f, gates[2 * a.hidden] + bias.g, gates[3 * a.hidden] + bias.o};
   }
 
-  // products: of the four gates. state: c, of the step before, then of this. Returns h.
-  FP_DEVICE void finish(const Arguments& a, int direction, int64_t step, int64_t b, int64_t unit, const float (&products)[4],
-                        float& state, uint32_t (&published)[1]) const {
+  // products: of the four gates. state: c, of the step before, then of this.
+  FP_DEVICE void finish(const float (&products)[4], float& state, uint32_t (&published)[1]) {
+    gate = lstm_activate({gate.i + products[0], gate.f + products[1], gate.g + products[2], gate.o + products[3]});
+    const LstmState next = lstm_cell_forward(gate, state);
+    state = next.c;
+    h = published[0] = narrow<T>(next.h);
+  }
+
+  FP_DEVICE void store(const Arguments& a, int direction, int64_t step, int64_t b, int64_t unit, float state) const {
     const int64_t t = position<false>(a, direction, step);
     const int64_t row = (direction * a.steps + t) * a.batch + b;
-    const LstmGates gate = lstm_activate(
-        {pre.i + products[0], pre.f + products[1], pre.g + products[2], pre.o + products[3]});
-    const LstmState next = lstm_cell_forward(gate, state);
     float* gates = a.gates + row * 4 * a.hidden + unit;
     gates[0] = gate.i;
     gates[a.hidden] = gate.f;
     gates[2 * a.hidden] = gate.g;
     gates[3 * a.hidden] = gate.o;
-    a.cell[row * a.hidden + unit] = next.c;
-    state = next.c;
-    published[0] = narrow<T>(next.h);
+    a.cell[row * a.hidden + unit] = state;
     T* output = static_cast<T*>(a.output);
-    output[((t * a.batch + b) * a.directions + direction) * a.hidden + unit] = from_bits<T>(published[0]);
+    output[((t * a.batch + b) * a.directions + direction) * a.hidden + unit] = from_bits<T>(h);
   }
 };
 
@@ -95,6 +98,7 @@ template <typename T>
 struct Cell<T, true> {
   LstmGates gate;
   float c, c_prev, d_h;
+  uint32_t bits[4];
 
   FP_DEVICE void begin(const Arguments&, int, int64_t) {}
 
@@ -111,16 +115,13 @@ struct Cell<T, true> {
   }
 
   // products[0]: what the step after hands back to h. state: the gradient of c that it hands back, then that of this step.
-  FP_DEVICE void finish(const Arguments& a, int direction, int64_t step, int64_t b, int64_t unit, const float (&products)[1],
-                        float& state, uint32_t (&published)[int(sizeof(T))]) const {
+  FP_DEVICE void finish(const float (&products)[1], float& state, uint32_t (&published)[int(sizeof(T))]) {
     const LstmCellGradient gradient = lstm_cell_backward(gate, c, c_prev, d_h + products[0], state);
     state = gradient.d_c_prev;
-    const int64_t row = (direction * a.steps + position<true>(a, direction, step)) * a.batch + b;
-    T* d_gates = static_cast<T*>(a.d_gates) + row * 4 * a.hidden + unit;
-    const uint32_t bits[4] = {narrow<T>(gradient.d_a.i), narrow<T>(gradient.d_a.f), narrow<T>(gradient.d_a.g),
-                              narrow<T>(gradient.d_a.o)};
-#pragma unroll
-    for (int g = 0; g < 4; ++g) d_gates[g * a.hidden] = from_bits<T>(bits[g]);
+    bits[0] = narrow<T>(gradient.d_a.i);
+    bits[1] = narrow<T>(gradient.d_a.f);
+    bits[2] = narrow<T>(gradient.d_a.g);
+    bits[3] = narrow<T>(gradient.d_a.o);
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
       for (int g = 0; g < 4; ++g) published[g] = bits[g];
@@ -128,6 +129,13 @@ struct Cell<T, true> {
       published[0] = bits[0] | bits[1] << 16;
       published[1] = bits[2] | bits[3] << 16;
     }
+  }
+
+  FP_DEVICE void store(const Arguments& a, int direction, int64_t step, int64_t b, int64_t unit, float) const {
+    const int64_t row = (direction * a.steps + position<true>(a, direction, step)) * a.batch + b;
+    T* d_gates = static_cast<T*>(a.d_gates) + row * 4 * a.hidden + unit;
+#pragma unroll
+    for (int g = 0; g < 4; ++g) d_gates[g * a.hidden] = from_bits<T>(bits[g]);
   }
 };
 

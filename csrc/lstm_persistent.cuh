@@ -69,7 +69,7 @@ FP_KERNEL(kLstmThreads) lstm_persistent(const FP_PARAMETER Arguments a) {
             products[r] += sums[(int64_t(part) * plan.rows + unit_here * kRowsOfUnit<kBackward> + r) * batch + b];
           }
         }
-        cell.finish(a, direction, step, b, unit, products, state, published);
+        cell.finish(products, state, published);
       }
       const bool stores = join_neighbours<T, kBackward>(published);
       if (has_cell && stores && step + 1 < a.steps) {
@@ -80,7 +80,10 @@ FP_KERNEL(kLstmThreads) lstm_persistent(const FP_PARAMETER Arguments a) {
           store_relaxed(reinterpret_cast<uint32_t*>(exchange_row(a, direction, step, b) + place), published);
         }
       }
-      if (has_cell && step + 1 < a.steps) cell.load(a, direction, step + 1, b, unit);  // arrives while the block waits
+      if (has_cell) {
+        cell.store(a, direction, step, b, unit, state);
+        if (step + 1 < a.steps) cell.load(a, direction, step + 1, b, unit);  // arrives while the block waits
+      }
     }
     if (cluster && step + 1 < a.steps) cluster_barrier();
   }

@@ -47,7 +47,8 @@ FP_KERNEL(kLstmThreads) lstm_step(const FP_PARAMETER Arguments a) {
     cell.begin(a, direction, unit);
     cell.load(a, direction, a.step, b, unit);
     uint32_t published[kWords<T, kBackward>] = {};
-    cell.finish(a, direction, a.step, b, unit, products, state, published);
+    cell.finish(products, state, published);
+    cell.store(a, direction, a.step, b, unit, state);
     if constexpr (kBackward) *d_cell = state;
 
     unsigned char* const row = exchange_row(a, direction, a.step, b);  // the next launch reads it: plain stores will do
