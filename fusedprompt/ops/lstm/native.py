@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._library import LIBRARY, below_autograd
+from .._library import LIBRARY
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_BATCH = 8  # of the recurrence kernels; larger batches are matrix products, which PyTorch does well
@@ -58,11 +58,18 @@ def _backward_fake(
     return [value.new_empty(value.shape) for value in (x, *weights)]
 
 
+# Overloads, resolved once: a packet looks for the right one at every call.
+_INFERENCE = torch.ops.fusedprompt.lstm_native.default
+_FORWARD = torch.ops.fusedprompt.lstm_native_forward.default
+_BACKWARD = torch.ops.fusedprompt.lstm_native_backward.default
+
+
 class _LSTM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bidirectional: bool, num_weights: int, *tensors: Tensor) -> Tensor:
         weights, masks = list(tensors[:num_weights]), list(tensors[num_weights:])
-        output, saved = below_autograd("lstm_native_forward", x, weights, masks, bidirectional)
+        with torch._C._AutoDispatchBelowAutograd():
+            output, saved = _FORWARD(x, weights, masks, bidirectional)
         ctx.bidirectional, ctx.num_weights, ctx.num_masks = bidirectional, num_weights, len(masks)
         ctx.save_for_backward(x, output, *tensors, *saved)
         result: Tensor = output
@@ -75,15 +82,14 @@ class _LSTM(torch.autograd.Function):
         x, output, *tensors = ctx.saved_tensors
         masks_end = ctx.num_weights + ctx.num_masks
         weights, masks, saved = tensors[: ctx.num_weights], tensors[ctx.num_weights : masks_end], tensors[masks_end:]
-        d_x, *d_weights = torch.ops.fusedprompt.lstm_native_backward(
-            d_output, x, weights, masks, ctx.bidirectional, output, saved
-        )
+        d_x, *d_weights = _BACKWARD(d_output, x, weights, masks, ctx.bidirectional, output, saved)
         return (d_x, None, None, *d_weights, *(None for _ in masks))
 
 
 def _autograd(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
     if not torch.is_grad_enabled():
-        inference: Tensor = below_autograd("lstm_native", x, weights, dropout_masks, bidirectional)
+        with torch._C._AutoDispatchBelowAutograd():
+            inference: Tensor = _INFERENCE(x, weights, dropout_masks, bidirectional)
         return inference
     apply: Any = _LSTM.apply
     result: Tensor = apply(x, bidirectional, len(weights), *weights, *dropout_masks)
@@ -99,6 +105,16 @@ for _name, _function in (
 LIBRARY.impl("lstm_native", _autograd, "Autograd")
 
 
+def _watched(tensor: Tensor) -> bool:
+    """Whether torch.compile, a dispatch mode, a functorch transform or a tensor subclass wants to see the op itself."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def why_not(
     x: Tensor, weights: Sequence[Tensor] = (), dropout_masks: Sequence[Tensor] = (), bidirectional: bool = True
 ) -> str | None:
@@ -109,14 +125,15 @@ def why_not(
         return f"needs a batch of at most {MAX_BATCH}, got {x.shape[0]}"
     kind = x.device.type
     if kind == "cpu":
-        loaded = _native.module()
-        return loaded if isinstance(loaded, str) else None
+        return _native.WHY_NOT_CPU
     if kind == "cuda":
-        return _native.cuda_library()
+        return _native.WHY_NOT_CUDA
     return f"needs a CPU or CUDA tensor, got {kind}"
 
 
 def lstm(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
     """dropout_masks: nothing, or per layer but the last a (P, B, directions * H) tensor of 0 and 1 / (1 - p)."""
-    result: Tensor = torch.ops.fusedprompt.lstm_native(x, weights, dropout_masks, bidirectional)
+    # The dispatcher's way to a Python kernel costs about 15 us with 16 weights; only who watches it needs to see the op.
+    run = _INFERENCE if _watched(x) else _autograd
+    result: Tensor = run(x, weights, dropout_masks, bidirectional)
     return result
