@@ -16,10 +16,10 @@ import torch
 
 def _load_module() -> tuple[ModuleType | None, str | None]:
     """`fusedprompt._C`, or one clause that says why it is not there."""
-    if importlib.util.find_spec("fusedprompt._C") is None:
-        return None, "needs the compiled extension, which this installation lacks (README.md, Installing)"
     try:
         return importlib.import_module("fusedprompt._C"), None
+    except ModuleNotFoundError:
+        return None, "needs the compiled extension, which this installation lacks (README.md, Installing)"
     except ImportError as error:  # a torch older than its ABI, say
         return None, f"needs the compiled extension, which does not load: {error}"
 
