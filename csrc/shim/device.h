@@ -28,7 +28,7 @@ namespace fusedprompt::shim {
 // ---- what a test sets and reads ----
 
 struct Settings {
-  GpuFigures gpu = {};
+  GpuFigures gpu = {4, 96 << 10, 256 << 10, 50 << 20, 5500, 4300, 1.7, false};
   uint64_t seed = 0;            // of the order in which fibers run; 0: round robin
   int64_t lose_store_at = -1;   // a published word to lose, counted from 0: the others must then wait for ever
   int64_t resident_blocks = -1; // how many blocks the device holds at once; -1: any number

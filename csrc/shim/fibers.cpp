@@ -37,6 +37,7 @@ struct Group {
 struct Fiber {
   ucontext_t context;
   Self self;
+  size_t block_index;
   Group *warp, *block, *cluster;
   Group* waiting_for = nullptr;
   int64_t waiting_since = 0;  // the generation it waits to pass
@@ -111,6 +112,7 @@ void add_fiber(size_t index, unsigned threads, unsigned blocks) {
   Fiber& fiber = *machine->fibers.back();
   const size_t block = index / threads;
   fiber.self = {int(index % threads), int(threads), int(block % blocks), int(block / blocks)};
+  fiber.block_index = block;
   fiber.warp = &machine->warps[index / 32];
   fiber.block = &machine->blocks[block];
   fiber.cluster = &machine->clusters[block / machine->cluster_size];
@@ -189,7 +191,7 @@ void schedule() {
 }  // namespace
 
 const Self& self() { return machine->running->self; }
-unsigned char* shared_memory() { return machine->shared[size_t(self().block)].get(); }
+unsigned char* shared_memory() { return machine->shared[machine->running->block_index].get(); }
 void block_barrier() { meet(*machine->running->block, "a block barrier"); }
 void cluster_barrier() { meet(*machine->running->cluster, "a cluster barrier"); }
 void progress() { ++machine->events; }
@@ -212,7 +214,7 @@ void wait_in_poll(int64_t step) {
 }
 
 unsigned char* in_cluster(unsigned char* address, int rank) {
-  const size_t own = size_t(self().block), first = own / machine->cluster_size * machine->cluster_size;
+  const size_t own = machine->running->block_index, first = own / machine->cluster_size * machine->cluster_size;
   return machine->shared[first + size_t(rank)].get() + (address - machine->shared[own].get());
 }
 
