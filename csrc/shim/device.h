@@ -104,16 +104,21 @@ T* in_cluster(T* address, int rank) {
   return reinterpret_cast<T*>(shim::in_cluster(reinterpret_cast<unsigned char*>(address), rank));
 }
 
+// Written out, because not every compiler of the CPU has a type of 16 bits.
 inline float widen_half(uint16_t bits) {
-  _Float16 half;
-  memcpy(&half, &bits, 2);
-  return float(half);
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  float magnitude = std::ldexp(float(fraction + (exponent ? 1024 : 0)), (exponent ? exponent : 1) - 25);
+  if (exponent == 31) magnitude = fraction ? NAN : INFINITY;
+  return bits & 0x8000 ? -magnitude : magnitude;
 }
 inline uint16_t narrow_half(float value) {
-  const _Float16 half = static_cast<_Float16>(value);
-  uint16_t bits;
-  memcpy(&bits, &half, 2);
-  return bits;
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const float magnitude = std::fabs(value);
+  if (magnitude >= 65520.0f) return uint16_t(sign | 0x7c00);
+  if (magnitude == 0.0f) return sign;
+  const int exponent = std::max(std::ilogb(magnitude), -14);
+  const int steps = int(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));  // to even; 2048 carries into the exponent
+  return uint16_t(sign | (((exponent + 14) << 10) + steps));
 }
 
 using Stream = void*;
