@@ -34,8 +34,8 @@ Sizes sizes_of(const LstmProblem& problem, LstmPass pass) {
   return {problem, pass, element_size(problem.dtype), forward ? problem.hidden : 4 * problem.hidden, forward ? 4 : 1};
 }
 
-// Weights that are read in each step come from L2 if they fit in most of it, together with what else is used.
-double stream_us(const Sizes&, const GpuFigures& gpu, double bytes) {
+// Weights that are read in each step come from L2 if they fit in it beside everything else.
+double stream_us(const GpuFigures& gpu, double bytes) {
   const bool cached = bytes <= 0.7 * double(gpu.l2_bytes);
   return bytes / (cached ? gpu.l2_gb_per_s : gpu.memory_gb_per_s) / 1e3;
 }
@@ -88,8 +88,10 @@ double persistent_us(const LstmPlan& plan, const Sizes& sizes, const GpuFigures&
   const double issue_us = operations / (kLanesPerClock * gpu.clock_ghz * 1e3);
   const bool cluster = plan.variant == LstmVariant::kCluster;
   const double gather = cluster ? 0.0 : double(sizes.vector_bytes()) * plan.blocks * plan.directions_at_once;
-  const double turn = (cluster ? kClusterHopUs : kGlobalHopUs) + std::max(shared_us, issue_us) +
-                      gather / gpu.l2_gb_per_s / 1e3 + stream_us(sizes, gpu, double(plan.streamed_bytes));
+  // Warps take turns, so arithmetic hides behind reads; the two kinds of reads are one after another in each warp.
+  const double reads_us = shared_us + stream_us(gpu, double(plan.streamed_bytes));
+  const double turn =
+      (cluster ? kClusterHopUs : kGlobalHopUs) + std::max(reads_us, issue_us) + gather / gpu.l2_gb_per_s / 1e3;
   return turn * double(sizes.problem.directions) / plan.directions_at_once;
 }
 
@@ -102,7 +104,7 @@ LstmPlan stream_plan(const Sizes& sizes, const GpuFigures& gpu) {
   plan.rows = plan.units * int32_t(sizes.rows_of_unit);
   plan.blocks = int32_t(divide_up(sizes.problem.hidden, plan.units));
   plan.streamed_bytes = sizes.weight_bytes() * sizes.problem.directions;
-  plan.predicted_us = kLaunchUs + stream_us(sizes, gpu, double(plan.streamed_bytes));
+  plan.predicted_us = kLaunchUs + stream_us(gpu, double(plan.streamed_bytes));
   return plan;
 }
 
@@ -171,8 +173,9 @@ std::optional<LstmPlan> plan_lstm(const LstmProblem& problem, LstmPass pass, con
       consider(LstmVariant::kCluster, at_once, divide_up(problem.hidden, blocks));
     }
   }
-  if (!best && !variant) return stream_plan(sizes, gpu);
-  return best;
+  if (variant) return best;
+  const LstmPlan stream = stream_plan(sizes, gpu);
+  return best && best->predicted_us <= stream.predicted_us ? best : stream;
 }
 
 const char* name_of(LstmVariant variant) {

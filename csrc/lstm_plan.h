@@ -65,7 +65,7 @@ constexpr int kLstmHeldDepth = 4;  // 8 rows x 4 chunks x 16 bytes x 256 threads
 constexpr int kLstmCluster = 8;    // largest cluster that every GPU with clusters can run
 constexpr int kLstmMaxBatch = 8;
 
-// The fastest variant that fits, by prediction; kStream if none does. `variant` asks for one: nullopt is returned if it
+// The fastest variant that fits, by prediction; kStream always does. `variant` asks for one: nullopt is returned if it
 // does not fit, and only then. Throws std::invalid_argument on sizes below 1, directions other than 1 or 2, H > 8192 or B > 8.
 std::optional<LstmPlan> plan_lstm(const LstmProblem& problem, LstmPass pass, const GpuFigures& gpu,
                                   std::optional<LstmVariant> variant = std::nullopt, int threads = kLstmThreads);
