@@ -1,4 +1,4 @@
-"""The CUDA recurrence as nvcc compiles it: registers, spills, shared memory and the width of its loads. Needs no GPU."""
+"""The CUDA recurrence as nvcc compiles it: registers, spills, shared memory, width of loads. Needs no GPU."""
 
 from __future__ import annotations
 

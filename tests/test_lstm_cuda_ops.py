@@ -1,4 +1,4 @@
-"""The LSTM ops of csrc/lstm_cuda.cu against the fp64 oracle: the whole stack, with the kernels on fibers and CPU tensors."""
+"""The LSTM ops of csrc/lstm_cuda.cu against the fp64 oracle: the whole stack on CPU tensors, kernels on fibers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ def build(folder: Path) -> Path:
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-DFP_SHIM", "-DUSE_CUDA"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wno-attributes"]
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-    sources = ["-x", "c++", *(str(ROOT / "csrc" / name) for name in ("lstm_cuda.cu", "lstm_plan.cpp", "shim/fibers.cpp"))]
+    sources = [
+        "-x",
+        "c++",
+        *(str(ROOT / "csrc" / name) for name in ("lstm_cuda.cu", "lstm_plan.cpp", "shim/fibers.cpp")),
+    ]
     paths = [f"-L{path}" for path in cpp_extension.library_paths()]
     command = [str(COMPILER), *flags, *includes, *sources, *paths, "-ltorch_cpu", "-o", str(library)]
     subprocess.run(command, check=True)

@@ -1,7 +1,7 @@
 """The CUDA recurrence, compiled by g++ from the source that nvcc compiles, run on fibers against the fp64 oracle.
 
-AddressSanitizer and UBSan are on, every array has its exact size and starts as NaN, and a deadlock is an error that names
-its step. x stands for the gates before the recurrence: W_ih only selects a direction's columns.
+AddressSanitizer and UBSan are on, every array has its exact size and starts as NaN, and a deadlock is an error that
+names its step. x stands for the gates before the recurrence: W_ih only selects a direction's columns.
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ KB, MB = 1 << 10, 1 << 20
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def gpu(multiprocessors: int, shared_kb: int, l2_mb: int, l2: float, memory: float, clock: float, clusters: bool) -> Any:
+def gpu(
+    multiprocessors: int, shared_kb: int, l2_mb: int, l2: float, memory: float, clock: float, clusters: bool
+) -> Any:
     return {
         "multiprocessors": multiprocessors,
         "shared_bytes": shared_kb * KB,
@@ -46,7 +48,9 @@ def plan(name_or_gpu: Any, hidden: int, dtype: str = "bfloat16", backward: bool 
     return native.plan_lstm(hidden=hidden, dtype=dtype, backward=backward, gpu=figures, **sizes)
 
 
-def assert_possible(result: Any, figures: Any, hidden: int, dtype: str, backward: bool, directions: int, batch: int) -> None:
+def assert_possible(
+    result: Any, figures: Any, hidden: int, dtype: str, backward: bool, directions: int, batch: int
+) -> None:
     """The whole matrix is owned, the whole grid fits at once, and every weight is either on chip or streamed."""
     weights = 4 * hidden * hidden * BYTES[dtype]
     assert result["predicted_us"] > 0 and 1 <= result["directions_at_once"] <= directions
@@ -124,9 +128,11 @@ def test_both_directions_run_at_once_while_they_fit_and_take_turns_beyond(backwa
     assert plan("H200", 3072, "bfloat16", backward, directions=1)["directions_at_once"] == 1
 
 
-@pytest.mark.parametrize(("name", "least", "most"), [("A100", 25, 31), ("H100", 41, 46), ("H200", 41, 46), ("B200", 46, 51)])
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("A100", 25, 31), ("H100", 41, 46), ("H200", 41, 46), ("B200", 46, 51)]
+)
 def test_most_of_shared_memory_and_half_of_the_registers_hold_weights(name: str, least: int, most: int) -> None:
-    """(163 + 128) KB on 108 multiprocessors are 31 MB; (227 + 128) KB on 132 are 46 MB. Vectors and rounding take the rest."""
+    """(163 + 128) KB on 108 multiprocessors are 31 MB, (227 + 128) KB on 132 are 46; vectors and rounding take some."""
     assert least <= plan(name, 4096)["on_chip_bytes"] / MB <= most
 
 
@@ -134,7 +140,10 @@ def test_most_of_shared_memory_and_half_of_the_registers_hold_weights(name: str,
 @each_gpu
 def test_a_chosen_plan_is_predicted_no_slower_than_one_launch_a_step(name: str, backward: bool) -> None:
     for hidden in (32, 256, 1024, 3072, 8192):
-        chosen, stream = plan(name, hidden, "float32", backward), plan(name, hidden, "float32", backward, variant="STREAM")
+        chosen, stream = (
+            plan(name, hidden, "float32", backward),
+            plan(name, hidden, "float32", backward, variant="STREAM"),
+        )
         assert chosen["predicted_us"] <= stream["predicted_us"]
 
 

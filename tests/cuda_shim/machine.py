@@ -1,4 +1,4 @@
-"""Builds the kernels of csrc/ and their launches with g++ against the fiber shim and runs single passes of it: what a test calls."""
+"""Builds the CUDA kernels and their launches with g++ against the fiber shim, and runs single passes of them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,17 @@ class Plan:
 
 def build(folder: Path) -> Path:
     """The driver with AddressSanitizer and UBSan, whose first finding ends it."""
-    flags = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi", "-DFP_SHIM"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-g1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-Wno-psabi",
+        "-DFP_SHIM",
+    ]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     objects = []
     for source in SOURCES:
@@ -93,7 +103,16 @@ class Machine:
 
     def _numbers(self, gpu: Gpu, backward: bool, shape: Sequence[int], dtype: torch.dtype) -> list[int]:
         variant = -1 if gpu.variant is None else VARIANTS.index(gpu.variant)
-        numbers = [int(backward), *shape, CODES[dtype], gpu.blocks, gpu.shared, gpu.registers, int(gpu.clusters), variant]
+        numbers = [
+            int(backward),
+            *shape,
+            CODES[dtype],
+            gpu.blocks,
+            gpu.shared,
+            gpu.registers,
+            int(gpu.clusters),
+            variant,
+        ]
         return [*numbers, gpu.threads, gpu.seed, gpu.lose_store, gpu.resident, int(gpu.misaligned)]
 
     def forward(self, gpu: Gpu, weights: Sequence[Tensor], pre: Tensor) -> tuple[Plan, Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Run by test_lstm_cuda_ops.py in a process of its own: the ops of csrc/lstm_cuda.cu, built for CPU tensors, in its argument."""
+"""Run by test_lstm_cuda_ops.py in a process of its own; the argument is csrc/lstm_cuda.cu, built for CPU tensors."""
 
 from __future__ import annotations
 
