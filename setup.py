@@ -81,7 +81,7 @@ def gencode(architectures: str) -> list[str]:
 
 
 def compile_cuda(source: str, target: str) -> None:
-    """One library without Python in it. Not torch's CUDAExtension, which links libraries that a CPU build of torch lacks."""
+    """One library without Python in it. torch's CUDAExtension would link libraries that a CPU build of torch lacks."""
     from torch.utils import cpp_extension
 
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -98,7 +98,7 @@ def compile_cuda(source: str, target: str) -> None:
                 *("--threads", str(os.cpu_count() or 1), *STABLE_ABI, *gencode(architectures())),
                 *(f"-I{path}" for path in cpp_extension.include_paths()),
                 *(f"-L{path}" for path in libraries),
-                # Some linkers drop a library that defines nothing we use, as the stub does; then nothing would be found.
+                # Some linkers drop a library that defines nothing we use, as the stub does; then nothing is found.
                 *("-Xlinker", "--no-as-needed", "-Xlinker", "--allow-shlib-undefined"),
                 *(source, "csrc/lstm_plan.cpp", "-ltorch_cpu", "-ltorch_cuda"),
                 *("-o", target),
@@ -144,7 +144,7 @@ def build() -> dict[str, object]:
     reason = why_not_cuda()
     cuda = f"not built: {reason}" if reason else architectures()
     say(f"compiling for CPU; CUDA: {cuda}")
-    sources = [path for path in sorted(glob.glob("csrc/*.cpp"))]
+    sources = sorted(glob.glob("csrc/*.cpp"))
     flags = ["-O3", "-fvisibility=hidden", "-ffp-contract=fast", *STABLE_ABI]
     facts = [("FUSEDPROMPT_CUDA_BUILD", f'"{cuda}"'), ("FUSEDPROMPT_TORCH_BUILD", f'"{torch.__version__}"')]
     extensions = [CppExtension("fusedprompt._C", sources, extra_compile_args=flags, define_macros=facts)]

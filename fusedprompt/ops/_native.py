@@ -28,13 +28,13 @@ def _why_not_cuda() -> str | None:
     """Load the CUDA library; None, or one clause that says why not."""
     if MODULE is None:
         return WHY_NOT_CPU
-    if not torch.backends.cuda.is_built():
+    if torch.version.cuda is None:
         return "needs a torch that is built with CUDA"
     spec = importlib.util.find_spec("fusedprompt._cuda")
     if spec is None or spec.origin is None:
         return f"needs the CUDA library: {MODULE.build_info()['cuda']}"
     try:
-        torch.ops.load_library(spec.origin)
+        torch.ops.load_library(spec.origin)  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"needs the CUDA library, which does not load: {error}"
     return None

@@ -21,9 +21,7 @@ MAX_BATCH = 8  # of the recurrence kernels; larger batches are matrix products, 
 _ARGUMENTS = "Tensor x, Tensor[] weights, Tensor[] dropout_masks, bool bidirectional"
 LIBRARY.define(f"lstm_native({_ARGUMENTS}) -> Tensor")
 LIBRARY.define(f"lstm_native_forward({_ARGUMENTS}) -> (Tensor, Tensor[])")
-LIBRARY.define(
-    f"lstm_native_backward(Tensor d_output, {_ARGUMENTS}, Tensor output, Tensor[] saved) -> Tensor[]"
-)
+LIBRARY.define(f"lstm_native_backward(Tensor d_output, {_ARGUMENTS}, Tensor output, Tensor[] saved) -> Tensor[]")
 
 
 def _fake(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
@@ -133,7 +131,7 @@ def why_not(
 
 def lstm(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
     """dropout_masks: nothing, or per layer but the last a (P, B, directions * H) tensor of 0 and 1 / (1 - p)."""
-    # The dispatcher's way to a Python kernel costs about 15 us with 16 weights; only who watches it needs to see the op.
+    # The dispatcher's way to a Python kernel costs 15 us with 16 weights, and only who watches needs to see the op.
     run = _INFERENCE if _watched(x) else _autograd
     result: Tensor = run(x, weights, dropout_masks, bidirectional)
     return result
