@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -114,10 +115,11 @@ inline GpuFigures figures() {
   result.shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   result.register_bytes = 4 * int64_t(ask(cudaDevAttrMaxRegistersPerMultiprocessor));
   result.l2_bytes = ask(cudaDevAttrL2CacheSize);
-  result.clock_ghz = ask(cudaDevAttrClockRate) / 1e6;
+  result.clock_ghz = std::max(ask(cudaDevAttrClockRate) / 1e6, 1.0);  // some drivers say 0
   result.l2_gb_per_s = 25.0 * result.multiprocessors * result.clock_ghz;
-  result.memory_gb_per_s = 2.0 * ask(cudaDevAttrMemoryClockRate) / 1e6 * ask(cudaDevAttrGlobalMemoryBusWidth) / 8;
-  result.clusters = ask(cudaDevAttrComputeCapabilityMajor) >= 9;
+  result.memory_gb_per_s =
+      std::max(2.0 * ask(cudaDevAttrMemoryClockRate) / 1e6 * ask(cudaDevAttrGlobalMemoryBusWidth) / 8, 200.0);
+  result.clusters = ask(cudaDevAttrComputeCapabilityMajor) >= 9 && ask(cudaDevAttrClusterLaunch) != 0;
   known = device;
   return result;
 }
@@ -165,16 +167,20 @@ struct Configuration {
 template <typename Argument>
 using Kernel = void (*)(Argument);
 
-// Whether all blocks of `launch` can be on the current device at the same time, as `together` asks.
+// Whether all blocks of `launch` can be on the current device at the same time, as `together` asks. Also allows the kernel all
+// the shared memory of a block: always the same figure, so that threads with different plans do not undo each other's.
 template <typename Argument>
 bool fits(Kernel<Argument> kernel, const Launch& launch, unsigned cluster) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(launch.shared_bytes)),
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(figures().shared_bytes)),
         "cudaFuncSetAttribute");
   if (launch.together == Together::kCluster) {
     int clusters = 0;
     const Configuration configuration(launch, cluster);
-    check(cudaOccupancyMaxActiveClusters(&clusters, function, &configuration.config), "cudaOccupancyMaxActiveClusters");
+    if (cudaOccupancyMaxActiveClusters(&clusters, function, &configuration.config) != cudaSuccess) {
+      (void)cudaGetLastError();  // a cluster that this device cannot run at all
+      return false;
+    }
     return unsigned(clusters) * cluster >= launch.blocks;
   }
   int device = 0, multiprocessors = 0, cooperative = 0, blocks = 0;

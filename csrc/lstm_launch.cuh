@@ -152,19 +152,25 @@ void run_pass(const LstmProblem& p, const void* const (&weight_hh)[2], Arguments
 
 }  // namespace detail
 
-// The plan that will run on the current device: plan_lstm's, or kStream if the device cannot hold all its blocks at once
-// (another process may have a share of it). A variant asked for by name that cannot run throws std::invalid_argument.
+// The plan that will run on the current device: plan_lstm's, or if the device cannot hold all its blocks at once (another
+// process may have a share of it) the best without clusters, or kStream. A variant asked for by name that cannot run throws
+// std::invalid_argument.
 inline LstmPlan lstm_plan_here(const LstmProblem& problem, LstmPass pass, std::optional<LstmVariant> variant = std::nullopt,
                                int threads = kLstmThreads) {
-  const std::optional<LstmPlan> plan = plan_lstm(problem, pass, device::figures(), variant, threads);
-  const bool runs = plan && (plan->variant == LstmVariant::kStream ||
-                             (pass == LstmPass::kForward ? detail::fits<false>(problem.dtype, problem.batch, *plan)
-                                                         : detail::fits<true>(problem.dtype, problem.batch, *plan)));
-  if (runs) return *plan;
+  const auto runs = [&](const LstmPlan& plan) {
+    return plan.variant == LstmVariant::kStream ||
+           (pass == LstmPass::kForward ? detail::fits<false>(problem.dtype, problem.batch, plan)
+                                       : detail::fits<true>(problem.dtype, problem.batch, plan));
+  };
+  GpuFigures gpu = device::figures();
+  std::optional<LstmPlan> plan = plan_lstm(problem, pass, gpu, variant, threads);
+  if (plan && runs(*plan)) return *plan;
   if (variant) {
     throw std::invalid_argument(std::string("variant: expected one that fits this GPU, got ") + name_of(*variant));
   }
-  return *plan_lstm(problem, pass, device::figures(), LstmVariant::kStream);
+  gpu.clusters = false;
+  plan = plan_lstm(problem, pass, gpu, variant, threads);
+  return runs(*plan) ? *plan : *plan_lstm(problem, pass, gpu, LstmVariant::kStream);
 }
 
 // Bytes of scratch memory, aligned to 256, that the call with this plan needs; their contents do not matter.

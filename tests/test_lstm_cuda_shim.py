@@ -134,7 +134,7 @@ def test_recurrence_and_gradients_match_fp64_oracle(
 
 @pytest.mark.parametrize("blocks", range(1, 9))
 def test_any_number_of_blocks_matches_fp64_oracle(machine: Machine, blocks: int) -> None:
-    forward, backward = check(machine, Gpu(blocks=blocks), (5, 1, 23, 1))
+    forward, backward = check(machine, Gpu(blocks=blocks, variant="M"), (5, 1, 23, 1))
     assert max(forward.blocks, backward.blocks) <= blocks
     assert forward.blocks == -(-23 // forward.units) and backward.blocks == -(-23 // backward.units)
 
@@ -144,9 +144,9 @@ def test_weights_in_registers_shared_memory_and_memory_at_once_match_fp64_oracle
     machine: Machine, dtype: torch.dtype
 ) -> None:
     """Full blocks of 256 threads, and rows so long that they are divided among all three places."""
-    gpu = Gpu(blocks=2, threads=256, shared=48 << 10, registers=64 << 10)
+    gpu = Gpu(variant="L", blocks=2, threads=256, shared=48 << 10, registers=64 << 10)
     for plan in check(machine, gpu, (3, 1, 307, 1), dtype):
-        assert plan.variant == "L" and plan.held_depth > 0 and plan.shared_slots > 0 and plan.streamed_bytes > 0
+        assert plan.held_depth > 0 and plan.shared_slots > 0 and plan.streamed_bytes > 0
         assert plan.tiles > 1 and plan.depth > plan.held_depth
 
 
@@ -173,8 +173,14 @@ def test_any_shape_on_any_device_in_any_order_matches_fp64_oracle(machine: Machi
         threads=data.draw(st.sampled_from([32, 64, 128])),
         seed=data.draw(st.integers(0, 2**31)),
         misaligned=data.draw(st.booleans()),
+        variant=data.draw(st.sampled_from(["S", "M", "L"])),
     )
-    check(machine, gpu, shape, data.draw(st.sampled_from(LOW)))
+    dtype = data.draw(st.sampled_from(LOW))
+    try:
+        check(machine, gpu, shape, dtype)
+    except KernelFailed as error:
+        assert "variant: expected one that fits" in str(error)
+        check(machine, dataclasses.replace(gpu, variant=None), shape, dtype)
 
 
 @pytest.mark.parametrize("variant", list(GPUS))
@@ -182,7 +188,7 @@ def test_any_order_of_threads_gives_the_same_bits(machine: Machine, variant: str
     shape = (4, 1, 29, 2)
     inputs = make(shape, torch.bfloat16)
     first = on_machine(machine, GPUS[variant], shape, inputs)[2]
-    for seed in (1, 2):
+    for seed in range(1, 5 if variant != "STREAM" else 2):
         again = on_machine(machine, dataclasses.replace(GPUS[variant], seed=seed), shape, inputs)[2]
         assert_identical(again, first)
 
@@ -211,6 +217,13 @@ def test_a_lost_word_is_a_deadlock_that_names_its_step(machine: Machine, variant
 def test_a_device_that_cannot_hold_all_blocks_runs_step_by_step_and_matches_fp64_oracle(machine: Machine) -> None:
     forward, backward = check(machine, Gpu(blocks=8, resident=1), (5, 2, 23, 2))
     assert forward.variant == backward.variant == "STREAM"
+
+
+def test_a_device_that_cannot_run_the_cluster_does_without_and_matches_fp64_oracle(machine: Machine) -> None:
+    shape = (3, 1, 23, 2)
+    for runs, variant in ((True, "S"), (False, "M")):
+        forward, backward = check(machine, Gpu(blocks=16, clusters=True, clusters_run=runs), shape)
+        assert forward.variant == backward.variant == variant
 
 
 def test_a_variant_that_does_not_fit_is_refused_by_name(machine: Machine) -> None:

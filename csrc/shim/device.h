@@ -29,9 +29,10 @@ namespace fusedprompt::shim {
 
 struct Settings {
   GpuFigures gpu = {4, 96 << 10, 256 << 10, 50 << 20, 5500, 4300, 1.7, false};
-  uint64_t seed = 0;            // of the order in which fibers run; 0: round robin
-  int64_t lose_store_at = -1;   // a published word to lose, counted from 0: the others must then wait for ever
-  int64_t resident_blocks = -1; // how many blocks the device holds at once; -1: any number
+  uint64_t seed = 0;             // of the order in which fibers run; 0: round robin
+  int64_t lose_store_at = -1;    // a published word to lose, counted from 0: the others must then wait for ever
+  int64_t resident_blocks = -1;  // how many blocks the device holds at once; -1: any number
+  bool clusters_run = true;      // false: the device has clusters, but none of the size asked for
 };
 extern Settings settings;
 extern int64_t launches, fills;
@@ -149,6 +150,7 @@ using Kernel = void (*)(Argument);
 
 template <typename Argument>
 bool fits(Kernel<Argument>, const Launch& launch, unsigned) {
+  if (launch.together == Together::kCluster && !shim::settings.clusters_run) return false;
   return shim::settings.resident_blocks < 0 || launch.blocks <= shim::settings.resident_blocks;
 }
 

@@ -20,7 +20,8 @@ struct Header {
   int64_t multiprocessors, shared_bytes, register_bytes, clusters;
   int64_t variant;     // -1: the planner chooses
   int64_t threads, seed, lose_store_at, resident_blocks;
-  int64_t misaligned;  // weights begin one element behind a multiple of 16 bytes
+  int64_t misaligned;    // weights begin one element behind a multiple of 16 bytes
+  int64_t clusters_run;  // see shim::Settings
 };
 
 // Exactly as large as asked for, so that AddressSanitizer sees the first byte behind it; full of NaN.
@@ -57,7 +58,7 @@ void run() {
   gates.read();
 
   shim::settings = {{int32_t(h.multiprocessors), h.shared_bytes, h.register_bytes, 50 << 20, 5500, 4300, 1.7, h.clusters != 0},
-                    uint64_t(h.seed), h.lose_store_at, h.resident_blocks};
+                    uint64_t(h.seed), h.lose_store_at, h.resident_blocks, h.clusters_run != 0};
   const LstmProblem problem{h.steps, h.batch, h.hidden, h.directions, Dtype(h.dtype)};
   const LstmPass pass = LstmPass(h.pass);
   const auto variant = h.variant < 0 ? std::nullopt : std::optional(LstmVariant(h.variant));

@@ -38,6 +38,7 @@ class Gpu:
     lose_store: int = -1
     resident: int = -1
     misaligned: bool = False
+    clusters_run: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,15 @@ class Machine:
             int(gpu.clusters),
             variant,
         ]
-        return [*numbers, gpu.threads, gpu.seed, gpu.lose_store, gpu.resident, int(gpu.misaligned)]
+        return [
+            *numbers,
+            gpu.threads,
+            gpu.seed,
+            gpu.lose_store,
+            gpu.resident,
+            int(gpu.misaligned),
+            int(gpu.clusters_run),
+        ]
 
     def forward(self, gpu: Gpu, weights: Sequence[Tensor], pre: Tensor) -> tuple[Plan, Tensor, Tensor, Tensor]:
         """weights: W_hh, b_ih, b_hh of each direction; pre (directions, P, B, 4H) fp32, without biases.
