@@ -128,7 +128,7 @@ def build() -> dict[str, object]:
     class Build(BuildExtension):
         def build_extension(self, extension: Extension) -> None:
             if extension.name == "fusedprompt._cuda":
-                compile_cuda(extension.sources[0], self.get_ext_fullpath(extension.name))
+                compile_cuda(extension.depends[0], self.get_ext_fullpath(extension.name))
             else:
                 super().build_extension(extension)
 
@@ -145,11 +145,12 @@ def build() -> dict[str, object]:
     cuda = f"not built: {reason}" if reason else architectures()
     say(f"compiling for CPU; CUDA: {cuda}")
     sources = sorted(glob.glob("csrc/*.cpp"))
-    flags = ["-O3", "-fvisibility=hidden", "-ffp-contract=fast", *STABLE_ABI]
+    flags = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", *STABLE_ABI]
     facts = [("FUSEDPROMPT_CUDA_BUILD", f'"{cuda}"'), ("FUSEDPROMPT_TORCH_BUILD", f'"{torch.__version__}"')]
     extensions = [CppExtension("fusedprompt._C", sources, extra_compile_args=flags, define_macros=facts)]
     if reason is None:
-        extensions.append(Extension("fusedprompt._cuda", ["csrc/lstm_cuda.cu"]))
+        # Not a source: torch's command refuses any .cu if torch is a CPU build.
+        extensions.append(Extension("fusedprompt._cuda", [], depends=["csrc/lstm_cuda.cu"]))
     return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
 
 

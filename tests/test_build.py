@@ -109,6 +109,8 @@ def test_cuda_is_built_by_toolkit_torch_and_switch_never_by_whether_a_gpu_is_the
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
     script = setup(FUSEDPROMPT_CUDA=switch, CUDA_HOME=str(tmp_path))
     assert names(script) == ["fusedprompt._C", *(["fusedprompt._cuda"] if built else [])]
+    # torch's build command refuses every .cu source where torch is a CPU build.
+    assert not any(source.endswith(".cu") for item in script["arguments"]["ext_modules"] for source in item.sources)
     recorded = dict(script["arguments"]["ext_modules"][0].define_macros)["FUSEDPROMPT_CUDA_BUILD"]
     assert (recorded == '"8.0;8.6;8.9;9.0;10.0;12.0+PTX"') is built and recorded.startswith('"not built: ') is not built
 
