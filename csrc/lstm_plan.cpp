@@ -187,4 +187,12 @@ const char* name_of(LstmVariant variant) {
   }
 }
 
+LstmVariant variant_named(const std::string& name) {
+  for (const LstmVariant variant :
+       {LstmVariant::kCluster, LstmVariant::kOnChip, LstmVariant::kPartial, LstmVariant::kStream}) {
+    if (name == name_of(variant)) return variant;
+  }
+  throw std::invalid_argument("variant: expected S, M, L or STREAM, got " + name);
+}
+
 }  // namespace fusedprompt

@@ -71,5 +71,6 @@ std::optional<LstmPlan> plan_lstm(const LstmProblem& problem, LstmPass pass, con
                                   std::optional<LstmVariant> variant = std::nullopt, int threads = kLstmThreads);
 
 const char* name_of(LstmVariant variant);  // "S", "M", "L" or "STREAM"
+LstmVariant variant_named(const std::string& name);  // throws std::invalid_argument
 
 }  // namespace fusedprompt

@@ -21,14 +21,6 @@ inline Dtype plan_dtype(const std::string& name) {
   return found->second;
 }
 
-inline LstmVariant plan_variant(const std::string& name) {
-  for (const LstmVariant variant :
-       {LstmVariant::kCluster, LstmVariant::kOnChip, LstmVariant::kPartial, LstmVariant::kStream}) {
-    if (name == name_of(variant)) return variant;
-  }
-  throw std::invalid_argument("variant: expected S, M, L or STREAM, got " + name);
-}
-
 inline pybind11::object plan_lstm_for_python(int64_t steps, int64_t batch, int64_t hidden, int64_t directions,
                                              const std::string& dtype, bool backward, const pybind11::dict& gpu,
                                              const std::optional<std::string>& variant) {
@@ -42,7 +34,7 @@ inline pybind11::object plan_lstm_for_python(int64_t steps, int64_t batch, int64
                            number("clock_ghz"),                number("clusters") != 0};
   const LstmProblem problem{steps, batch, hidden, directions, plan_dtype(dtype)};
   const LstmPass pass = backward ? LstmPass::kBackward : LstmPass::kForward;
-  const auto plan = plan_lstm(problem, pass, figures, variant ? std::optional(plan_variant(*variant)) : std::nullopt);
+  const auto plan = plan_lstm(problem, pass, figures, variant ? std::optional(variant_named(*variant)) : std::nullopt);
   if (!plan) return pybind11::none();
   pybind11::dict result;
   result["variant"] = name_of(plan->variant);

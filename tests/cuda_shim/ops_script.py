@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -22,7 +23,8 @@ def run(shape: cases.Shape, masks: list[torch.Tensor]) -> cases.Any:
     return call
 
 
-for dtype in (torch.float32, torch.bfloat16):
+for dtype, variant in ((torch.float32, "M"), (torch.bfloat16, ""), (torch.bfloat16, "STREAM")):
+    os.environ["FUSEDPROMPT_LSTM_VARIANT"] = variant
     for shape in ((1, 5, 7, 9, 2, True), (3, 4, 5, 6, 2, True), (2, 1, 3, 4, 1, True), (1, 6, 3, 5, 2, False)):
         inputs, d_out = cases.make(shape, dtype), cases.d_output(shape, dtype)
         actual = evaluate(run(shape, []), inputs, d_out)
@@ -39,3 +41,12 @@ for dtype in (torch.float32, torch.bfloat16):
     assert_as_accurate(
         actual, cases.stock_with_masks(shape, masks), cases.exact(shape, masks), inputs, d_out, neighbours=3
     )
+
+for variant, message in (("S", "expected one that fits this GPU, got S"), ("XL", "expected S, M, L or STREAM, got XL")):
+    os.environ["FUSEDPROMPT_LSTM_VARIANT"] = variant
+    try:
+        run(shape, masks)(inputs)
+    except Exception as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(f"{variant} ran")

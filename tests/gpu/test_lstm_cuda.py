@@ -66,6 +66,22 @@ def test_lstm_and_all_gradients_match_fp64_oracle_on_a_gpu(shape: cases.Shape, d
 
 
 @dtypes
+@pytest.mark.parametrize("variant", ["S", "M", "L", "STREAM"])
+def test_every_variant_that_fits_matches_fp64_oracle(
+    variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L needs more than the chip holds: at that size nn.LSTM in fp64 stands in for the oracle."""
+    shape = (1, 5, 33, 4099 if variant == "L" else 97, 1, True)
+    monkeypatch.setenv("FUSEDPROMPT_LSTM_VARIANT", variant)
+    inputs, d_out = cases.make(shape, dtype), cases.d_output(shape, dtype)
+    if variant == "S" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("no clusters")
+    stock = on_gpu(cases.stock(shape))
+    exact = stock if variant == "L" else cases.exact(shape)
+    assert_as_accurate(evaluate(native(shape), inputs, d_out), stock, exact, inputs, d_out, neighbours=1)
+
+
+@dtypes
 @pytest.mark.parametrize("hidden", [3072, 4099])
 def test_lstm_too_large_for_the_chip_matches_nn_lstm_in_fp64(hidden: int, dtype: torch.dtype) -> None:
     """The oracle's loops take minutes at this size, so nn.LSTM in fp64 on the GPU stands in for it."""
