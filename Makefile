@@ -9,19 +9,21 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format types check kernels kernels-oldest bench doctor wheel clean \
+.PHONY: help demo test lint format types check kernels kernels-oldest bench doctor wheel sdist clean \
         gpu gpu-install gpu-test gpu-sanitize gpu-bench
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-$(READY): constraints.txt pyproject.toml setup.py
+NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
+
+$(READY): constraints.txt pyproject.toml setup.py $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fusedprompt needs Python >= 3.10; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# torch first, and its CPU build where pip can find one: whatever asks for torch later finds it installed.
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch==$(TORCH_VERSION)+cpu' 2>/dev/null \
 	  || $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch==$(TORCH_VERSION)'
-	$(PIP) setuptools wheel
+	$(PIP) setuptools wheel ninja
 	$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@
 
@@ -69,9 +71,9 @@ gpu-test: gpu-install  ## run the GPU tests
 	$(PYTHON) -m pytest -q tests/gpu
 
 gpu-sanitize: gpu-install  ## look for bad accesses and races in the kernels
-	for tool in memcheck racecheck; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 220 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	    $(PYTHON) -m benches.gpu.small || exit; done
+	for tool in memcheck racecheck; do for part in triton lstm; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 115 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	    $(PYTHON) -m benches.gpu.small $$part || exit; done; done
 
 gpu-bench: gpu-install  ## measure the GPU, then the ops on it, into OUT
 	mkdir -p $(OUT) build
@@ -84,5 +86,8 @@ doctor: $(READY)  ## what is installed here, and which backend each op uses
 wheel: $(READY)  ## build a wheel into dist/
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
 
+sdist: $(READY)  ## build a source distribution into dist/
+	$(BIN)/python setup.py -q sdist
+
 clean:  ## remove what was built, and .venv
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info fusedprompt/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

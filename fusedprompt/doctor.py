@@ -36,6 +36,7 @@ def examine() -> dict[str, Any]:
         "platform": platform.platform(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("FUSEDPROMPT_")},
         "devices": _guarded(_devices),
+        "native code": _guarded(_native_code),
         "backends": _guarded(_backends),
         "checks": _guarded(_checks),
     }
@@ -47,7 +48,7 @@ def examine() -> dict[str, Any]:
 def as_text(report: dict[str, Any]) -> str:
     """The report for people."""
     lines = []
-    for title in ("versions", "devices", "environment", "backends", "checks"):
+    for title in ("versions", "devices", "environment", "native code", "backends", "checks"):
         lines.append(f"{title}:")
         section = report[title]
         for key, value in section.items():
@@ -108,6 +109,12 @@ def _sample(device: str) -> dict[str, tuple[Any, ...]]:
             torch.tensor([True, False, True], device=device),
         ),
     }
+
+
+def _native_code() -> dict[str, Any]:
+    from .ops import _native
+
+    return _native.build_info()
 
 
 def _backends() -> dict[str, Any]:

@@ -24,7 +24,8 @@ def test_every_contender_of_the_gpu_benchmarks_runs_and_agrees_with_the_truth() 
     lines = process.stdout.splitlines()
     assert len(lines) >= 5
     for line in lines:
-        assert line.endswith("fusedprompt, ATen, PEFT, PEFT compiled agree; left out: none"), line
+        all_of_them = "fusedprompt, ATen" if line.startswith("lstm") else "fusedprompt, ATen, PEFT, PEFT compiled"
+        assert line.endswith(f"{all_of_them} agree; left out: none"), line
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

@@ -176,6 +176,57 @@ def mlp_case(rows: int, width: int, kind: str, device: torch.device) -> Case:
     )
 
 
+def lstm_case(rows: int, width: int, hidden: int, kind: str, device: torch.device) -> Case:
+    """P-tuning's LSTM: two layers, bidirectional, batch 1. ATen is nn.LSTM, which on a GPU is cuDNN."""
+    dtype, _, precision, tolerance = _KINDS[kind]
+    d_out = torch.randn(1, rows, 2 * hidden, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+
+    def make_module(index: int) -> tuple[nn.LSTM, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(index)
+            module = nn.LSTM(width, hidden, num_layers=2, bidirectional=True, batch_first=True)
+            x = torch.randn(1, rows, width)
+        return module.to(device, dtype), x.to(device, dtype).requires_grad_()
+
+    def make_ours(index: int) -> Work:
+        module, x = make_module(index)
+        weights = [getattr(module, name) for names in module._all_weights for name in names]
+        return Work(lambda: ops.lstm(x, weights, num_layers=2, backend="native"), [x, *weights], d_out)
+
+    def make_theirs(index: int) -> Work:
+        module, x = make_module(index)
+
+        def forward() -> Tensor:
+            # cuDNN takes TF32 unless it is told not to, whatever matrix products may do.
+            torch.backends.cudnn.allow_tf32 = kind == "tf32"
+            return module(x)[0]
+
+        return Work(forward, [x, *(getattr(module, name) for names in module._all_weights for name in names)], d_out)
+
+    def truth() -> tuple[Tensor, Sequence[Tensor]]:
+        module, x = make_module(0)
+        module, x = module.cpu().double(), x.detach().cpu().double().requires_grad_()
+        parameters = [x, *(getattr(module, name) for names in module._all_weights for name in names)]
+        out, gradients = Work(lambda: module(x)[0], parameters, d_out.cpu().double()).both()
+        return out.to(device), [gradient.to(device) for gradient in gradients]
+
+    weights = 2 * (4 * hidden * (width + hidden) + 4 * hidden * (2 * hidden + hidden)) + 4 * 2 * 4 * hidden
+    rows_bytes = rows * (width + 4 * hidden) * dtype.itemsize
+    return Case(
+        group="lstm",
+        name=f"P={rows} D={width} H={hidden}",
+        dtype=kind,
+        contenders={OURS: make_ours, ATEN: make_theirs},
+        truth=truth,
+        # A rounded state is rounded again at every step.
+        tolerance=(3 * tolerance[0], 3 * tolerance[1]),
+        set_bytes=weights * dtype.itemsize + rows_bytes,
+        # Every weight once: what is on chip is read once for all steps. Larger ones cannot reach this floor.
+        floor_bytes=(weights * dtype.itemsize + rows_bytes, 3 * weights * dtype.itemsize + 2 * rows_bytes),
+        precision=precision,
+    )
+
+
 def splice_case(batch: int, length: int, width: int, device: torch.device, rows: int = 20) -> Case:
     """The prompt in front of a batch, with mask and labels, as PEFT's forward does it; a bf16 model, an fp32 prompt."""
     vocabulary, dtype = 32000 if device.type == "cuda" else 50, torch.bfloat16
@@ -248,11 +299,16 @@ def cases(device: torch.device) -> Iterator[Callable[[], Case]]:
     if device.type != "cuda":
         for kind in _KINDS:
             yield lambda kind=kind: mlp_case(5, 16, kind, device)
+        for kind in ("fp32", "bf16"):
+            yield lambda kind=kind: lstm_case(5, 16, 24, kind, device)
         yield lambda: splice_case(2, 6, 32, device)
         return
     shapes = [(20, 768), (50, 3072), (20, 4096), (100, 4096), (20, 3072), (100, 8192)]
     for batch, length in ((8, 512), (32, 2048)):
         yield lambda batch=batch, length=length: splice_case(batch, length, 4096, device)
+    for rows, width, hidden in ((20, 768, 256), (20, 768, 768), (100, 1024, 1024), (50, 3072, 3072), (100, 4096, 4096)):
+        for kind in ("fp32", "bf16", "tf32"):
+            yield lambda rows=rows, width=width, hidden=hidden, kind=kind: lstm_case(rows, width, hidden, kind, device)
     for kind in ("fp32", "bf16", "bf16 autocast", "tf32"):
         for rows, width in shapes:
             yield lambda rows=rows, width=width, kind=kind: mlp_case(rows, width, kind, device)
