@@ -205,10 +205,9 @@ def lstm_case(rows: int, width: int, hidden: int, kind: str, device: torch.devic
 
     def truth() -> tuple[Tensor, Sequence[Tensor]]:
         module, x = make_module(0)
-        module, x = module.cpu().double(), x.detach().cpu().double().requires_grad_()
+        module, x = module.double(), x.detach().double().requires_grad_()
         parameters = [x, *(getattr(module, name) for names in module._all_weights for name in names)]
-        out, gradients = Work(lambda: module(x)[0], parameters, d_out.cpu().double()).both()
-        return out.to(device), [gradient.to(device) for gradient in gradients]
+        return Work(lambda: module(x)[0], parameters, d_out.double()).both()
 
     weights = 2 * (4 * hidden * (width + hidden) + 4 * hidden * (2 * hidden + hidden)) + 4 * 2 * 4 * hidden
     rows_bytes = rows * (width + 4 * hidden) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Run each kernel once on small odd shapes, for tools that slow everything down: `compute-sanitizer ... this [part]`."""
+"""Run each kernel once on small odd shapes, for tools that slow everything down, such as compute-sanitizer."""
 
 from __future__ import annotations
 
