@@ -6,8 +6,11 @@ Per layer and direction d, with steps t = 0 ... P-1 (the backward direction sees
     c_t = f c_{t-1} + i g                              h_t = o tanh(c_t)
 
 Only W_hh h is sequential. The input products of all steps are one GEMM before the loop; the gradients of both weights
-are one GEMM each after it, where nn.LSTM on CPU runs oneDNN's reference backward. Measured in fp32 on 2 cores against
-nn.LSTM: forward and backward together 1.15 to 2x faster, forward alone 0.9 to 1.1x.
+are one GEMM each after it, where nn.LSTM on CPU runs oneDNN's reference backward.
+
+In fp32 on CPU the forward is nn.LSTM's own, layer by layer, with gradients or without. Only the layers' outputs are
+kept: once every h is known W_hh h is no longer sequential either, so backward computes the gates again with two GEMMs,
+and only c is left to do step by step. In bf16 oneDNN's LSTM is wrong at some sizes on some processors, hence the loop.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import below_autograd, define
+from .._library import below_autograd, define, is_traced
 
 # What forward keeps per layer for backward; the op returns them flat, in this order.
-SAVED = ("inputs", "gates", "hidden", "cell", "cell_tanh")
+SAVED = ("inputs", "hidden", "gates", "cell", "cell_tanh")
+SAVED_BY_STOCK = SAVED[:2]
 
 
 def _by_layer(weights: Sequence[Tensor], directions: int) -> list[list[Sequence[Tensor]]]:
@@ -56,6 +60,53 @@ def _both_ways(x: Tensor, directions: int) -> Tensor:
 def _join_ways(y: Tensor) -> Tensor:
     """(directions, P, B, H), each in its own order of time, as (P, B, directions * H) in the order of the sequence."""
     return torch.cat((y[0], *(way.flip(0) for way in y[1:])), dim=-1)
+
+
+def _is_stock(x: Tensor) -> bool:
+    """Whether the forward is nn.LSTM's."""
+    return x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def _stock_layer(sequence: Tensor, layer: list[Sequence[Tensor]]) -> Tensor:
+    """(P, B, D) to (P, B, directions * H)."""
+    directions, (steps, batch, _), size = len(layer), sequence.shape, layer[0][1].shape[1]
+    if steps * batch * size == 0:
+        return sequence.new_empty(steps, batch, directions * size)
+    zeros = sequence.new_zeros(directions, batch, size)
+    weights = [weight for way in layer for weight in way]
+    # train=False always: with True oneDNN takes another path, whose bits differ.
+    output: Tensor = torch._VF.lstm(sequence, (zeros, zeros), weights, True, 1, 0.0, False, directions == 2, False)[0]
+    return output
+
+
+def _split_ways(output: Tensor, directions: int) -> Tensor:
+    """(P, B, directions * H) as (directions, P + 1, B, H): each in its own order of time, after an h of zero."""
+    steps, batch, size = output.shape
+    hidden = output.new_zeros(directions, steps + 1, batch, size // directions)
+    for way, value in enumerate(output.chunk(directions, dim=-1)):
+        hidden[way, 1:] = value.flip(0) if way else value
+    return hidden
+
+
+def _gates_again(inputs: Tensor, hidden: Tensor, layer: list[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates, cell and tanh of the cell, from inputs and hidden states."""
+    directions, steps, batch, width = inputs.shape
+    size = hidden.shape[-1]
+    gates = inputs.new_empty(directions, steps * batch, 4 * size)
+    for way, (weight_ih, weight_hh, bias_ih, bias_hh) in enumerate(layer):
+        torch.addmm(bias_ih + bias_hh, inputs[way].reshape(steps * batch, width), weight_ih.t(), out=gates[way])
+        gates[way].addmm_(hidden[way, :-1].reshape(steps * batch, size), weight_hh.t())
+    gates = gates.view(directions, steps, batch, 4 * size)
+    gate = gates.view(directions, steps, batch, 4, size)
+    gate[..., :2, :].sigmoid_()
+    gate[..., 2, :].tanh_()
+    gate[..., 3, :].sigmoid_()
+    cell = inputs.new_zeros(directions, steps + 1, batch, size)
+    torch.mul(gate[..., 0, :], gate[..., 2, :], out=cell[:, 1:])
+    step_c, step_f = cell.unbind(1), gate[..., 1, :].unbind(1)
+    for t in range(steps):
+        step_c[t + 1].addcmul_(step_f[t], step_c[t])
+    return gates, cell, cell[:, 1:].tanh()
 
 
 def _layer_forward(inputs: Tensor, layer: list[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -104,17 +155,22 @@ def _steps_forward(
 
 
 def _lstm_forward(
-    x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool
+    x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool, keep: bool = True
 ) -> tuple[Tensor, list[Tensor]]:
     directions = 2 if bidirectional else 1
     layers = _by_layer(weights, directions)
     sequence = x.transpose(0, 1)
     saved: list[Tensor] = []
     for index, layer in enumerate(layers):
-        inputs = _both_ways(sequence, directions)
-        gates, hidden, cell, cell_tanh = _layer_forward(inputs, layer)
-        saved += (inputs, gates, hidden, cell, cell_tanh)
-        sequence = _join_ways(hidden[:, 1:])
+        if _is_stock(x):
+            output = _stock_layer(sequence, layer)
+            saved += (_both_ways(sequence, directions), _split_ways(output, directions)) if keep else ()
+            sequence = output
+        else:
+            inputs = _both_ways(sequence, directions)
+            gates, hidden, cell, cell_tanh = _layer_forward(inputs, layer)
+            saved += (inputs, hidden, gates, cell, cell_tanh)
+            sequence = _join_ways(hidden[:, 1:])
         if dropout_masks and index + 1 < len(layers):
             sequence = sequence * dropout_masks[index]
     return sequence.transpose(0, 1).contiguous(), saved
@@ -131,11 +187,14 @@ def _lstm_forward_fake(
         size = layer[0][1].shape[1]
         saved += (
             x.new_empty(directions, steps, batch, width),
-            x.new_empty(directions, steps, batch, 4 * size, dtype=state),
             x.new_empty(directions, steps + 1, batch, size),
-            x.new_empty(directions, steps + 1, batch, size, dtype=state),
-            x.new_empty(directions, steps, batch, size, dtype=state),
         )
+        if not _is_stock(x):
+            saved += (
+                x.new_empty(directions, steps, batch, 4 * size, dtype=state),
+                x.new_empty(directions, steps + 1, batch, size, dtype=state),
+                x.new_empty(directions, steps, batch, size, dtype=state),
+            )
         width = size * directions
     return x.new_empty(batch, steps, width), saved
 
@@ -152,7 +211,12 @@ def _steps_backward(
     step_factor_3, step_factor_o = factor[..., :3, :].unbind(1), factor[..., 3, :].unbind(1)
     step_d_3, step_d_o = d_gates[..., :3, :].unbind(1), d_gates[..., 3, :].unbind(1)
     way_d_hidden = [way.unbind(0) for way in d_output]
+    # A row times a matrix runs on one thread in MKL, a batch of two such products on two: half of the gates each, 1.9x
+    # as fast. Below fp32 the row goes to oneDNN, which has threads, and halves would each be rounded.
+    exact = dtype == d_gates.dtype
     way_d_gates = [way.view(steps, batch, 4 * size).unbind(0) for way in d_gates]
+    way_halves = [way.view(steps, batch, 2, 2 * size).transpose(1, 2).unbind(0) for way in d_gates]
+    halves = [weights[1].view(2, 2 * size, size) for weights in layer]
     for t in range(steps - 1, -1, -1):
         d_cell.addcmul_(step_d_hidden[t], step_dc_dh[t])
         torch.mul(d_cell_3, step_factor_3[t], out=step_d_3[t])
@@ -160,8 +224,12 @@ def _steps_backward(
         d_cell.mul_(step_f[t])
         if t:
             for way, weights in enumerate(layer):
-                # Not addmm_: on one thread, into this view, it has ten times the error.
-                way_d_hidden[way][t - 1].add_(way_d_gates[way][t].to(dtype) @ weights[1])
+                if exact:
+                    d_hidden = torch.bmm(way_halves[way][t], halves[way]).sum(0)
+                else:
+                    # Not addmm_: on one thread, into this view, it has ten times the error.
+                    d_hidden = way_d_gates[way][t].to(dtype) @ weights[1]
+                way_d_hidden[way][t - 1].add_(d_hidden)
 
 
 def _layer_backward(d_output: Tensor, layer: list[Sequence[Tensor]], saved: dict[str, Tensor]) -> list[Tensor]:
@@ -213,6 +281,7 @@ def _lstm_backward(
     """Gradients of x and of every weight, in the order of nn.LSTM's parameters."""
     directions = 2 if bidirectional else 1
     layers = _by_layer(weights, directions)
+    names = SAVED_BY_STOCK if _is_stock(d_output) else SAVED
     d_sequence = d_output.transpose(0, 1)
     gradients: list[Tensor] = []
     for index in range(len(layers) - 1, -1, -1):
@@ -220,7 +289,10 @@ def _lstm_backward(
             d_sequence = d_sequence * dropout_masks[index]
         ways = d_sequence.to(_state_dtype(d_sequence)).chunk(directions, dim=-1)
         d_hidden = torch.stack((ways[0], *(way.flip(0) for way in ways[1:])))
-        kept = dict(zip(SAVED, saved[index * len(SAVED) : (index + 1) * len(SAVED)]))
+        kept = dict(zip(names, saved[index * len(names) : (index + 1) * len(names)]))
+        if names is SAVED_BY_STOCK:
+            again = _gates_again(kept["inputs"], kept["hidden"], layers[index])
+            kept.update(zip(SAVED[len(SAVED_BY_STOCK) :], again))
         d_sequence, *of_layer = _layer_backward(d_hidden, layers[index], kept)
         gradients = of_layer + gradients
     return [d_sequence.transpose(0, 1).contiguous(), *gradients]
@@ -266,6 +338,9 @@ class _LSTM(torch.autograd.Function):
 def _lstm_autograd(
     x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool
 ) -> Tensor:
+    if not torch.is_grad_enabled():
+        inference: Tensor = below_autograd("lstm", x, weights, dropout_masks, bidirectional)
+        return inference
     apply: Any = _LSTM.apply
     result: Tensor = apply(x, bidirectional, len(weights), *weights, *dropout_masks)
     return result
@@ -276,7 +351,7 @@ def _lstm_fake(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Ten
 
 
 def _lstm(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
-    return _lstm_forward(x, weights, dropout_masks, bidirectional)[0]
+    return _lstm_forward(x, weights, dropout_masks, bidirectional, keep=False)[0]
 
 
 _ARGUMENTS = "Tensor x, Tensor[] weights, Tensor[] dropout_masks, bool bidirectional"
@@ -291,7 +366,7 @@ define(f"lstm({_ARGUMENTS}) -> Tensor", _lstm, _lstm_fake, _lstm_autograd)
 
 
 def _stock_lstm(x: Tensor, weights: Sequence[Tensor], bidirectional: bool) -> Tensor:
-    """PyTorch's own LSTM. On a GPU it runs all steps in one cuDNN call, where the loop above would launch ten kernels a
+    """PyTorch's own LSTM. On a GPU it runs all steps in one cuDNN call, where the loop would launch ten kernels a
     step. It draws dropout masks of its own, so it serves only without dropout."""
     directions = 2 if bidirectional else 1
     num_layers = len(weights) // (4 * directions)
@@ -304,7 +379,11 @@ def _stock_lstm(x: Tensor, weights: Sequence[Tensor], bidirectional: bool) -> Te
 
 def lstm(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
     """dropout_masks: nothing, or per layer but the last a (P, B, directions * H) tensor of 0 and 1 / (1 - p)."""
-    if x.device.type != "cpu" and not dropout_masks and not torch.compiler.is_compiling():
+    stock = not dropout_masks and not torch.compiler.is_compiling()
+    if stock and x.device.type == "cpu":
+        # The bits of the op below, which is 0.1 ms of Python behind: 4 % at P = 20 and H = 256.
+        stock = _is_stock(x) and not torch.is_grad_enabled() and not is_traced(x) and x.numel() * weights[1].numel() > 0
+    if stock:
         return _stock_lstm(x, weights, bidirectional)
     result: Tensor = torch.ops.fusedprompt.lstm(x, weights, dropout_masks, bidirectional)
     return result
