@@ -1,0 +1,58 @@
+"""Cross entropy of next tokens, without the copies of the logits that PyTorch's makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .layout import IGNORE_INDEX
+
+_CHUNK_ELEMENTS = 1 << 19  # 2 MB in fp32: what one core's cache holds between the passes over a chunk
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Keeps one number per row, where log_softmax keeps an fp32 copy of the logits: 107 MB for 840 rows of V=32000."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        """-sum log softmax(logits)[label] in fp32, over rows whose label is not IGNORE_INDEX."""
+        counted = labels != IGNORE_INDEX
+        targets = labels.clamp(min=0).unsqueeze(1)
+        rows = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+        log_sums = torch.cat([chunk.float().logsumexp(1) for chunk in torch.split(logits, rows)])
+        losses = log_sums - logits.gather(1, targets).squeeze(1).float()
+        ctx.save_for_backward(logits, targets, counted, log_sums)
+        ctx.rows = rows
+        return losses.masked_fill(~counted, 0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor, None]:
+        """d_logits = (softmax - one_hot(label)) * d_loss, and 0 in rows that are not counted."""
+        logits, targets, counted, log_sums = ctx.saved_tensors
+        scale = torch.where(counted, d_outputs[0], 0).unsqueeze(1)
+        d_logits = torch.empty_like(logits)
+        parts = (torch.split(tensor, ctx.rows) for tensor in (d_logits, logits, targets, log_sums.unsqueeze(1), scale))
+        for d_chunk, chunk, target, log_sum, factor in zip(*parts):
+            in_place = d_chunk if d_chunk.dtype == torch.float32 else None
+            softmax = torch.sub(chunk.float(), log_sum, out=in_place).exp_().mul_(factor)
+            softmax.scatter_add_(1, target, -factor)
+            if in_place is None:
+                d_chunk.copy_(softmax)
+        return d_logits, None
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of -log softmax(logits)[label], computed in fp32; rows labelled -100 count nothing.
+
+    Args:
+        logits: (R, V) floating point. labels: (R,) int64 in [0, V), or -100.
+
+    Returns:
+        An fp32 scalar. Its backward writes the gradient (R, V) once and allocates nothing else of that size.
+    """
+    if torch.compiler.is_compiling() or not logits.shape[0]:
+        return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return _SummedCrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call, no-any-return]
