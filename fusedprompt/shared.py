@@ -112,6 +112,8 @@ def _arrange(model: PromptModel, batch: Batch, pool_last: bool) -> _Text:
         assert embeds is not None and turned.slots is not None
         embeds = embeds.gather(1, turned.slots.unsqueeze(-1).expand_as(embeds))
         mask = turned.fill(mask, 0)
+        assert padding is not None
+        layout = Layout.insert(rows, length, padding)  # of tokens that have been turned already
         positions = None if positions is None else turned.fill(positions.expand(size, length), 0)
     arguments: dict[str, Any] = {"inputs_embeds": embeds} if ids is None else {"input_ids": ids}
     if mask is not None:
@@ -137,10 +139,10 @@ def run_text(model: PromptModel, batch: Batch, states: PromptStates, *, labels: 
     counted = others.pop("num_items_in_batch", None)
     cache = states.for_rows(batch.shape[0])
     output = model.base_model(**text.arguments, **others, past_key_values=cache, use_cache=True, return_dict=True)
-    if not keeps_cache(model, use_cache):
-        output.past_key_values = None
+    fields: dict[str, Any] = {} if keeps_cache(model, use_cache) else {"past_key_values": None}
     if labels is not None:
-        output = replaced(output, loss=_loss(model, text, states.logits, output.logits, labels, counted))
+        fields["loss"] = _loss(model, text, states.logits, output.logits, labels, counted)
+    output = replaced(output, **fields)
     pieces = {} if logits == "text" else {"logits": (states.logits, output.logits)}
     output = _with_prompt(output, text.layout, pieces, states.hidden_states)
     return output.to_tuple() if as_dict is False else output
@@ -154,7 +156,7 @@ def run_classifier(model: PromptModel, batch: Batch, states: PromptStates) -> An
     given = {**text.arguments, **others, "labels": batch.labels}
     output = model.base_model(**given, past_key_values=cache, use_cache=True, return_dict=True)
     if not keeps_cache(model, use_cache):
-        output.past_key_values = None
+        output = replaced(output, past_key_values=None)
     output = _with_prompt(output, text.layout, {}, states.hidden_states)
     return output.to_tuple() if as_dict is False else output
 

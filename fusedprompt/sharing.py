@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SHARED, SPLICE = "shared", "splice"
 ROUTES = (AUTO, SHARED, SPLICE)
+_FEWEST_SAVED, _SMALLEST_SHARE = 64, 0.04
 # Arguments of a forward call that mean the same on both routes.
 _UNDERSTOOD = ("use_cache", "return_dict", "output_hidden_states", "num_items_in_batch", "input_type_mask")
 
@@ -158,14 +159,14 @@ def why_not_length(model: PromptModel, length: int) -> str | None:
 
 
 def why_not_worth(rows: int, size: int, length: int, kept: bool) -> str | None:
-    """The cost rule: whether `auto` leaves a batch (size, length) to splice although the shared route would serve it.
+    """The cost rule: why `auto` leaves a batch (size, length) to splice although the shared route would serve it, or None.
 
     kept: the prompt's keys and values are at hand, or will be for the next batch.
     """
     spliced = size * (rows + length)
     saved = spliced - size * length - (0 if kept else rows)
-    if saved * 100 < spliced:
-        return f"sharing would save {saved} of {spliced} tokens"
+    if saved < _FEWEST_SAVED or saved < _SMALLEST_SHARE * spliced:
+        return f"sharing would save {saved} of {spliced} tokens, too few for a pass of the prompt's own"
     return None
 
 
