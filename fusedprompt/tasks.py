@@ -63,7 +63,13 @@ class Batch:
 
 
 def splice(model: PromptModel, batch: Batch, labels: Tensor | None = None, pool_last: bool = False) -> SplicedInputs:
-    """Put the active adapter's prompt into a batch."""
+    """Put the active adapter's prompt into a batch.
+
+    Raises:
+        BackendUnavailable: the caller insists on the shared route.
+    """
+    if batch.route == SHARED:
+        choose(SHARED, why_not_batch(model, batch), None)
     return splice_route(
         model.facts,
         model.word_embeddings,

@@ -182,7 +182,7 @@ def test_a_prompt_model_is_not_a_base_model() -> None:
 def test_explain_names_method_route_and_backends() -> None:
     text = ours("Llama", method="LSTM").explain()
     assert (
-        text == "default, active: P_TUNING, 4 virtual tokens, route splice, "
+        text == "default, active: P_TUNING, 4 virtual tokens, route shared where it pays, "
         "lstm: reference, mlp: reference, splice: reference"
     )
 

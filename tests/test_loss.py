@@ -11,7 +11,9 @@ from tolerance import Tensors, assert_as_accurate, dtypes, evaluate, generator, 
 
 
 @pytest.mark.parametrize(
-    ("rows", "vocabulary"), [(1, 1), (7, 33), (70, 8191), (3, 600_000)], ids=["1x1", "7x33", "two chunks", "row > chunk"]
+    ("rows", "vocabulary"),
+    [(1, 1), (7, 33), (70, 8191), (3, 600_000)],
+    ids=["1x1", "7x33", "two chunks", "row > chunk"],
 )
 @dtypes
 def test_loss_and_gradient_are_as_accurate_as_pytorchs(rows: int, vocabulary: int, dtype: torch.dtype) -> None:
