@@ -61,5 +61,5 @@ def _route_of_batch(model: PromptModel, given: dict[str, Any]) -> str:
     objection = why_not_batch(model, batch)
     if objection is not None:
         return f"route {'shared, which cannot run' if route == SHARED else 'splice'}: {objection}"
-    not_worth = None if route == SHARED else why_not_worth(model.prompt_rows_count(), *batch.shape, is_kept(model))
+    not_worth = None if route == SHARED else why_not_worth(model, batch, is_kept(model))
     return "route shared" if not_worth is None else f"route splice: {not_worth}"

@@ -98,7 +98,7 @@ def share(model: PromptModel, batch: Batch, all_logits: bool) -> PromptStates | 
     objection = why_not_batch(model, batch)
     hidden = batch.others.get("output_hidden_states", model.base_model.config.output_hidden_states)
     kept = objection is None and is_kept(model)
-    if not choose(batch.route, objection, why_not_worth(model.prompt_rows_count(), *batch.shape, kept)):
+    if not choose(batch.route, objection, why_not_worth(model, batch, kept)):
         return None
     try:
         return prompt_states(model, all_logits=all_logits, hidden_states=bool(hidden))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fusedprompt
-from fusedprompt.sharing import why_not_worth
+from fusedprompt.sharing import cost_rule
 from models import build, ours, task_inputs, tokens
 
 LARGE = task_inputs("CAUSAL_LM", tokens(8, 10))  # with a prompt of 20 rows, worth sharing
@@ -65,7 +65,7 @@ def test_the_route_is_chosen_where_the_model_is_made() -> None:
     ],
 )
 def test_the_cost_rule_at_measured_shapes(rows: int, size: int, length: int, kept: bool, shares: bool) -> None:
-    assert (why_not_worth(rows, size, length, kept) is None) is shares
+    assert (cost_rule(rows, size, length, kept) is None) is shares
 
 
 # Objections. Each is a reason for `auto` to splice, and an error where "shared" was asked for by name.
@@ -239,7 +239,7 @@ def test_explain_says_what_happens_to_a_batch() -> None:
     assert model.explain(**LARGE) == "route shared"
     assert model.explain(**LARGE, output_attentions=True).startswith("route splice: output_attentions is an argument")
     small = model.explain(**task_inputs("CAUSAL_LM", tokens(1, 10)))
-    assert small == "route splice: sharing would save 0 of 30 tokens, too few for a pass of the prompt's own"
+    assert small == "route splice: sharing would save 0 of 30 tokens, which is too few to pay"
     model.route = "splice"
     assert "route splice (asked for)" in model.explain() and model.explain(**LARGE) == "route splice: it was asked for"
     model.route = "shared"

@@ -188,7 +188,7 @@ def test_what_the_route_cannot_do_is_spliced_or_refused_with_the_reason(reason: 
 def test_assisted_decoding_in_one_thread_leaves_the_others_alone() -> None:
     model = ours("Llama", method="MLP")
     ids = tokens(1).repeat(1, 2)
-    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
     expected = model.generate(input_ids=ids, **options)
     found: list[torch.Tensor] = []
 
