@@ -48,9 +48,10 @@ def _stamp(base: nn.Module, encoder: nn.Module) -> _Stamp | None:
     merges its weights, changes no version: so a few values of each are compared as well.
     """
     tensors = [*_tensors(encoder), *_tensors(base)]
-    if any(is_traceable_wrapper_subclass(tensor) or tensor.is_inference() for tensor in tensors):
+    plain = (Tensor, nn.Parameter)
+    if any((type(t) not in plain and is_traceable_wrapper_subclass(t)) or t.is_inference() for t in tensors):
         return None  # sharded or quantised outside of torch's own memory, or without versions
-    versions = tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape) for t in tensors)
+    versions = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
     device = tensors[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     settings = (autocast, getattr(base.config, "_attn_implementation", None), *_switches(base))
@@ -73,9 +74,9 @@ def _samples(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     groups: dict[tuple[Any, ...], list[Tensor]] = {}
     for tensor in tensors:
         count = tensor.numel()
-        if count and tensor.is_floating_point() and tensor.device.type != "meta" and tensor.is_contiguous():
+        if count and tensor.is_floating_point() and tensor.is_contiguous() and not tensor.is_meta:
             step = -(-count // _SAMPLES)
-            sample = tensor.detach().as_strided((-(-count // step),), (step,))
+            sample = tensor.as_strided((-(-count // step),), (step,))
             groups.setdefault((tensor.device, tensor.dtype), []).append(sample)
     for samples in groups.values():
         yield torch.cat(samples)

@@ -100,13 +100,13 @@ def active_noise(module: nn.Module) -> str | None:
             continue
         if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
             return f"{name or 'dropout'} = {part.p}"
-        settings = dict(vars(part))
-        if hasattr(part, "can_generate"):  # a transformers model; some read their configuration as they run
-            settings |= vars(part.config)
-        for key, value in settings.items():
-            noisy = ("drop" in key or "jitter" in key) and not key.startswith(("classifier", "summary"))
-            if noisy and isinstance(value, float) and value > 0:
-                return f"{key} = {value}"
+        # Some transformers models read their configuration as they run.
+        for settings in (vars(part), vars(part.config) if "config" in vars(part) else {}):
+            for key, value in settings.items():
+                if type(value) is not float or value <= 0 or key.startswith(("classifier", "summary")):
+                    continue
+                if "drop" in key or "jitter" in key:
+                    return f"{key} = {value}"
     return None
 
 

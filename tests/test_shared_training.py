@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -327,3 +328,39 @@ def test_the_whole_model_compiles_on_the_shared_route() -> None:
     found.loss.backward()
     torch.testing.assert_close((found.loss, found.logits), (expected.loss, expected.logits), rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_trainer_reports_splices_losses_and_never_joins_logits(
+    accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It divides by the number of labels in all batches that it accumulates, and reads nothing but the loss."""
+    from transformers import Trainer, TrainingArguments
+
+    from fusedprompt import shared
+
+    joined: list[int] = []
+    join = shared._join
+    monkeypatch.setattr(shared, "_join", lambda *given: joined.append(1) or join(*given))
+    rows = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in tokens(32, 10)]
+    histories = []
+    for route in ("auto", "splice"):
+        model = ours("Llama", rows=20)
+        model.route = route
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=accumulate,
+            max_steps=3,
+            learning_rate=1e-2,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+        trainer.train()
+        histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert histories[0] == pytest.approx(histories[1], rel=1e-5) and len(histories[0]) == 3
+    assert not joined
