@@ -7,13 +7,14 @@ gradients of the keys and values before they go back through the prompt's own pa
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
@@ -23,7 +24,8 @@ from .layout import IGNORE_INDEX, Layout, count_padding, may_be_padded
 from .loss import summed_cross_entropy
 from .ops._backend import BackendUnavailable
 from .routes import check_length, choose_layout
-from .sharing import keeps_all, transformers_model
+from .sharing import active_noise, keeps_all, transformers_model
+from .stamp import stamp
 
 if TYPE_CHECKING:
     from .model import PromptModel
@@ -37,11 +39,13 @@ class PromptStates:
     cache: keys and values of every layer, (1, heads, P, head width) each.
     logits: (1, P, V), or (1, 1, V) of the last virtual token alone; (1, C) for sequence classification.
     hidden_states: (1, P, D) of every layer, if they were asked for.
+    all_logits: gives (1, P, V), from a second pass if need be.
     """
 
     cache: Any
     logits: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None
+    all_logits: Callable[[], Tensor]
 
     def for_rows(self, size: int) -> Any:
         """A cache of its own for `size` rows of text. Its tensors are views of these: no row has a copy."""
@@ -59,10 +63,13 @@ def prompt_first(cache: Any) -> bool:
     return getattr(cache, "prompt_first", False)
 
 
-def run_prompt(model: PromptModel, *, all_logits: bool, hidden_states: bool = False) -> PromptStates:
+def run_prompt(
+    model: PromptModel, *, all_logits: bool, hidden_states: bool = False, may_repeat: bool = False
+) -> PromptStates:
     """Run the active adapter's prompt through the base model.
 
     all_logits: of every virtual token, and not of the last one alone, where the base model can leave out logits.
+    may_repeat: without all logits, prepare for a second pass that gives them.
 
     Raises:
         BackendUnavailable: the base model answers with a cache that cannot be shared. `auto` will not try again.
@@ -73,14 +80,68 @@ def run_prompt(model: PromptModel, *, all_logits: bool, hidden_states: bool = Fa
     options: dict[str, Any] = {"output_hidden_states": True} if hidden_states else {}
     if model.sharing.takes_logits_to_keep and not all_logits:
         options["logits_to_keep"] = 1
-    embeds = rows.to(device=device_of(model.word_embeddings), dtype=dtype).unsqueeze(0)
+    # A copy where it must outlive the optimizer's next step.
+    embeds = rows.to(device_of(model.word_embeddings), dtype, copy=may_repeat).unsqueeze(0)
     output = model.base_model(inputs_embeds=embeds, use_cache=True, return_dict=True, **options)
     layers = getattr(output.past_key_values, "layers", ())
     if not layers or not all(keeps_all(layer) and layer.keys.shape[::2] == (1, rows.shape[0]) for layer in layers):
         reason = f"the base model answers with a {type(output.past_key_values).__name__} that does not hold the prompt"
         model.sharing = type(model.sharing)(reason)
         raise BackendUnavailable(f"route 'shared' cannot run: {reason}")
-    return PromptStates(output.past_key_values, output.logits, output.get("hidden_states"))
+    logits: Tensor = output.logits
+    repeat = _all_logits(model.base_model, embeds) if may_repeat and "logits_to_keep" in options else lambda: logits
+    return PromptStates(output.past_key_values, logits, output.get("hidden_states"), repeat)
+
+
+def may_wait(model: PromptModel, labels: Tensor | None) -> bool:
+    """Whether the virtual tokens' logits can be left until somebody reads them.
+
+    Nobody does who trains with the output's own loss, and the head's forward and backward over them took 75 of 1094 ms
+    of a step (B=4, P=200, T=210, V=32000). The base model must not change in the meantime, so it must be frozen; and
+    one process of several that repeats a pass alone would wait for the others.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if labels is None or distributed or torch.compiler.is_compiling() or not _has_transformers_loss(model):
+        return False
+    return not any(parameter.requires_grad for parameter in model.base_model.parameters())
+
+
+def _has_transformers_loss(model: PromptModel) -> bool:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    return transformers_model(model.base_model).loss_function is ForCausalLMLoss
+
+
+def _all_logits(base: Any, embeds: Tensor) -> Callable[[], Tensor]:
+    """A function that runs the prompt once more, as it would run now."""
+    device = embeds.device.type
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    before = stamp(base)
+
+    def repeat() -> Tensor:
+        with torch.autocast(device, dtype=dtype, enabled=enabled), _without_noise(base):
+            now = stamp(base)
+            if before is not None and (now is None or not before.matches(now)):
+                raise RuntimeError(
+                    "logits: expected to be read before the base model's weights change (none wait with logits='text')"
+                )
+            logits: Tensor = base(inputs_embeds=embeds, use_cache=False, return_dict=True).logits
+        return logits
+
+    return repeat
+
+
+@contextlib.contextmanager
+def _without_noise(base: nn.Module) -> Iterator[None]:
+    """In evaluation mode, where training mode has become random since."""
+    parts = [part for part in base.modules() if part.training] if active_noise(base) else []
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.training = True
 
 
 @dataclass
@@ -141,10 +202,9 @@ def run_text(model: PromptModel, batch: Batch, states: PromptStates, *, labels: 
     output = model.base_model(**text.arguments, **others, past_key_values=cache, use_cache=True, return_dict=True)
     fields: dict[str, Any] = {} if keeps_cache(model, use_cache) else {"past_key_values": None}
     if labels is not None:
-        fields["loss"] = _loss(model, text, states.logits, output.logits, labels, counted)
+        fields["loss"] = _loss(model, text, states, output.logits, labels, counted)
     output = replaced(output, **fields)
-    pieces = {} if logits == "text" else {"logits": (states.logits, output.logits)}
-    output = _with_prompt(output, text.layout, pieces, states.hidden_states)
+    output = _with_prompt(output, text.layout, states, full_logits=logits == "full")
     return output.to_tuple() if as_dict is False else output
 
 
@@ -157,7 +217,7 @@ def run_classifier(model: PromptModel, batch: Batch, states: PromptStates) -> An
     output = model.base_model(**given, past_key_values=cache, use_cache=True, return_dict=True)
     if not keeps_cache(model, use_cache):
         output = replaced(output, past_key_values=None)
-    output = _with_prompt(output, text.layout, {}, states.hidden_states)
+    output = _with_prompt(output, text.layout, states, full_logits=False)
     return output.to_tuple() if as_dict is False else output
 
 
@@ -167,20 +227,19 @@ def keeps_cache(model: PromptModel, use_cache: bool | None) -> bool:
 
 
 def _loss(
-    model: PromptModel, text: _Text, prompt_logits: Tensor, text_logits: Tensor, labels: Tensor, counted: Any
+    model: PromptModel, text: _Text, states: PromptStates, text_logits: Tensor, labels: Tensor, counted: Any
 ) -> Tensor:
     """The base model's loss as it would be over prompt and text, of which virtual tokens but the last count nothing."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    decoder = transformers_model(model.base_model)
     labels = labels.to(text_logits.device)
     size, length, vocabulary = text_logits.shape
-    if decoder.loss_function is not ForCausalLMLoss:
+    if not _has_transformers_loss(model):
         # A loss of its own gets what it would get from splice.
-        logits = _join(text.layout, prompt_logits, text_logits)
+        logits = _join(text.layout, states.all_logits(), text_logits)
         given = {} if counted is None else {"num_items_in_batch": counted}
         filled = text.layout.fill(labels, IGNORE_INDEX)
-        loss: Tensor = decoder.loss_function(logits=logits, labels=filled, vocab_size=vocabulary, **given)
+        loss: Tensor = transformers_model(model.base_model).loss_function(
+            logits=logits, labels=filled, vocab_size=vocabulary, **given
+        )
         return loss
     # The last virtual token predicts each row's first token; a position of the text predicts the one behind it.
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -195,26 +254,25 @@ def _loss(
         number = (following != IGNORE_INDEX).sum() + (first != IGNORE_INDEX).sum()
     if isinstance(number, Tensor):
         number = number.to(text_logits.device)
-    from_prompt = prompt_logits[0, -1:].float().expand(size, -1)
+    from_prompt = states.logits[0, -1:].float().expand(size, -1)
     total = F.cross_entropy(from_prompt, first, ignore_index=IGNORE_INDEX, reduction="sum")
     total = total + summed_cross_entropy(text_logits.view(-1, vocabulary), following.flatten())
     mean: Tensor = total / number
     return mean
 
 
-def _with_prompt(
-    output: Any, layout: Layout, pieces: dict[str, tuple[Tensor, Tensor]], hidden_states: Sequence[Tensor] | None
-) -> Any:
-    """The output with the virtual tokens' positions in front of its tensors: named pieces of prompt and text, and all
-    hidden states."""
-    if not pieces and hidden_states is None:
+def _with_prompt(output: Any, layout: Layout, states: PromptStates, full_logits: bool) -> Any:
+    """The output with the virtual tokens' positions in front of its hidden states and, if wanted, its logits."""
+    text_logits, text_states = output.logits, output.get("hidden_states")
+    if not full_logits and states.hidden_states is None:
         return output
-    text_states = None if hidden_states is None else output.hidden_states
 
     def finish() -> dict[str, Any]:
-        fields: dict[str, Any] = {name: _join(layout, *pair) for name, pair in pieces.items()}
-        if hidden_states is not None and text_states is not None:
-            pairs = zip(hidden_states, text_states)
+        fields: dict[str, Any] = {}
+        if full_logits:
+            fields["logits"] = _join(layout, states.all_logits(), text_logits)
+        if states.hidden_states is not None:
+            pairs = zip(states.hidden_states, text_states)
             fields["hidden_states"] = tuple(_join(layout, prompt, text) for prompt, text in pairs)
         return fields
 

@@ -22,7 +22,7 @@ from .ops._backend import AUTO, BackendUnavailable
 from .ops.cpt.reference import is_label
 from .prompt_cache import is_kept, prompt_states
 from .routes import SplicedInputs, choose_layout, splice_route
-from .shared import PromptStates, prompt_first, run_classifier, run_text
+from .shared import PromptStates, may_wait, prompt_first, run_classifier, run_text
 from .sharing import SHARED, SPLICE, choose, why_not_batch, why_not_worth
 
 if TYPE_CHECKING:
@@ -85,10 +85,10 @@ def splice(model: PromptModel, batch: Batch, labels: Tensor | None = None, pool_
     )
 
 
-def share(model: PromptModel, batch: Batch, all_logits: bool) -> PromptStates | None:
+def share(model: PromptModel, batch: Batch, all_logits: bool, wait: bool = False) -> PromptStates | None:
     """The prompt's states, if the batch takes the shared route; else None.
 
-    all_logits: the virtual tokens' logits will be in the output.
+    all_logits: the virtual tokens' logits will be in the output. wait: they need not exist before that is read.
 
     Raises:
         BackendUnavailable: the caller insists on the shared route, and it cannot run.
@@ -101,7 +101,7 @@ def share(model: PromptModel, batch: Batch, all_logits: bool) -> PromptStates | 
     if not choose(batch.route, objection, why_not_worth(model, batch, kept)):
         return None
     try:
-        return prompt_states(model, all_logits=all_logits, hidden_states=bool(hidden))
+        return prompt_states(model, all_logits=all_logits, hidden_states=bool(hidden), wait=wait)
     except BackendUnavailable:  # found out from the base model's answer
         if batch.route == SHARED:
             raise
@@ -115,7 +115,7 @@ def causal_lm(model: PromptModel, batch: Batch) -> Any:
     config = model.active_config
     if isinstance(config, CPTConfig):
         return _context_aware(model, config, batch)
-    states = share(model, batch, all_logits=batch.logits == "full")
+    states = share(model, batch, all_logits=batch.logits == "full", wait=may_wait(model, batch.labels))
     if states is not None:
         return run_text(model, batch, states, labels=batch.labels, logits=batch.logits)
     spliced = splice(model, batch, labels=batch.labels)

@@ -231,16 +231,57 @@ class Seen:
         model.base_model.lm_head.register_forward_pre_hook(lambda _, args: self.head.append(tuple(args[0].shape)))
 
 
-@pytest.mark.parametrize(("logits", "head_rows"), [("full", 20), ("text", 1)])
-def test_a_step_computes_each_virtual_token_once(logits: str, head_rows: int) -> None:
-    """P + B·T tokens in each layer and not B·(P + T), and the head never once per row."""
+@pytest.mark.parametrize("logits", ["full", "text"])
+def test_a_step_computes_each_virtual_token_once(logits: str) -> None:
+    """P + B·T tokens in each layer and not B·(P + T), and the head on one of the virtual ones."""
     model = ours("Llama", rows=20).train()
     seen = Seen(model)
     output = model(**task_inputs("CAUSAL_LM", tokens(6, 10)), logits=logits)
     output.loss.backward()
     assert seen.tokens == [20, 20, 60, 60]  # two layers, twice
-    assert seen.head == [(1, head_rows, WIDTH), (6, 10, WIDTH)]
+    assert seen.head == [(1, 1, WIDTH), (6, 10, WIDTH)]
     assert output.logits.shape == (6, 30 if logits == "full" else 10, 67)
+    assert seen.head[2:] == ([(1, 20, WIDTH)] if logits == "full" else [])  # when they are read, and once
+
+
+def test_without_a_loss_the_head_runs_on_all_virtual_tokens_at_once() -> None:
+    model = ours("Llama", rows=20)
+    seen = Seen(model)
+    assert model(input_ids=tokens(6, 10)).logits.shape == (6, 30, 67)
+    assert seen.head == [(1, 20, WIDTH), (6, 10, WIDTH)]
+
+
+@pytest.mark.parametrize("method", ["PROMPT", "MLP"])
+def test_logits_that_are_read_late_are_those_of_their_step(method: str) -> None:
+    """After an update in place, in another mode, outside of autocast: the values are those of the forward pass."""
+    model = ours("GPT2", method=method, rows=20)
+    inputs = task_inputs("CAUSAL_LM", tokens(6, 10))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, late = (model(**inputs, route=route) for route in ("splice", "shared"))
+    late.loss.backward()
+    with torch.no_grad():
+        for parameter in model.prompt_encoder.parameters():
+            parameter.mul_(-3)
+    model.train()  # with GPT-2's dropout
+    assert largest(late.logits - expected.logits) < 0.05 * largest(expected.logits)
+    assert late.logits.dtype == expected.logits.dtype
+    model.eval()
+    assert largest(model(**inputs, route="splice").logits - expected.logits) > 0.1 * largest(expected.logits)
+
+
+def test_logits_are_not_read_from_a_base_model_that_has_changed() -> None:
+    model = ours("Llama", rows=20)
+    output = model(**task_inputs("CAUSAL_LM", tokens(6, 10)))
+    with torch.no_grad():
+        model.base_model.lm_head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="logits: expected to be read before the base model's weights change"):
+        output.logits  # noqa: B018
+    trained = ours("Llama", rows=20)
+    weight = trained.base_model.lm_head.weight.requires_grad_()
+    output = trained(**task_inputs("CAUSAL_LM", tokens(6, 10)))
+    with torch.no_grad():
+        weight.mul_(2)
+    assert output.logits.isfinite().all()  # where it is trained, nothing waits
 
 
 def test_keys_and_values_reach_the_text_as_views() -> None:
