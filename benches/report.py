@@ -115,7 +115,7 @@ def render(result: dict[str, Any]) -> str:
         f"Baseline: PEFT {machine['versions']['peft']} in the same process, eager and under torch.compile, interleaved "
         "with ours.",
         "Columns:  medians in milliseconds; ratio = peer / ours, so above 1 ours is faster.",
-        "          ours: fusedprompt, eager. compiled: PEFT under torch.compile, with the whole base model where it trains.",
+        "          ours: fusedprompt, eager. compiled: PEFT under torch.compile, in `step` with the whole base model.",
         "          PEFT/PEFT: PEFT against a second PEFT, the control; a ratio marked ~ is no further from 1.",
     ]
     for group in dict.fromkeys(row["group"] for row in rows):
