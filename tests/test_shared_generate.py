@@ -125,10 +125,11 @@ def test_a_returned_cache_continues_on_any_route(family: str, left: int, routes:
         torch.testing.assert_close(
             step.logits[:, -1], model(input_ids=conversation, attention_mask=whole).logits[:, -1], rtol=1e-6, atol=1e-9
         )
-    by_turn = model.generate(
-        input_ids=new, attention_mask=whole, past_key_values=_copy(first.past_key_values, cache), **GREEDY
-    )
-    assert torch.equal(by_turn[:, new.shape[1] :], expected[:, conversation.shape[1] :])
+    if int(transformers.__version__.split(".")[0]) >= 5:  # before, generate slices new tokens as if they were all
+        by_turn = model.generate(
+            input_ids=new, attention_mask=whole, past_key_values=_copy(first.past_key_values, cache), **GREEDY
+        )
+        assert torch.equal(by_turn[:, new.shape[1] :], expected[:, conversation.shape[1] :])
     continued = model.generate(
         input_ids=conversation, attention_mask=whole, past_key_values=first.past_key_values, **GREEDY
     )
