@@ -57,9 +57,9 @@ class Op:
         """
         name = requested or AUTO
         if name == AUTO:
-            # A preference set for all ops applies to those that have such a backend.
             name = _preference[-1]
-            if all(backend.name != name for backend in self.backends):
+            # A preference set for all ops applies to those that have such a backend.
+            if name != AUTO and all(backend.name != name for backend in self.backends):
                 name = AUTO
         elif all(backend.name != name for backend in self.backends):
             choices = (AUTO, *(backend.name for backend in self.backends))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._library import LIBRARY
+from .._library import LIBRARY, is_traced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_BATCH = 8  # of the recurrence kernels; larger batches are matrix products, which PyTorch does well
@@ -63,13 +63,16 @@ _BACKWARD = torch.ops.fusedprompt.lstm_native_backward.default
 
 
 class _LSTM(torch.autograd.Function):
+    """Takes every tensor that may need a gradient once more at the end, where autograd sees it."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bidirectional: bool, num_weights: int, *tensors: Tensor) -> Tensor:
-        weights, masks = list(tensors[:num_weights]), list(tensors[num_weights:])
+    def forward(
+        ctx: Any, x: Tensor, weights: Sequence[Tensor], masks: Sequence[Tensor], bidirectional: bool, *_: Tensor
+    ) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             output, saved = _FORWARD(x, weights, masks, bidirectional)
-        ctx.bidirectional, ctx.num_weights, ctx.num_masks = bidirectional, num_weights, len(masks)
-        ctx.save_for_backward(x, output, *tensors, *saved)
+        ctx.bidirectional, ctx.num_weights, ctx.num_masks = bidirectional, len(weights), len(masks)
+        ctx.save_for_backward(x, output, *weights, *masks, *saved)
         result: Tensor = output
         return result
 
@@ -81,17 +84,21 @@ class _LSTM(torch.autograd.Function):
         masks_end = ctx.num_weights + ctx.num_masks
         weights, masks, saved = tensors[: ctx.num_weights], tensors[ctx.num_weights : masks_end], tensors[masks_end:]
         d_x, *d_weights = _BACKWARD(d_output, x, weights, masks, ctx.bidirectional, output, saved)
-        return (d_x, None, None, *d_weights, *(None for _ in masks))
+        return (d_x, None, None, None, *d_weights)
+
+
+_apply: Any = _LSTM.apply
+# What _LSTM.apply calls after looking for functorch transforms and their leftovers: 5 us with 16 weights.
+_apply_untransformed: Any = super(torch.autograd.Function, _LSTM).apply
 
 
 def _autograd(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
-    if not torch.is_grad_enabled():
-        with torch._C._AutoDispatchBelowAutograd():
-            inference: Tensor = _INFERENCE(x, weights, dropout_masks, bidirectional)
-        return inference
-    apply: Any = _LSTM.apply
-    result: Tensor = apply(x, bidirectional, len(weights), *weights, *dropout_masks)
-    return result
+    if torch.is_grad_enabled():
+        differentiable: Tensor = _apply(x, weights, dropout_masks, bidirectional, *weights)
+        return differentiable
+    with torch._C._AutoDispatchBelowAutograd():
+        inference: Tensor = _INFERENCE(x, weights, dropout_masks, bidirectional)
+    return inference
 
 
 for _name, _function in (
@@ -103,16 +110,6 @@ for _name, _function in (
 LIBRARY.impl("lstm_native", _autograd, "Autograd")
 
 
-def _watched(tensor: Tensor) -> bool:
-    """Whether torch.compile, a dispatch mode, a functorch transform or a tensor subclass wants to see the op itself."""
-    return (
-        torch.compiler.is_compiling()
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
-
-
 def why_not(
     x: Tensor, weights: Sequence[Tensor] = (), dropout_masks: Sequence[Tensor] = (), bidirectional: bool = True
 ) -> str | None:
@@ -121,17 +118,21 @@ def why_not(
         return f"needs float32, bfloat16 or float16, got {x.dtype}"
     if x.shape[0] > MAX_BATCH:
         return f"needs a batch of at most {MAX_BATCH}, got {x.shape[0]}"
-    kind = x.device.type
-    if kind == "cpu":
+    if x.is_cpu:
         return _native.WHY_NOT_CPU
-    if kind == "cuda":
+    if x.is_cuda:
         return _native.WHY_NOT_CUDA
-    return f"needs a CPU or CUDA tensor, got {kind}"
+    return f"needs a CPU or CUDA tensor, got {x.device.type}"
 
 
 def lstm(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
     """dropout_masks: nothing, or per layer but the last a (P, B, directions * H) tensor of 0 and 1 / (1 - p)."""
-    # The dispatcher's way to a Python kernel costs 15 us with 16 weights, and only who watches needs to see the op.
-    run = _INFERENCE if _watched(x) else _autograd
-    result: Tensor = run(x, weights, dropout_masks, bidirectional)
+    result: Tensor
+    if is_traced(x):
+        result = _INFERENCE(x, weights, dropout_masks, bidirectional)
+    elif torch.is_grad_enabled():
+        result = _apply_untransformed(x, weights, dropout_masks, bidirectional, *weights)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            result = _INFERENCE(x, weights, dropout_masks, bidirectional)
     return result
