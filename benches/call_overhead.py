@@ -52,7 +52,9 @@ def main() -> None:
     apply: Any = Floor.apply
     print(f"torch {torch.__version__}; microseconds a call")
     with torch.no_grad():
-        show({"C++ op": bare(native.lstm_native.default), "ops.lstm, no gradients": ours, "nn.LSTM, no gradients": stock})
+        show(
+            {"C++ op": bare(native.lstm_native.default), "ops.lstm, no gradients": ours, "nn.LSTM, no gradients": stock}
+        )
     show(
         {
             "C++ op that keeps what backward needs": bare(native.lstm_native_forward.default),
