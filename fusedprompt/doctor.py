@@ -36,6 +36,7 @@ def examine() -> dict[str, Any]:
         "platform": platform.platform(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("FUSEDPROMPT_")},
         "devices": _guarded(_devices),
+        "native code": _guarded(_native_code),
         "backends": _guarded(_backends),
         "checks": _guarded(_checks),
     }
@@ -47,7 +48,7 @@ def examine() -> dict[str, Any]:
 def as_text(report: dict[str, Any]) -> str:
     """The report for people."""
     lines = []
-    for title in ("versions", "devices", "environment", "backends", "checks"):
+    for title in ("versions", "devices", "environment", "native code", "backends", "checks"):
         lines.append(f"{title}:")
         section = report[title]
         for key, value in section.items():
@@ -110,6 +111,12 @@ def _sample(device: str) -> dict[str, tuple[Any, ...]]:
     }
 
 
+def _native_code() -> dict[str, Any]:
+    from .ops import _native
+
+    return _native.build_info()
+
+
 def _backends() -> dict[str, Any]:
     import torch
 
@@ -133,7 +140,7 @@ def _checks() -> dict[str, Any]:
     for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
         for name, arguments in _sample(device).items():
             for backend, objection in ops.explain(name, *arguments).items():
-                if objection.startswith("runs"):
+                if objection == "runs":
                     key = f"{name} {backend} on {device}"
                     results[key] = _guarded(lambda: {"": _compare(name, backend, arguments)}).popitem()[1]  # noqa: B023
     return results

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fusedprompt as fp
-from fusedprompt.ops._backend import Op, never_objects, use_backend
+from fusedprompt.ops._backend import Op, never_objects
 from tolerance import sample
 
 ROOT = Path(fp.__file__).resolve().parent.parent
@@ -64,25 +64,6 @@ def test_a_named_backend_that_the_op_lacks_raises_value_error_naming_the_choices
 def test_explain_lists_every_backend_fastest_first_with_its_reason(op: Op) -> None:
     assert list(op.explain(-1).items()) == [("triton", "needs a positive number, got -1"), ("reference", "runs")]
     assert op.explain(1) == {"triton": "runs", "reference": "runs"}
-
-
-@pytest.fixture
-def unmeasured(op: Op) -> Op:
-    """`op` with a native backend that `auto` may not take."""
-    op.add("native", abs, needs_positive, by_default=False)
-    return op
-
-
-def test_auto_never_takes_a_backend_that_is_not_a_default(unmeasured: Op) -> None:
-    assert unmeasured.select("auto", 1).name == "triton"
-
-
-def test_a_backend_that_is_not_a_default_runs_if_named_or_preferred(unmeasured: Op) -> None:
-    assert unmeasured.select("native", 1).name == "native"
-    with fp.use_backend("native"):
-        assert unmeasured.select(None, 1).name == "native"
-    assert unmeasured.explain(1)["native"] == "runs if asked for by name"
-    assert unmeasured.explain(-1)["native"] == "needs a positive number, got -1"
 
 
 def test_use_backend_prefers_a_backend_within_its_block_only(op: Op) -> None:
@@ -170,14 +151,3 @@ def test_ops_give_the_bits_of_the_reference_under_each_preference(preferred: str
     x, weights, biases = torch.randn(3, 4), [torch.randn(2, 4)], [torch.randn(2)]
     with fp.use_backend(preferred):
         assert torch.equal(fp.ops.mlp(x, weights, biases), torch.nn.functional.linear(x, weights[0], biases[0]))
-
-
-def test_auto_passes_over_a_backend_that_is_not_a_default_and_its_name_takes_it() -> None:
-    op = Op("trial")
-    op.add("reference", lambda: "reference", lambda: None)
-    op.add("triton", lambda: "triton", lambda: None, by_default=False)
-    assert op.select(None).name == op.select("auto").name == "reference"
-    assert op.select("triton").name == "triton"
-    with use_backend("triton"):
-        assert op.select(None).name == "triton"
-    assert op.explain() == {"triton": "runs if asked for by name", "reference": "runs"}

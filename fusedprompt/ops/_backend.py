@@ -27,13 +27,11 @@ class Backend:
     name: one of `NAMES`.
     why_not: called with the op's arguments; returns None, or one clause that says why this backend cannot run on them.
     call: the implementation, called with the same arguments.
-    by_default: whether `auto` may take it. False for a backend that has not been measured where it is meant to run.
     """
 
     name: str
     why_not: Callable[..., str | None]
     call: Callable[..., Any]
-    by_default: bool = True
 
 
 @dataclass
@@ -43,12 +41,10 @@ class Op:
     name: str
     backends: list[Backend] = field(default_factory=list)
 
-    def add(
-        self, name: str, call: Callable[..., Any], why_not: Callable[..., str | None], by_default: bool = True
-    ) -> None:
+    def add(self, name: str, call: Callable[..., Any], why_not: Callable[..., str | None]) -> None:
         """Register a backend in front of those already there."""
         assert name in NAMES and all(backend.name != name for backend in self.backends)
-        self.backends.insert(0, Backend(name, why_not, call, by_default))
+        self.backends.insert(0, Backend(name, why_not, call))
 
     def select(self, requested: str | None, *args: Any) -> Backend:
         """The backend to run on `args`.
@@ -69,7 +65,7 @@ class Op:
             choices = (AUTO, *(backend.name for backend in self.backends))
             raise ValueError(f"backend: expected one of {choices} for op '{self.name}', got {requested!r}")
         for backend in self.backends:
-            if name == backend.name or (name == AUTO and backend.by_default):
+            if name in (AUTO, backend.name):
                 reason = backend.why_not(*args)
                 if reason is None:
                     return backend
@@ -78,9 +74,8 @@ class Op:
         raise AssertionError(f"the reference backend of op '{self.name}' must accept everything")
 
     def explain(self, *args: Any) -> dict[str, str]:
-        """For each backend, "runs", "runs if asked for by name", or why it cannot run on `args`."""
-        runs = {True: "runs", False: "runs if asked for by name"}
-        return {backend.name: backend.why_not(*args) or runs[backend.by_default] for backend in self.backends}
+        """For each backend, "runs", or why it cannot run on `args`. `auto` takes the first that runs."""
+        return {backend.name: backend.why_not(*args) or "runs" for backend in self.backends}
 
 
 def never_objects(*args: Any) -> str | None:

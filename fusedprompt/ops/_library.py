@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 LIBRARY: Any = torch.library.Library("fusedprompt", "DEF")  # type: ignore[no-untyped-call]
 
@@ -40,3 +41,15 @@ def below_autograd(name: str, *args: Any) -> Any:
     """Call an op of this library without recording a graph, from within an `autograd.Function`."""
     with torch._C._AutoDispatchBelowAutograd():
         return getattr(torch.ops.fusedprompt, name)(*args)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a call must go through the dispatcher, because someone else wants to see it: `torch.compile`, a dispatch
+    mode, a functorch transform, a tensor subclass. Otherwise it need not, which saves about 15 us of host time.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )

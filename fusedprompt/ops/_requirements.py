@@ -21,6 +21,14 @@ _TRITON_ON_CPU = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton's inte
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _why_not_gpu(index: int) -> str | None:
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU, got an AMD one"
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"needs a GPU of compute capability 8.0 or later, got {major}.{minor}"
+
+
 def why_not_triton(*tensors: Tensor) -> str | None:
     """None, or one clause that says why Triton kernels cannot run on these floating-point tensors of one device."""
     if not _HAS_TRITON:
@@ -31,10 +39,10 @@ def why_not_triton(*tensors: Tensor) -> str | None:
             return f"needs a CPU tensor under TRITON_INTERPRET=1, got {device.type}"
     elif device.type != "cuda":
         return f"needs a CUDA tensor, got {device.type}"
-    elif torch.version.hip is None:
-        properties = torch.cuda.get_device_properties(device)
-        if properties.major < 8:
-            return f"needs a GPU of compute capability 8.0 or later, got {properties.major}.{properties.minor}"
+    else:
+        reason: str | None = _why_not_gpu(device.index)
+        if reason is not None:
+            return reason
     for tensor in tensors:
         if tensor.dtype not in _TRITON_DTYPES:
             return f"needs float32, bfloat16 or float16, got {tensor.dtype}"

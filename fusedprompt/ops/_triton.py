@@ -1,8 +1,8 @@
 """Launching Triton kernels: compiled once per kind of arguments, launched without Triton's own dispatch after that.
 
-Triton's JIT dispatch costs the host 9-11 us a launch, more than a small kernel takes on the device. A `Kernel` keeps
-what Triton compiled under a key of its own, and launches that directly (2-4 us). Import this module only where Triton
-is known to be there.
+Triton's dispatch looks at every argument of every launch, which costs the host 14 us with the 17 arguments of the MLP's
+kernel and 19 us with the splice's 27, more than a small kernel takes on the device. A `Launch` is made once for what
+Triton compiles differently for, and takes 4 us (benches/launch_cost.py). Import this module only where Triton is there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 _recorders: list[list[str]] = []
+_current_device = torch.cuda.current_device
 
 
 @contextlib.contextmanager
@@ -34,65 +35,67 @@ def recorded_launches() -> Iterator[list[str]]:
         _recorders.remove(names)
 
 
-def _kind(argument: Any, specialized: bool) -> Any:
-    """What Triton may compile differently for: dtype and 16-byte alignment of tensors, 1 and multiples of 16 of ints.
+class Launch:
+    """A Triton kernel with everything that it is compiled for, except for pointers that are not 16-byte aligned.
 
-    specialized: not in the kernel's `do_not_specialize`, which leaves only the width of an int.
+    So its maker keeps one per combination of the tensors' dtypes, of the constants, and of the integers that Triton
+    specializes for: all that are not in `do_not_specialize`, for being 1, a multiple of 16, or wider than 32 bits.
     """
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        is_wide = not -(2**31) <= argument < 2**31
-        return (argument == 1, argument % 16 == 0, is_wide) if specialized else is_wide
-    return type(argument)
 
+    def __init__(
+        self, kernel: Any, constants: dict[str, Any], num_warps: int = 4, num_stages: int = 3, pdl: bool = False
+    ) -> None:
+        """kernel: what `@triton.jit` made. Its arguments are tensors, then integers, then constexprs.
 
-class Kernel:
-    """A Triton kernel and everything compiled from it so far."""
-
-    def __init__(self, function: Any) -> None:
-        """function: what `@triton.jit` made."""
-        self.function = function
-        self.name: str = function.__name__
-        self._specialized = () if INTERPRETED else tuple(not param.do_not_specialize for param in function.params)
+        constants: the constexprs, by name.
+        pdl: let it start while the kernel before it ends (sm_90 and later); the kernel waits by itself.
+        """
+        self.kernel = kernel
+        self.name: str = kernel.__name__
+        self.constants = constants
+        self._options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
+        if pdl:
+            self._options["launch_pdl"] = True
         self._compiled: dict[Any, Any] = {}
 
-    def __call__(
-        self,
-        grid: tuple[int, int] | tuple[int],
-        *arguments: Any,
-        num_warps: int = 4,
-        num_stages: int = 3,
-        launch_pdl: bool = False,
-        **constants: Any,
-    ) -> None:
-        """Launch on the current stream of the device of the first tensor.
-
-        arguments: the kernel's, up to its first constexpr. constants: its constexprs, by name, in the kernel's order.
-        launch_pdl: let it start while the kernel before it ends (sm_90 and later; the kernel waits by itself).
-        """
+    def __call__(self, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], integers: tuple[int, ...]) -> None:
+        """Launch on the current stream of the first tensor's device."""
         for names in _recorders:
             names.append(self.name)
         if INTERPRETED:
-            self.function[grid](*arguments, **constants)
+            self.kernel[grid](*tensors, *integers, **self.constants)
             return
-        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-        with torch.cuda.device(device):
-            options = {"num_warps": num_warps, "num_stages": num_stages}
-            if launch_pdl:
-                options["launch_pdl"] = True
-            key = (device.index, *map(_kind, arguments, self._specialized), *constants.values(), *options.items())
-            compiled = self._compiled.get(key)
-            if compiled is None:
-                self._compiled[key] = self.function[grid](*arguments, **constants, **options)
-                return
-            compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())
+        device = tensors[0].device
+        if device.index == _current_device():
+            self._launch(grid, tensors, integers, device.index)
+        else:
+            with torch.cuda.device(device):
+                self._launch(grid, tensors, integers, device.index)
+
+    def _launch(
+        self, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], integers: tuple[int, ...], device: int
+    ) -> None:
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        bits = 0
+        for pointer in pointers:
+            bits |= pointer
+        aligned = True if bits % 16 == 0 else tuple(pointer % 16 == 0 for pointer in pointers)
+        compiled = self._compiled.get((device, aligned))
+        if compiled is None:
+            compiled = self.kernel[grid](*tensors, *integers, **self.constants, **self._options)
+            self._compiled[device, aligned] = compiled
+            return
+        # As Triton's own dispatch ends, but without its hooks for profilers of Triton's own.
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        function, metadata = compiled.function, compiled.packed_metadata
+        constants = self.constants.values()
+        compiled.run(*grid, stream, function, metadata, None, None, None, *pointers, *integers, *constants)
 
 
 @functools.cache
 def supports_pdl(device: torch.device) -> bool:
-    """Programmatic dependent launch is there from sm_90 on. (AMD's gfx9 counts as capability 9, too.)"""
-    return not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    """Programmatic dependent launch is there from sm_90 on."""
+    return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def cdiv(value: int, by: int) -> int:

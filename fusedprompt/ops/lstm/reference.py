@@ -35,6 +35,19 @@ def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+# Where W_hh of both directions together has more bytes than this, one direction takes all its steps before the other:
+# going back and forth between two matrices that do not fit the cache reads both from memory at every step.
+_TOGETHER_BYTES = 12 << 20
+
+
+def _turns(layer: list[Sequence[Tensor]]) -> list[slice]:
+    """The directions that take their steps together; each slice is a turn."""
+    weight_hh = layer[0][1]
+    if len(layer) * weight_hh.numel() * weight_hh.element_size() <= _TOGETHER_BYTES:
+        return [slice(0, len(layer))]
+    return [slice(way, way + 1) for way in range(len(layer))]
+
+
 def _both_ways(x: Tensor, directions: int) -> Tensor:
     """(P, B, D) as (directions, P, B, D), each direction in its own order of time."""
     return torch.stack((x, x.flip(0))[:directions])
@@ -57,6 +70,16 @@ def _layer_forward(inputs: Tensor, layer: list[Sequence[Tensor]]) -> tuple[Tenso
         product = torch.addmm(bias_ih + bias_hh, inputs[way].reshape(steps * batch, width), weight_ih.t())
         gates[way] = product.view(steps, batch, 4 * size)
 
+    for turn in _turns(layer):
+        _steps_forward(layer[turn], gates[turn], hidden[turn], cell[turn], cell_tanh[turn])
+    return gates, hidden, cell, cell_tanh
+
+
+def _steps_forward(
+    layer: list[Sequence[Tensor]], gates: Tensor, hidden: Tensor, cell: Tensor, cell_tanh: Tensor
+) -> None:
+    """All steps of some directions: fills in `hidden`, `cell` and `cell_tanh`, and applies the gates' functions."""
+    directions, steps, batch, size = cell_tanh.shape
     recurrent = [weights[1].t() for weights in layer]
     # Views are taken once: slicing inside the loop would cost more than the arithmetic at small sizes.
     gate = gates.view(directions, steps, batch, 4, size)
@@ -64,7 +87,7 @@ def _layer_forward(inputs: Tensor, layer: list[Sequence[Tensor]]) -> tuple[Tenso
     step_i, step_f, step_g = (gate[..., index, :].unbind(1) for index in range(3))
     step_c, step_tanh, step_h = cell.unbind(1), cell_tanh.unbind(1), hidden.unbind(1)
     way_gates, way_hidden = [way.unbind(0) for way in gates], [way.unbind(0) for way in hidden]
-    exact = hidden.dtype == state
+    exact = hidden.dtype == gates.dtype
     for t in range(steps):
         if t:
             for way in range(directions):
@@ -78,7 +101,6 @@ def _layer_forward(inputs: Tensor, layer: list[Sequence[Tensor]]) -> tuple[Tenso
         torch.mul(step_f[t], step_c[t], out=step_c[t + 1]).addcmul_(step_i[t], step_g[t])
         torch.tanh(step_c[t + 1], out=step_tanh[t])
         torch.mul(step_o[t], step_tanh[t], out=step_h[t + 1])
-    return gates, hidden, cell, cell_tanh
 
 
 def _lstm_forward(
@@ -118,6 +140,30 @@ def _lstm_forward_fake(
     return x.new_empty(batch, steps, width), saved
 
 
+def _steps_backward(
+    layer: list[Sequence[Tensor]], d_output: Tensor, d_cell_d_hidden: Tensor, f: Tensor, factor: Tensor, d_gates: Tensor
+) -> None:
+    """All steps of some directions, from the last to the first: fills in `d_gates`, and adds to `d_output`."""
+    directions, steps, batch, size = d_output.shape
+    dtype = layer[0][1].dtype
+    d_cell = d_output.new_zeros(directions, batch, size)
+    d_cell_3 = d_cell.unsqueeze(2)
+    step_d_hidden, step_dc_dh, step_f = d_output.unbind(1), d_cell_d_hidden.unbind(1), f.unbind(1)
+    step_factor_3, step_factor_o = factor[..., :3, :].unbind(1), factor[..., 3, :].unbind(1)
+    step_d_3, step_d_o = d_gates[..., :3, :].unbind(1), d_gates[..., 3, :].unbind(1)
+    way_d_hidden = [way.unbind(0) for way in d_output]
+    way_d_gates = [way.view(steps, batch, 4 * size).unbind(0) for way in d_gates]
+    for t in range(steps - 1, -1, -1):
+        d_cell.addcmul_(step_d_hidden[t], step_dc_dh[t])
+        torch.mul(d_cell_3, step_factor_3[t], out=step_d_3[t])
+        torch.mul(step_d_hidden[t], step_factor_o[t], out=step_d_o[t])
+        d_cell.mul_(step_f[t])
+        if t:
+            for way, weights in enumerate(layer):
+                # Not addmm_: on one thread, into this view, it has ten times the error.
+                way_d_hidden[way][t - 1].add_(way_d_gates[way][t].to(dtype) @ weights[1])
+
+
 def _layer_backward(d_output: Tensor, layer: list[Sequence[Tensor]], saved: dict[str, Tensor]) -> list[Tensor]:
     """d_output: (directions, P, B, H), each direction in its own order of time; it is used up.
 
@@ -135,23 +181,8 @@ def _layer_backward(d_output: Tensor, layer: list[Sequence[Tensor]], saved: dict
     d_cell_d_hidden = o * (1 - cell_tanh * cell_tanh)
 
     d_gates = torch.empty_like(factor)
-    d_cell = cell.new_zeros(directions, batch, size)
-    d_cell_3 = d_cell.unsqueeze(2)
-    recurrent = [weights[1] for weights in layer]
-    step_d_hidden, step_dc_dh, step_f = d_output.unbind(1), d_cell_d_hidden.unbind(1), f.unbind(1)
-    step_factor_3, step_factor_o = factor[..., :3, :].unbind(1), factor[..., 3, :].unbind(1)
-    step_d_3, step_d_o = d_gates[..., :3, :].unbind(1), d_gates[..., 3, :].unbind(1)
-    way_d_hidden = [way.unbind(0) for way in d_output]
-    way_d_gates = [way.view(steps, batch, 4 * size).unbind(0) for way in d_gates]
-    for t in range(steps - 1, -1, -1):
-        d_cell.addcmul_(step_d_hidden[t], step_dc_dh[t])
-        torch.mul(d_cell_3, step_factor_3[t], out=step_d_3[t])
-        torch.mul(step_d_hidden[t], step_factor_o[t], out=step_d_o[t])
-        d_cell.mul_(step_f[t])
-        if t:
-            for way in range(directions):
-                # Not addmm_: on one thread, into this view, it has ten times the error.
-                way_d_hidden[way][t - 1].add_(way_d_gates[way][t].to(hidden.dtype) @ recurrent[way])
+    for turn in _turns(layer):
+        _steps_backward(layer[turn], d_output[turn], d_cell_d_hidden[turn], f[turn], factor[turn], d_gates[turn])
 
     rows = steps * batch
     d_inputs = None

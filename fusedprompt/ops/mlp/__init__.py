@@ -14,6 +14,8 @@ from . import reference
 
 # Above this many rows the products are limited by arithmetic, which cuBLAS does best.
 _MOST_TRITON_ROWS = 255
+# Its kernels reckon places in activations in 32 bits.
+_MOST_TRITON_WIDTH = 2**31 // 256
 
 
 def _triton(x: Tensor, weights: list[Tensor], biases: list[Tensor], dropout_masks: list[Tensor]) -> Tensor:
@@ -32,6 +34,8 @@ def _why_not_triton(
     if x.shape[0] > _MOST_TRITON_ROWS:
         return f"takes at most {_MOST_TRITON_ROWS} rows, where cuBLAS is faster, got {x.shape[0]}"
     for layer, weight in enumerate(weights):
+        if max(weight.shape) > _MOST_TRITON_WIDTH:
+            return f"takes layers of at most {_MOST_TRITON_WIDTH} units, got weights[{layer}] {tuple(weight.shape)}"
         if 0 in weight.shape:
             return f"needs layers of at least one input and output, got weights[{layer}] {tuple(weight.shape)}"
         # A copy would cost more than the whole product; cuBLAS reads a transposed weight in place.
@@ -42,8 +46,7 @@ def _why_not_triton(
 
 OP = Op("mlp")
 OP.add("reference", reference.mlp, never_objects)
-# Proved in the interpreter and by its compiled code only: not a default before it has been measured on a GPU.
-OP.add("triton", _triton, _why_not_triton, by_default=False)
+OP.add("triton", _triton, _why_not_triton)
 
 
 def mlp(

@@ -1,12 +1,11 @@
 """Tiles of the MLP encoder's kernels, chosen by the sizes alone, so that a choice is the same in every run.
 
-Compiled ahead of time for sm_80, sm_90 and sm_100, none of them spills or takes more than 99 KB of shared memory. One
-exception: the backward of more than 128 rows, at widths that are not multiples of 16, spills up to 170 bytes.
+Compiled ahead of time for sm_80, sm_90 and sm_100, none of them spills or takes more than 99 KB of shared memory.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +31,6 @@ def _is_aligned(inputs: int, outputs: int) -> bool:
     return inputs % 16 == 0 and outputs % 16 == 0
 
 
-@functools.cache  # 5 us otherwise, at each launch
 def forward_config(rows: int, inputs: int, outputs: int, itemsize: int, precision: str) -> dict[str, int]:
     """Tile of `linear_forward`: enough programs to fill ~132 SMs, and 16 to 48 KB of weights in flight in each.
 
@@ -59,16 +57,16 @@ def forward_config(rows: int, inputs: int, outputs: int, itemsize: int, precisio
 _BACKWARD_HALF = {
     (32, 16): (128, 4, 4),
     (32, 32): (128, 4, 4),
-    (64, 16): (64, 8, 4),
-    (64, 32): (64, 8, 4),
+    (64, 16): (64, 8, 3),
+    (64, 32): (64, 8, 3),
     (128, 32): (64, 8, 3),
     (256, 32): (32, 8, 3),
 }
 _BACKWARD_TF32 = {
     (32, 16): (64, 4, 4),
     (32, 32): (64, 4, 4),
-    (64, 16): (64, 8, 4),
-    (64, 32): (64, 8, 4),
+    (64, 16): (64, 8, 3),
+    (64, 32): (64, 8, 3),
     (128, 32): (32, 8, 3),
     (256, 16): (16, 8, 3),
 }
@@ -76,15 +74,20 @@ _BACKWARD_IEEE = {
     (16, 16): (64, 8, 4),
     (16, 32): (64, 8, 4),
     (32, 16): (64, 4, 3),
-    (32, 32): (64, 8, 4),
+    (32, 32): (32, 8, 4),
     (64, 16): (32, 8, 4),
-    (64, 32): (64, 8, 4),
+    (64, 32): (32, 8, 4),
     (128, 32): (16, 8, 3),
     (256, 32): (16, 8, 3),
 }
 
 
-@functools.cache
+def backward_precision(rows: int, inputs: int, outputs: int, compute: torch.dtype, precision: str) -> str:
+    """Of products in `linear_backward`. In TF32, tiles of 256 rows at unaligned widths would spill 190 bytes."""
+    is_exact = compute == torch.float32 and rows > 128 and not _is_aligned(inputs, outputs)
+    return "ieee" if is_exact else precision
+
+
 def backward_config(
     rows: int, inputs: int, outputs: int, itemsize: int, compute: torch.dtype, precision: str
 ) -> dict[str, int]:
@@ -94,55 +97,82 @@ def backward_config(
     """
     block_p = block_rows(rows, precision)
     if not _is_aligned(inputs, outputs):
-        return _tile(block_p, 16, 16, 8 if block_p >= (32 if precision == "ieee" else 128) else 4, 2)
+        num_warps = 4 if block_p < (32 if precision == "ieee" else 128) else 8
+        return _tile(block_p, 16, 16, 16 if block_p == 256 and precision == "ieee" else num_warps, 2)
     is_half = compute != torch.float32
     table = _BACKWARD_HALF if is_half else _BACKWARD_IEEE if precision == "ieee" else _BACKWARD_TF32
     block_k = 16 if (inputs <= 132 * 16 and (block_p, 16) in table) or (block_p, 32) not in table else 32
     block_n, num_warps, num_stages = table[block_p, block_k]
     if is_half and itemsize == 4:
-        block_n = min(block_n, 64)
+        block_n, num_warps = min(block_n, 64), 8
     return _tile(block_p, block_n, block_k, num_warps, num_stages)
 
 
-def configurations(pdl: bool = False, aligned: bool = True) -> Iterator[dict[str, Any]]:
-    """Every tile that the two functions above can choose, for compiling ahead of time.
+# What a layer may multiply: the dtypes of its input, of its parameters and of the operands, and whether fp32 products
+# are exact. Under autocast the first layer's input is fp32 and the others' inputs are 16-bit.
+_PRODUCTS = (
+    ("bf16", "bf16", "bf16", False),
+    ("fp16", "fp16", "fp16", False),
+    ("fp32", "fp32", "bf16", False),
+    ("bf16", "fp32", "bf16", False),
+    ("fp32", "fp32", "fp16", False),
+    ("fp16", "fp32", "fp16", False),
+    ("fp32", "fp32", "fp32", False),
+    ("fp32", "fp32", "fp32", True),
+)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_TRITON_DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 
-    pdl: with programmatic dependent launch, for sm_90 and later.
-    aligned: for widths that are multiples of 16, as models have them; or else for all others.
+
+def configurations(pdl: bool) -> Iterator[dict[str, Any]]:
+    """Every tile that the functions above can choose, for compiling ahead of time.
+
+    pdl: with programmatic dependent launch, as on sm_90 and later.
 
     Yields the kernel, the types of its arguments, its constants, the sizes that are multiples of 16, num_warps,
-    num_stages, and a label. fp16 is not listed: it gets the tiles of bf16.
+    num_stages, and a label.
     """
-    for parameters, compute in (("bf16", "bf16"), ("fp32", "bf16"), ("fp32", "tf32"), ("fp32", "ieee")):
-        dtype = torch.bfloat16 if compute == "bf16" else torch.float32
-        precision = "ieee" if compute == "ieee" else "tf32"
-        common = {
-            "RELU": True,
-            "HAS_MASK": True,
-            "COMPUTE": tl.bfloat16 if compute == "bf16" else tl.float32,
-            "PRECISION": precision,
-        }
-        itemsize = 2 if parameters == "bf16" else 4
-        owned = ("x_ptr", "weight_ptr", "bias_ptr", "mask_ptr", "d_x_ptr", "d_weight_ptr", "d_bias_ptr")
-        pointers = dict.fromkeys(owned, f"*{parameters}")
-        pointers |= dict.fromkeys(("out_ptr", "d_out_ptr"), "*bf16" if compute == "bf16" else "*fp32")
-        forward, backward = [], []
-        for rows in (16, 32, 64, 128, 255):
-            for width in (768, 4096, 8192):
-                size = width if aligned else width + 1
-                forward.append(forward_config(rows, size, size, itemsize, precision))
-                backward.append(backward_config(rows, size, size, itemsize, dtype, precision))
-        for kernel, tiles in ((linear_forward, forward), (linear_backward, backward)):
-            for tile in {tuple(tile.items()): tile for tile in tiles}.values():
-                blocks = {name: size for name, size in tile.items() if name.startswith("BLOCK")}
-                constants: dict[str, Any] = {**common, **blocks, "PDL": pdl, "INTERPRETED": False}
-                types = {**pointers, "P": "i32", "K": "i32", "N": "i32", **dict.fromkeys(constants, "constexpr")}
-                yield {
-                    "kernel": kernel,
-                    "signature": {name: types[name] for name in kernel.arg_names},
-                    "constants": {name: constants[name] for name in kernel.arg_names if name in constants},
-                    "aligned": ("K", "N") if aligned else (),
-                    "num_warps": tile["num_warps"],
-                    "num_stages": tile["num_stages"],
-                    "label": f"{parameters}, {compute} products, " + " x ".join(map(str, blocks.values())),
-                }
+    found: dict[str, dict[str, Any]] = {}
+    for (inputs, parameters, compute, exact), aligned, rows, width in itertools.product(
+        _PRODUCTS, (True, False), (16, 32, 64, 128, 255), (768, 4096, 8192)
+    ):
+        sizes = (rows, width, width) if aligned else (rows, width + 1, width + 1)
+        itemsize = _DTYPES[parameters].itemsize
+        precision = "ieee" if exact else "tf32"
+        tile = forward_config(*sizes, itemsize, precision)
+        dtypes = (inputs, parameters, compute)
+        forward = _configuration(linear_forward, dtypes, precision, aligned, tile, pdl)
+        precision = backward_precision(*sizes, _DTYPES[compute], precision)
+        tile = backward_config(*sizes, itemsize, _DTYPES[compute], precision)
+        backward = _configuration(linear_backward, dtypes, precision, aligned, tile, pdl)
+        found |= {f"{one['kernel'].__name__} {one['label']}": one for one in (forward, backward)}
+    yield from found.values()
+
+
+def _configuration(
+    kernel: Any, dtypes: tuple[str, str, str], precision: str, aligned: bool, tile: dict[str, int], pdl: bool
+) -> dict[str, Any]:
+    inputs, parameters, compute = dtypes
+    blocks = {name: size for name, size in tile.items() if name.startswith("BLOCK")}
+    constants = {
+        "RELU": True,
+        "HAS_MASK": True,
+        "COMPUTE": _TRITON_DTYPES[compute],
+        "PRECISION": precision,
+        **blocks,
+        "PDL": pdl,
+        "INTERPRETED": False,
+    }
+    pointers = dict.fromkeys(("weight_ptr", "bias_ptr", "mask_ptr", "d_weight_ptr", "d_bias_ptr"), f"*{parameters}")
+    pointers |= {"x_ptr": f"*{inputs}", "d_x_ptr": f"*{inputs}", "out_ptr": f"*{compute}", "d_out_ptr": f"*{compute}"}
+    products = compute if compute != "fp32" else "fp32" if precision == "ieee" else "tf32"
+    of = f"{inputs} by {parameters} in {products}"
+    return {
+        "kernel": kernel,
+        "types": {**pointers, **dict.fromkeys(constants, "constexpr")},
+        "constants": constants,
+        "aligned": ("K", "N") if aligned else (),
+        "num_warps": tile["num_warps"],
+        "num_stages": tile["num_stages"],
+        "label": f"{of}, {' x '.join(map(str, blocks.values()))}{'' if aligned else ', odd widths'}",
+    }

@@ -2,7 +2,8 @@
 
 With P prompt rows the products are matrix-vector-like: the weights are all the traffic. So the weights are the large
 operand, a program owns a strip of them over the whole inner dimension, and bias, ReLU and dropout mask are applied
-before the result leaves registers. Sums run in a fixed order, without atomics.
+before the result leaves registers. Sums run in a fixed order, without atomics. Offsets into weights are 64-bit; those
+into activations fit 32 bits with at most 255 rows, and halve the registers that addresses take.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -50,7 +51,7 @@ def linear_forward(
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     k = tl.arange(0, BLOCK_K)
     weight_at = weight_ptr + n[:, None].to(tl.int64) * K + k[None, :]
-    x_at = x_ptr + p[None, :].to(tl.int64) * K + k[:, None]
+    x_at = x_ptr + p[None, :] * K + k[:, None]
     if PDL:
         line: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
         column = tl.minimum(tl.arange(0, 8) * line, K - 1)
@@ -70,7 +71,7 @@ def linear_forward(
     if RELU:
         total = tl.where(total < 0, 0.0, total)  # keeps NaN, as torch.relu does
     inside = (n < N)[:, None] & (p < P)[None, :]
-    at = p[None, :].to(tl.int64) * N + n[:, None]
+    at = p[None, :] * N + n[:, None]
     if HAS_MASK:
         total *= tl.load(mask_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
@@ -108,14 +109,14 @@ def linear_backward(
     if PDL:
         _wait_for_kernel_before(weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * K + tl.program_id(0) * BLOCK_K)
     inside = (p < P)[:, None] & (k < K)[None, :]
-    at = p[:, None].to(tl.int64) * K + k[None, :]
+    at = p[:, None] * K + k[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0)
     operand = x.to(COMPUTE).to(tl.float32) if INTERPRETED else x.to(COMPUTE)
     d_x = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
     for start in range(0, N, BLOCK_N):
         in_n = n < N - start
         d_out = tl.load(
-            d_out_ptr + p[:, None].to(tl.int64) * N + start + n[None, :],
+            d_out_ptr + p[:, None] * N + start + n[None, :],
             mask=(p < P)[:, None] & in_n[None, :],
             other=0.0,
         )

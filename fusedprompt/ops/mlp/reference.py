@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._library import LIBRARY
+from .._library import LIBRARY, is_traced
 
 
 def _mlp(x: Tensor, weights: list[Tensor], biases: list[Tensor], dropout_masks: list[Tensor]) -> Tensor:
@@ -29,5 +29,6 @@ LIBRARY.impl("mlp", _mlp, "CompositeImplicitAutograd")
 
 
 def mlp(x: Tensor, weights: list[Tensor], biases: list[Tensor], dropout_masks: list[Tensor]) -> Tensor:
-    result: Tensor = torch.ops.fusedprompt.mlp(x, weights, biases, dropout_masks)
+    run = torch.ops.fusedprompt.mlp if is_traced(x) else _mlp
+    result: Tensor = run(x, weights, biases, dropout_masks)
     return result

@@ -11,6 +11,7 @@ autograd drops. Products of fp32 operands are exact or TF32, as cuBLAS has them 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,21 +19,71 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .._library import below_autograd, define
-from .._triton import INTERPRETED, Kernel, cdiv, supports_pdl
-from ._configs import backward_config, configurations, forward_config
+from .._library import below_autograd, define, is_traced
+from .._triton import INTERPRETED, Launch, cdiv, supports_pdl
+from ._configs import backward_config, backward_precision, configurations, forward_config
 from ._kernels import linear_backward, linear_forward
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-_forward = Kernel(linear_forward)
-_backward = Kernel(linear_backward)
 
 
 def _precision(compute: torch.dtype) -> str:
     # torch.get_float32_matmul_precision() raises once anyone, such as transformers' Trainer, used the newer setting.
     is_exact = compute == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "ieee" if is_exact else "tf32"
+
+
+# Made once for all that the kernels are compiled for: see `Launch`.
+
+
+@functools.cache
+def _forward_launch(
+    sizes: tuple[int, int, int],
+    dtypes: tuple[torch.dtype, ...],
+    compute: torch.dtype,
+    precision: str,
+    relu: bool,
+    has_mask: bool,
+    pdl: bool,
+) -> tuple[tuple[int, int, int], Launch]:
+    """The grid, and the launch. sizes: rows, inputs and outputs. dtypes: of input, weight and mask."""
+    rows, _, outputs = sizes
+    config = forward_config(*sizes, max(dtypes[0].itemsize, dtypes[1].itemsize), precision)
+    grid = (cdiv(outputs, config["BLOCK_N"]), cdiv(rows, config["BLOCK_P"]), 1)
+    return grid, _launch(linear_forward, config, compute, precision, relu, has_mask, pdl)
+
+
+@functools.cache
+def _backward_launch(
+    sizes: tuple[int, int, int],
+    dtypes: tuple[torch.dtype, ...],
+    compute: torch.dtype,
+    precision: str,
+    relu: bool,
+    has_mask: bool,
+    pdl: bool,
+) -> tuple[tuple[int, int, int], Launch]:
+    """The grid, and the launch. sizes: rows, inputs and outputs. dtypes: of output, input, weight and mask."""
+    precision = backward_precision(*sizes, compute, precision)
+    config = backward_config(*sizes, dtypes[2].itemsize, compute, precision)
+    grid = (cdiv(sizes[1], config["BLOCK_K"]), 1, 1)
+    return grid, _launch(linear_backward, config, compute, precision, relu, has_mask, pdl)
+
+
+def _launch(
+    kernel: Any, config: dict[str, int], compute: torch.dtype, precision: str, relu: bool, has_mask: bool, pdl: bool
+) -> Launch:
+    blocks = {name: config[name] for name in ("BLOCK_P", "BLOCK_N", "BLOCK_K")}
+    constants = {
+        "RELU": relu,
+        "HAS_MASK": has_mask,
+        "COMPUTE": _TRITON_DTYPES[compute],
+        "PRECISION": precision,
+        **blocks,
+        "PDL": pdl,
+        "INTERPRETED": INTERPRETED,
+    }
+    return Launch(kernel, constants, config["num_warps"], config["num_stages"], pdl)
 
 
 def _mlp(
@@ -56,27 +107,10 @@ def _mlp(
             continue
         is_hidden = layer + 1 < len(weights)
         has_mask = is_hidden and len(dropout_masks) > 0
-        itemsize = max(inputs.dtype.itemsize, weight.dtype.itemsize)
-        config: dict[str, Any] = forward_config(rows, width, outputs, itemsize, precision)
-        _forward(
-            (cdiv(outputs, config["BLOCK_N"]), cdiv(rows, config["BLOCK_P"])),
-            inputs,
-            weight,
-            bias.contiguous(),
-            dropout_masks[layer].contiguous() if has_mask else inputs,
-            out,
-            rows,
-            width,
-            outputs,
-            launch_pdl=pdl,
-            RELU=is_hidden,
-            HAS_MASK=has_mask,
-            COMPUTE=_TRITON_DTYPES[dtype],
-            PRECISION=precision,
-            **config,
-            PDL=pdl,
-            INTERPRETED=INTERPRETED,
-        )
+        mask = dropout_masks[layer].contiguous() if has_mask else inputs
+        sizes, dtypes = (rows, width, outputs), (inputs.dtype, weight.dtype, mask.dtype)
+        grid, launch = _forward_launch(sizes, dtypes, dtype, precision, is_hidden, has_mask, pdl)
+        launch(grid, (inputs, weight, bias.contiguous(), mask, out), sizes)
     return out, layers[:-1]
 
 
@@ -119,28 +153,10 @@ def _mlp_backward(
             continue
         follows_relu = layer > 0
         has_mask = follows_relu and len(dropout_masks) > 0
-        config: dict[str, Any] = backward_config(rows, width, outputs, weight.dtype.itemsize, dtype, precision)
-        _backward(
-            (cdiv(width, config["BLOCK_K"]),),
-            d_out,
-            inputs,
-            weight,
-            dropout_masks[layer - 1].contiguous() if has_mask else inputs,
-            d_inputs,
-            d_weights[layer],
-            d_biases[layer],
-            rows,
-            width,
-            outputs,
-            launch_pdl=pdl,
-            RELU=follows_relu,
-            HAS_MASK=has_mask,
-            COMPUTE=_TRITON_DTYPES[dtype],
-            PRECISION=precision,
-            **config,
-            PDL=pdl,
-            INTERPRETED=INTERPRETED,
-        )
+        mask = dropout_masks[layer - 1].contiguous() if has_mask else inputs
+        sizes, dtypes = (rows, width, outputs), (d_out.dtype, inputs.dtype, weight.dtype, mask.dtype)
+        grid, launch = _backward_launch(sizes, dtypes, dtype, precision, follows_relu, has_mask, pdl)
+        launch(grid, (d_out, inputs, weight, mask, d_inputs, d_weights[layer], d_biases[layer]), sizes)
         d_out = d_inputs
     return [d_out, *d_weights, *d_biases]
 
@@ -162,7 +178,8 @@ class _MLP(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, compute: torch.dtype | None, depth: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """tensors: `depth` weights, `depth` biases, and the dropout masks."""
         weights, biases, masks = list(tensors[:depth]), list(tensors[depth : 2 * depth]), list(tensors[2 * depth :])
-        out, hidden = below_autograd("mlp_triton", x, weights, biases, masks, compute)
+        run = functools.partial(below_autograd, "mlp_triton") if is_traced(x) else _mlp
+        out, hidden = run(x, weights, biases, masks, compute)
         ctx.compute, ctx.depth, ctx.num_masks = compute, depth, len(masks)
         ctx.save_for_backward(x, *weights, *masks, *hidden)
         ctx.mark_non_differentiable(*hidden)
@@ -178,7 +195,8 @@ class _MLP(torch.autograd.Function):
             raise RuntimeError("fusedprompt.ops.mlp on Triton has no double backward; use backend='reference'")
         x, *tensors = ctx.saved_tensors
         masks_end = ctx.depth + ctx.num_masks
-        d_x, *d_parameters = torch.ops.fusedprompt.mlp_backward_triton(
+        run = torch.ops.fusedprompt.mlp_backward_triton if is_traced(d_out) else _mlp_backward
+        d_x, *d_parameters = run(
             d_out,
             x,
             tensors[: ctx.depth],
@@ -219,7 +237,8 @@ define(
 def mlp(x: Tensor, weights: list[Tensor], biases: list[Tensor], dropout_masks: list[Tensor]) -> Tensor:
     device = x.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    result: Tensor = torch.ops.fusedprompt.mlp_triton(x, weights, biases, dropout_masks, compute)[0]
+    run = torch.ops.fusedprompt.mlp_triton if is_traced(x) else _mlp_autograd
+    result: Tensor = run(x, weights, biases, dropout_masks, compute)[0]
     return result
 
 

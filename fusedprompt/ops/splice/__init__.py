@@ -40,8 +40,7 @@ def _why_not_triton(
 
 OP = Op("splice")
 OP.add("reference", reference.splice, never_objects)
-# Proved in the interpreter and by its compiled code only: not a default before it has been measured on a GPU.
-OP.add("triton", _triton, _why_not_triton, by_default=False)
+OP.add("triton", _triton, _why_not_triton)
 
 
 class SplicedBatch(NamedTuple):

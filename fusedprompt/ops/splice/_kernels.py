@@ -13,6 +13,13 @@ _CHANGING = ["R", "S", "T", "V", "filled_stride", "fill0", "fill1", "fill2", "st
 
 
 @triton.jit
+def _wait_for_kernel_before():
+    """With programmatic dependent launch: nothing is read before the kernel before this one has ended."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def _carry(field_ptr, filled_ptr, token_at, at, inside, is_token, is_prompt, prompt_row, fill, step, R):
     """filled = fill + step * prompt row, or the token's value + step * R; step is 1 for position ids, else 0."""
     value = tl.load(field_ptr + token_at, mask=is_token, other=0) + step * R
@@ -31,28 +38,31 @@ def splice_forward(
     field2_ptr,
     out_ptr,  # (B, S, D)
     filled_ptr,  # (NUM_FIELDS, B, S)
-    R,
-    S,
-    T,
+    R: tl.int32,
+    S: tl.int32,
+    T: tl.int32,
     D,
-    V,
-    filled_stride,  # B * S
-    fill0,
-    fill1,
-    fill2,
-    step0,
-    step1,
-    step2,
+    V: tl.int32,
+    filled_stride: tl.int64,  # B * S
+    fill0: tl.int64,
+    fill1: tl.int64,
+    fill2: tl.int64,
+    step0: tl.int32,
+    step1: tl.int32,
+    step2: tl.int32,
     PREFIX: tl.constexpr,
     FROM_TABLE: tl.constexpr,
     NUM_FIELDS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out[b, s] = prompt[~slot] if slot < 0 else token row `slot`; NaN for an id or a slot outside its table.
 
     Grid (B * cdiv(S, ROWS),): a program writes ROWS rows of one b, BLOCK_D columns at a time.
     """
+    if PDL:
+        _wait_for_kernel_before()
     tiles = tl.cdiv(S, ROWS)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     s = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
@@ -75,14 +85,6 @@ def splice_forward(
     else:
         row = token_at
         from_rows = is_token
-    if NUM_FIELDS > 0:
-        _carry(field0_ptr, filled_ptr, token_at, at, inside, is_token, is_prompt, prompt_row, fill0, step0, R)
-    if NUM_FIELDS > 1:
-        at1 = at + filled_stride
-        _carry(field1_ptr, filled_ptr, token_at, at1, inside, is_token, is_prompt, prompt_row, fill1, step1, R)
-    if NUM_FIELDS > 2:
-        at2 = at + filled_stride + filled_stride
-        _carry(field2_ptr, filled_ptr, token_at, at2, inside, is_token, is_prompt, prompt_row, fill2, step2, R)
     for start in range(0, D, BLOCK_D):
         d = (start + tl.arange(0, BLOCK_D))[None, :]
         in_row = d < D
@@ -107,20 +109,31 @@ def splice_forward(
             mask=inside[:, None] & in_row,
             cache_modifier=".cs",
         )
+    if NUM_FIELDS > 0:
+        _carry(field0_ptr, filled_ptr, token_at, at, inside, is_token, is_prompt, prompt_row, fill0, step0, R)
+    if NUM_FIELDS > 1:
+        at1 = at + filled_stride
+        _carry(field1_ptr, filled_ptr, token_at, at1, inside, is_token, is_prompt, prompt_row, fill1, step1, R)
+    if NUM_FIELDS > 2:
+        at2 = at + filled_stride + filled_stride
+        _carry(field2_ptr, filled_ptr, token_at, at2, inside, is_token, is_prompt, prompt_row, fill2, step2, R)
 
 
 @triton.jit(do_not_specialize=["B"])
 def splice_prefix_backward(
     d_out_ptr,  # (B, S, D), rows contiguous
     d_prompt_ptr,  # (R, D) fp32
-    B,
+    B: tl.int32,
     stride_b,
     stride_s,
     D,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """d_prompt[r] = sum over b of d_out[b, r], in fp32 and always in the same order; ROWS batch rows in flight."""
+    if PDL:
+        _wait_for_kernel_before()
     r = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -140,8 +153,11 @@ def segment_sum(
     D,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out[t] = sum of the rows whose target is t, in fp32 and always in the same order; ROWS of them in flight."""
+    if PDL:
+        _wait_for_kernel_before()
     target = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     end = tl.load(bounds_ptr + target + 1)

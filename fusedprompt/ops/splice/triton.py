@@ -6,32 +6,59 @@ by the same programs. The gradients are sums over segments, in a fixed order and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._library import define
-from .._triton import Kernel, cdiv, next_power_of_2
+from .._triton import Launch, cdiv, supports_pdl
+from ._configs import backward_config, configurations, forward_config
 from ._kernels import segment_sum, splice_forward, splice_prefix_backward
 from ._op import CHECK_IDS, POSITIONS, filled_dtype, out_of_range, register
 
-_forward = Kernel(splice_forward)
-_prefix_backward = Kernel(splice_prefix_backward)
-_segment_sum = Kernel(segment_sum)
+# Made once for all that the kernels are compiled for: see `Launch`.
 
 
-def forward_config(width: int) -> dict[str, int]:
-    """Tile of a program of 128 threads: 16 bytes a thread across a row, and as many rows as make 2048 elements."""
-    block = min(1024, max(16, next_power_of_2(width)))
-    return {"ROWS": max(1, 2048 // block), "BLOCK_D": block, "num_warps": 4}
+@functools.cache
+def _forward_launch(
+    width: int,
+    prompt: torch.dtype,
+    rows: torch.dtype,
+    tokens: torch.dtype,
+    fields: torch.dtype,
+    prefix: bool,
+    from_table: bool,
+    num_fields: int,
+    pdl: bool,
+) -> tuple[int, Launch]:
+    """Rows of a program, and the launch."""
+    config = forward_config(width, rows.itemsize)
+    constants = {"PREFIX": prefix, "FROM_TABLE": from_table, "NUM_FIELDS": num_fields}
+    return config["ROWS"], _launch(splice_forward, config, pdl, **constants)
 
 
-def backward_config(width: int, targets: int) -> dict[str, int]:
-    """Tile of 1024 elements: narrow where few sums must fill the device, wide where a vocabulary has enough of them."""
-    block = min(128 if targets <= 4096 else 1024, max(16, next_power_of_2(width)))
-    return {"ROWS": 1024 // block, "BLOCK_D": block, "num_warps": 4}
+@functools.cache
+def _prefix_backward_launch(
+    width: int, d_out: torch.dtype, strides: tuple[tuple[bool, ...], ...], pdl: bool
+) -> tuple[int, Launch]:
+    """Columns of a program, and the launch. strides: what Triton specializes them for."""
+    config = backward_config(width, many=False)
+    return config["BLOCK_D"], _launch(splice_prefix_backward, config, pdl)
+
+
+@functools.cache
+def _segment_sum_launch(width: int, many: bool, rows: torch.dtype, out: torch.dtype, pdl: bool) -> tuple[int, Launch]:
+    """Columns of a program, and the launch."""
+    config = backward_config(width, many)
+    return config["BLOCK_D"], _launch(segment_sum, config, pdl)
+
+
+def _launch(kernel: Any, config: dict[str, int], pdl: bool, **constants: Any) -> Launch:
+    blocks = {"ROWS": config["ROWS"], "BLOCK_D": config["BLOCK_D"]}
+    return Launch(kernel, {**constants, **blocks, "PDL": pdl}, num_warps=config["num_warps"], pdl=pdl)
 
 
 def _splice(
@@ -60,32 +87,23 @@ def _splice(
     steps = [int(fill >= POSITIONS) for fill in fills]
     starts = [fill - POSITIONS if step else fill for fill, step in zip(fills, steps)]
     unused = [0] * (3 - len(fields))
-    config = forward_config(width)
-    _forward(
-        (batch * cdiv(total, config["ROWS"]),),
-        prompt.contiguous(),
-        filled if slots is None else slots.contiguous(),
-        tokens,
-        rows.contiguous() if inputs_embeds is None else tokens,
-        *given,
-        out,
-        filled,
-        num_rows,
-        total,
-        length,
-        width,
-        rows.shape[0],
-        batch * total,
-        *starts,
-        *unused,
-        *steps,
-        *unused,
-        num_warps=config["num_warps"],
-        PREFIX=slots is None,
-        FROM_TABLE=inputs_embeds is None,
-        NUM_FIELDS=len(fields),
-        ROWS=config["ROWS"],
-        BLOCK_D=config["BLOCK_D"],
+    from_table = inputs_embeds is None
+    pdl = supports_pdl(out.device)
+    tile, launch = _forward_launch(
+        width, prompt.dtype, rows.dtype, tokens.dtype, filled.dtype, slots is None, from_table, len(fields), pdl
+    )
+    launch(
+        (batch * cdiv(total, tile), 1, 1),
+        (
+            prompt.contiguous(),
+            filled if slots is None else slots.contiguous(),
+            tokens,
+            rows.contiguous() if from_table else tokens,
+            *given,
+            out,
+            filled,
+        ),
+        (num_rows, total, length, width, rows.shape[0], batch * total, *starts, *unused, *steps, *unused),
     )
     return out, filled
 
@@ -119,9 +137,10 @@ def _sum_over_batch(d_out: Tensor) -> Tensor:
     if d_out.stride(2) != 1:
         d_out = d_out.contiguous()
     if total.numel():
-        config: dict[str, Any] = backward_config(width, num_rows)
-        grid = (num_rows, cdiv(width, config["BLOCK_D"]))
-        _prefix_backward(grid, d_out, total, batch, d_out.stride(0), d_out.stride(1), width, **config)
+        strides = (d_out.stride(0), d_out.stride(1))
+        kinds = tuple((stride == 1, stride % 16 == 0, stride < 2**31) for stride in strides)
+        block, launch = _prefix_backward_launch(width, d_out.dtype, kinds, supports_pdl(d_out.device))
+        launch((num_rows, cdiv(width, block), 1), (d_out, total), (batch, *strides, width))
     return total
 
 
@@ -132,9 +151,8 @@ def _sum_by(target: Tensor, rows: Tensor, num_targets: int, dtype: torch.dtype) 
     in_order, order = torch.sort(target, stable=True)
     bounds = torch.searchsorted(in_order, torch.arange(num_targets + 1, device=target.device, dtype=target.dtype))
     if total.numel():
-        config: dict[str, Any] = backward_config(width, num_targets)
-        grid = (num_targets, cdiv(width, config["BLOCK_D"]))
-        _segment_sum(grid, rows, order, bounds, total, width, **config)
+        block, launch = _segment_sum_launch(width, num_targets > 4096, rows.dtype, dtype, supports_pdl(rows.device))
+        launch((num_targets, cdiv(width, block), 1), (rows, order, bounds, total), (width,))
     return total
 
 
@@ -155,41 +173,4 @@ define(
 splice = register("_triton", _splice, _splice_backward, _table_gradient)
 
 
-def configurations() -> Iterator[dict[str, Any]]:
-    """Each way to compile the kernels at common widths, for those who compile them without a GPU to look at the result.
-
-    aligned: the integers that are multiples of 16 there, as pointers are everywhere.
-    """
-    for rows in ("bf16", "fp32"):
-        for width in (64, 4096):
-            for prefix, from_table in ((True, True), (True, False), (False, True), (False, False)):
-                pointers = dict.fromkeys(("slots_ptr", "ids_ptr", "filled_ptr"), "*i64")
-                pointers |= dict.fromkeys(("field0_ptr", "field1_ptr", "field2_ptr"), "*i64")
-                pointers |= {"prompt_ptr": "*fp32", "rows_ptr": f"*{rows}", "out_ptr": f"*{rows}"}
-                constants = {"PREFIX": prefix, "FROM_TABLE": from_table, "NUM_FIELDS": 3, **forward_config(width)}
-                origin = "table" if from_table else "inputs_embeds"
-                label = f"{'prefix' if prefix else 'slots'}, {origin} {rows}, D={width}"
-                yield _configuration(splice_forward, pointers, constants, ("D",), label)
-        pointers = {"d_out_ptr": f"*{rows}", "d_prompt_ptr": "*fp32"}
-        aligned = ("stride_b", "stride_s", "D")
-        yield _configuration(splice_prefix_backward, pointers, backward_config(4096, 20), aligned, f"{rows}, D=4096")
-        for targets in (20, 32000):
-            pointers = {"rows_ptr": f"*{rows}", "order_ptr": "*i64", "bounds_ptr": "*i64"}
-            pointers["out_ptr"] = "*fp32" if targets == 20 else f"*{rows}"
-            label = f"{rows}, {targets} sums, D=4096"
-            yield _configuration(segment_sum, pointers, backward_config(4096, targets), ("D",), label)
-
-
-def _configuration(
-    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...], label: str
-) -> dict[str, Any]:
-    values = {name: value for name, value in constants.items() if name != "num_warps"}
-    return {
-        "kernel": kernel,
-        "signature": {name: pointers.get(name, "constexpr" if name in values else "i32") for name in kernel.arg_names},
-        "constants": values,
-        "aligned": aligned,
-        "num_warps": constants["num_warps"],
-        "num_stages": 3,
-        "label": label,
-    }
+__all__ = ["configurations", "splice"]

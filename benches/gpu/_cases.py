@@ -1,0 +1,323 @@
+"""The same work done by several contenders, on any device: ours, PEFT's, torch.compile's of PEFT's, and ATen's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import fusedprompt
+from fusedprompt import Layout, ops
+
+OURS, ATEN, PEFT, COMPILED = "fusedprompt", "ATen", "PEFT", "PEFT compiled"
+
+
+@dataclass
+class Work:
+    """A contender's work on one set of inputs. forward: gives the output, recording a graph for backward."""
+
+    forward: Callable[[], Tensor]
+    parameters: Sequence[Tensor]
+    d_out: Tensor
+
+    def both(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out = self.forward()
+        return out, torch.autograd.grad(out, self.parameters, self.d_out)
+
+
+@dataclass
+class Case:
+    """What is computed, by whom, and the fewest bytes it must move.
+
+    contenders: name to a function that makes its work on a set of inputs.
+    truth: output and gradients in fp64, or exact, for set 0.
+    tolerance: largest relative error in the Frobenius norm, of the output and of gradients.
+    set_bytes: size of one set of inputs.
+    floor_bytes: forward, and forward and backward: each input read once and each output written once.
+    precision: for torch.set_float32_matmul_precision.
+    """
+
+    group: str
+    name: str
+    dtype: str
+    contenders: dict[str, Callable[[int], Work]]
+    truth: Callable[[], tuple[Tensor, Sequence[Tensor]]]
+    tolerance: tuple[float, float]
+    set_bytes: int
+    floor_bytes: tuple[int, int]
+    precision: str = "highest"
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def check(self, works: dict[str, Work]) -> dict[str, Work]:
+        """The contenders whose results are right; ours must be.
+
+        Raises:
+            AssertionError: ours is not.
+        """
+        true_out, true_gradients = self.truth()
+        right = {}
+        for name, work in works.items():
+            try:
+                out, gradients = work.both()
+            except torch._dynamo.exc.TorchDynamoException as error:
+                self.left_out[name] = f"cannot run: {str(error).splitlines()[0]}"
+                continue
+            errors = [_error(out, true_out), max(map(_error, gradients, true_gradients), default=0.0)]
+            if all(error <= limit for error, limit in zip(errors, self.tolerance)):
+                right[name] = work
+                continue
+            message = f"{errors[0]:.2g} (output) and {errors[1]:.2g} (gradients) away from the truth"
+            assert name != OURS, f"{self.group} {self.name} {self.dtype}: {message}"
+            self.left_out[name] = message
+        return right
+
+
+def _error(value: Tensor, truth: Tensor) -> float:
+    value, truth = value.detach().double(), truth.detach().double()
+    error = float((value - truth).norm() / truth.norm().clamp_min(1e-30))
+    return error if error == error else float("inf")
+
+
+# The dtypes of the parameters and of autocast, the precision of fp32 products, and the tolerance. Gradients jump where
+# rounding moves the input of a ReLU across zero.
+_KINDS: dict[str, tuple[torch.dtype, torch.dtype | None, str, tuple[float, float]]] = {
+    "fp32": (torch.float32, None, "highest", (1e-5, 2e-3)),
+    "tf32": (torch.float32, None, "high", (3e-3, 0.05)),
+    "bf16": (torch.bfloat16, None, "highest", (0.02, 0.12)),
+    "bf16 autocast": (torch.float32, torch.bfloat16, "highest", (0.02, 0.12)),
+}
+
+
+def mlp_case(rows: int, width: int, kind: str, device: torch.device) -> Case:
+    """P-tuning's encoder: three layers, D = H = width."""
+    dtype, autocast, precision, tolerance = _KINDS[kind]
+    config = peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=rows,
+        token_dim=width,
+        num_transformer_submodules=1,
+        num_attention_heads=1,
+        num_layers=1,
+        encoder_reparameterization_type="MLP",
+        encoder_hidden_size=width,
+    )
+    indices = torch.arange(rows, device=device).unsqueeze(0)
+    d_out = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(device, autocast or dtype)
+
+    def within(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        if autocast is None:
+            return function
+
+        def forward() -> Tensor:
+            # The cache keeps 16-bit copies of the weights for as long as autocast lasts: here, one call.
+            with torch.autocast(device.type, autocast):
+                return function()
+
+        return forward
+
+    def make_module(index: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(index)
+            return peft.PromptEncoder(config).to(device, dtype)
+
+    def make_ours(index: int, backend: str) -> Work:
+        theirs = make_module(index)
+        module = fusedprompt.PromptEncoder(config).to(device, dtype)
+        module.load_state_dict(theirs.state_dict())
+
+        def forward() -> Tensor:
+            with fusedprompt.use_backend(backend):
+                return module.encode()
+
+        return Work(within(forward), list(module.parameters()), d_out)
+
+    template = make_module(0)
+
+    def call_template(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(template, parameters, (indices,)).squeeze(0)
+
+    compiled = torch.compile(call_template)  # once for all sets: modules of their own would be compiled anew
+
+    def make_theirs(index: int, is_compiled: bool) -> Work:
+        module = make_module(index)
+        parameters = dict(module.named_parameters())
+        if is_compiled:
+            return Work(within(lambda: compiled(parameters)), list(parameters.values()), d_out)
+        return Work(within(lambda: module(indices).squeeze(0)), list(parameters.values()), d_out)
+
+    def truth() -> tuple[Tensor, Sequence[Tensor]]:
+        module = make_module(0).double()
+        work = Work(lambda: module(indices).squeeze(0), list(module.parameters()), d_out.double())
+        return work.both()
+
+    weights = 3 * width * width + 3 * width
+    itemsize, rows_bytes = dtype.itemsize, rows * width * dtype.itemsize
+    return Case(
+        group="mlp",
+        name=f"P={rows} D=H={width}",
+        dtype=kind,
+        contenders={
+            OURS: lambda index: make_ours(index, "triton"),
+            ATEN: lambda index: make_ours(index, "reference"),
+            PEFT: lambda index: make_theirs(index, is_compiled=False),
+            COMPILED: lambda index: make_theirs(index, is_compiled=True),
+        },
+        truth=truth,
+        tolerance=tolerance,
+        set_bytes=weights * itemsize + rows_bytes,
+        # Backward reads every weight again and writes its gradient.
+        floor_bytes=(weights * itemsize + 2 * rows_bytes, 3 * weights * itemsize + 4 * rows_bytes),
+        precision=precision,
+    )
+
+
+def lstm_case(rows: int, width: int, hidden: int, kind: str, device: torch.device) -> Case:
+    """P-tuning's LSTM: two layers, bidirectional, batch 1. ATen is nn.LSTM, which on a GPU is cuDNN."""
+    dtype, _, precision, tolerance = _KINDS[kind]
+    d_out = torch.randn(1, rows, 2 * hidden, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+
+    def make_module(index: int) -> tuple[nn.LSTM, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(index)
+            module = nn.LSTM(width, hidden, num_layers=2, bidirectional=True, batch_first=True)
+            x = torch.randn(1, rows, width)
+        return module.to(device, dtype), x.to(device, dtype).requires_grad_()
+
+    def make_ours(index: int) -> Work:
+        module, x = make_module(index)
+        weights = [getattr(module, name) for names in module._all_weights for name in names]
+        return Work(lambda: ops.lstm(x, weights, num_layers=2, backend="native"), [x, *weights], d_out)
+
+    def make_theirs(index: int) -> Work:
+        module, x = make_module(index)
+
+        def forward() -> Tensor:
+            # cuDNN takes TF32 unless it is told not to, whatever matrix products may do.
+            torch.backends.cudnn.allow_tf32 = kind == "tf32"
+            return module(x)[0]
+
+        return Work(forward, [x, *(getattr(module, name) for names in module._all_weights for name in names)], d_out)
+
+    def truth() -> tuple[Tensor, Sequence[Tensor]]:
+        module, x = make_module(0)
+        module, x = module.double(), x.detach().double().requires_grad_()
+        parameters = [x, *(getattr(module, name) for names in module._all_weights for name in names)]
+        return Work(lambda: module(x)[0], parameters, d_out.double()).both()
+
+    weights = 2 * (4 * hidden * (width + hidden) + 4 * hidden * (2 * hidden + hidden)) + 4 * 2 * 4 * hidden
+    rows_bytes = rows * (width + 4 * hidden) * dtype.itemsize
+    return Case(
+        group="lstm",
+        name=f"P={rows} D={width} H={hidden}",
+        dtype=kind,
+        contenders={OURS: make_ours, ATEN: make_theirs},
+        truth=truth,
+        # A rounded state is rounded again at every step.
+        tolerance=(3 * tolerance[0], 3 * tolerance[1]),
+        set_bytes=weights * dtype.itemsize + rows_bytes,
+        # Every weight once: what is on chip is read once for all steps. Larger ones cannot reach this floor.
+        floor_bytes=(weights * dtype.itemsize + rows_bytes, 3 * weights * dtype.itemsize + 2 * rows_bytes),
+        precision=precision,
+    )
+
+
+def splice_case(batch: int, length: int, width: int, device: torch.device, rows: int = 20) -> Case:
+    """The prompt in front of a batch, with mask and labels, as PEFT's forward does it; a bf16 model, an fp32 prompt."""
+    vocabulary, dtype = 32000 if device.type == "cuda" else 50, torch.bfloat16
+    source = torch.Generator().manual_seed(0)
+    table = torch.randn(vocabulary, width, generator=source).to(device, dtype)
+    d_out = torch.randn(batch, rows + length, width, generator=source).to(device, dtype)
+
+    def draw(index: int) -> tuple[Tensor, Tensor]:
+        source = torch.Generator().manual_seed(index)
+        # Numbers that bf16 has: all contenders must then agree to the bit.
+        prompt = torch.randn(rows, width, generator=source).bfloat16().float()
+        return prompt.to(device).requires_grad_(), torch.randint(vocabulary, (batch, length), generator=source).to(
+            device
+        )
+
+    def theirs(prompt: Tensor, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The lines of PEFT's PeftModelForCausalLM.forward, without the base model."""
+        prompts = prompt.unsqueeze(0).repeat(batch, 1, 1).to(dtype)
+        embeds = torch.cat((prompts, nn.functional.embedding(ids, table)), dim=1)
+        ones = torch.ones(batch, rows, device=mask.device, dtype=mask.dtype)
+        ignored = torch.full((batch, rows), -100, device=labels.device, dtype=labels.dtype)
+        return embeds, torch.cat((ones, mask), dim=1), torch.cat((ignored, labels), dim=1)
+
+    compiled = torch.compile(theirs)
+
+    def make_theirs(index: int, is_compiled: bool) -> Work:
+        prompt, ids = draw(index)
+        call = compiled if is_compiled else theirs
+        return Work(lambda: call(prompt, ids, ids, ids)[0], [prompt], d_out)
+
+    def make_ours(index: int, backend: str) -> Work:
+        prompt, ids = draw(index)
+        layout = Layout.prefix(rows)
+
+        def forward() -> Tensor:
+            return ops.splice_batch(
+                prompt, layout, input_ids=ids, table=table, attention_mask=ids, labels=ids, backend=backend
+            ).inputs_embeds
+
+        return Work(forward, [prompt], d_out)
+
+    def truth() -> tuple[Tensor, Sequence[Tensor]]:
+        prompt, ids = draw(0)
+        embeds = torch.cat((prompt.expand(batch, -1, -1), table[ids].float()), dim=1)
+        return embeds, [d_out[:, :rows].double().sum(0)]
+
+    itemsize, total = dtype.itemsize, rows + length
+    out_bytes = batch * total * width * itemsize
+    in_bytes = batch * length * (width * itemsize + 8 * 3) + rows * width * 4
+    forward_bytes = in_bytes + out_bytes + 2 * batch * total * 8
+    return Case(
+        group="splice",
+        name=f"B={batch} T={length} D={width}",
+        dtype="bf16",
+        contenders={
+            OURS: lambda index: make_ours(index, "triton"),
+            ATEN: lambda index: make_ours(index, "reference"),
+            PEFT: lambda index: make_theirs(index, is_compiled=False),
+            COMPILED: lambda index: make_theirs(index, is_compiled=True),
+        },
+        truth=truth,
+        tolerance=(0.0, 0.01),  # PEFT sums the prompt's gradient in bf16
+        set_bytes=in_bytes + out_bytes,
+        floor_bytes=(forward_bytes, forward_bytes + batch * rows * width * itemsize + rows * width * 4),
+    )
+
+
+def cases(device: torch.device) -> Iterator[Callable[[], Case]]:
+    """The cases, the most important first. On a CPU, the same at toy sizes: to see that they work."""
+    if device.type != "cuda":
+        for kind in _KINDS:
+            yield lambda kind=kind: mlp_case(5, 16, kind, device)
+        for kind in ("fp32", "bf16"):
+            yield lambda kind=kind: lstm_case(5, 16, 24, kind, device)
+        yield lambda: splice_case(2, 6, 32, device)
+        return
+    shapes = [(20, 768), (50, 3072), (20, 4096), (100, 4096), (20, 3072), (100, 8192)]
+    for batch, length in ((8, 512), (32, 2048)):
+        yield lambda batch=batch, length=length: splice_case(batch, length, 4096, device)
+    for rows, width, hidden in ((20, 768, 256), (20, 768, 768), (100, 1024, 1024), (50, 3072, 3072), (100, 4096, 4096)):
+        for kind in ("fp32", "bf16", "tf32"):
+            yield lambda rows=rows, width=width, hidden=hidden, kind=kind: lstm_case(rows, width, hidden, kind, device)
+    for kind in ("fp32", "bf16", "bf16 autocast", "tf32"):
+        for rows, width in shapes:
+            yield lambda rows=rows, width=width, kind=kind: mlp_case(rows, width, kind, device)
+
+
+@contextlib.contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    before: Any = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

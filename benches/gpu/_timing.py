@@ -1,0 +1,105 @@
+"""Time GPU work: inside a CUDA graph, where the host costs nothing, and called from Python, where it does.
+
+Contenders take turns, A B B A, so that a clock that drifts drifts for all. Cold: each call in a graph works on the next
+of several sets of inputs, more than three L2 caches of them in all. Warm: all calls work on the same set.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Microseconds a call: the median, and the 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> Figures:
+        p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
+        return Figures(statistics.median(samples), p20, p80)
+
+    def as_dict(self) -> dict[str, float]:
+        return {"median_us": self.median, "p20_us": self.p20, "p80_us": self.p80}
+
+
+def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """One graph of all calls in order. They have run before, so that nothing is compiled during capture."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            for call in calls[:2]:
+                call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def time_graphs(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int = 20) -> dict[str, Figures]:
+    """Device time a call. graphs: name to a graph and the calls in it."""
+    names = list(graphs)
+    events = {name: [(_event(), _event()) for _ in range(rounds)] for name in names}
+    for name in names:
+        graphs[name][0].replay()
+    for turn in range(rounds):
+        for name in names if turn % 2 == 0 else reversed(names):
+            begin, end = events[name][turn]
+            begin.record()
+            graphs[name][0].replay()
+            end.record()
+        torch.cuda.synchronize()
+    return {
+        name: Figures.of([begin.elapsed_time(end) * 1e3 / graphs[name][1] for begin, end in events[name]])
+        for name in names
+    }
+
+
+def time_calls(calls: dict[str, Call], rounds: int = 12, inner: int = 20) -> dict[str, Figures]:
+    """Wall time a call from Python: `inner` calls in a row, then a wait for the GPU."""
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for name in names:
+            calls[name]()
+        for turn in range(rounds):
+            for name in names if turn % 2 == 0 else reversed(names):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(inner):
+                    calls[name]()
+                torch.cuda.synchronize()
+                samples[name].append((time.perf_counter() - start) / inner * 1e6)
+    finally:
+        gc.enable()
+    return {name: Figures.of(values) for name, values in samples.items()}
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
+def copy_bandwidth(gigabytes: float = 2.0) -> float:
+    """Bytes a second, read and written together, of torch's own copy between two buffers far larger than L2."""
+    source = torch.ones(int(gigabytes * 2**30) // 4, dtype=torch.float32, device="cuda")
+    target = torch.empty_like(source)
+    graph = capture([lambda: target.copy_(source)] * 4)
+    figures = time_graphs({"copy": (graph, 4)}, rounds=10)["copy"]
+    return 2 * source.numel() * 4 / (figures.median * 1e-6)

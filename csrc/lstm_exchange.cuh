@@ -1,0 +1,78 @@
+// How the blocks hand each other the vector of a step.
+//
+// Through global memory (M, L): the buffer starts as all ones, a word that no result is (lstm_number.cuh). A cell stores its
+// words; a block polls until no word is all ones. So the data is its own flag: one trip through L2 and no barrier. Words are
+// read and written whole and relaxed; their order does not matter, because each one is checked.
+// Through distributed shared memory (S): a cell stores its words into each block of the cluster, then the cluster meets.
+#pragma once
+
+#include "lstm_arguments.cuh"
+
+namespace fusedprompt::device {
+
+constexpr int kPollsAtOnce = 4;  // a thread's loads under way together: one after another they would cost a trip each
+
+// Words of a 16-byte chunk that belong to a row of `words` words.
+FP_DEVICE int words_in_chunk(int64_t chunk, int64_t words) { return int(min(words - 4 * chunk, int64_t(4))); }
+
+FP_DEVICE bool complete(const uint4& chunk, int words) {
+  return chunk.x != kUnwritten && (words < 2 || chunk.y != kUnwritten) && (words < 3 || chunk.z != kUnwritten) &&
+         (words < 4 || chunk.w != kUnwritten);
+}
+
+FP_DEVICE uint4 without_padding(const uint4& chunk, int words) {
+  return {chunk.x, words < 2 ? 0 : chunk.y, words < 3 ? 0 : chunk.z, words < 4 ? 0 : chunk.w};
+}
+
+// Waits for one row of `words` words and copies it to shared memory. All threads of the block take part.
+FP_DEVICE void gather(const unsigned char* row, int64_t words, unsigned char* vector, int64_t step) {
+  const uint4* from = reinterpret_cast<const uint4*>(row);
+  uint4* to = reinterpret_cast<uint4*>(vector);
+  const int64_t chunks = (words + 3) / 4;
+  for (int64_t first = thread(); first < chunks; first += kPollsAtOnce * threads()) {
+    uint4 arrived[kPollsAtOnce];
+    bool waiting = true;
+    while (waiting) {
+      waiting = false;
+#pragma unroll
+      for (int k = 0; k < kPollsAtOnce; ++k) {
+        const int64_t chunk = first + k * threads();
+        if (chunk < chunks) arrived[k] = load_relaxed(from + chunk);
+      }
+#pragma unroll
+      for (int k = 0; k < kPollsAtOnce; ++k) {
+        const int64_t chunk = first + k * threads();
+        if (chunk < chunks && !complete(arrived[k], words_in_chunk(chunk, words))) waiting = true;
+      }
+      if (waiting) poll_again(step);
+    }
+#pragma unroll
+    for (int k = 0; k < kPollsAtOnce; ++k) {
+      const int64_t chunk = first + k * threads();
+      if (chunk < chunks) to[chunk] = without_padding(arrived[k], words_in_chunk(chunk, words));
+    }
+  }
+}
+
+// Forward in 2 bytes, the cells of two neighbouring units share a word: even lanes get their neighbour's half and store.
+// All lanes of the warp take part. Returns whether this lane stores.
+template <typename T, bool kBackward>
+FP_DEVICE bool join_neighbours(uint32_t (&published)[kWords<T, kBackward>]) {
+  if constexpr (!kBackward && sizeof(T) == 2) {
+    published[0] |= shuffle_xor(published[0], 1) << 16;
+    return thread() % 2 == 0;
+  } else {
+    return true;
+  }
+}
+
+template <int kWords>
+FP_DEVICE void store_in_cluster(unsigned char* address, int blocks, const uint32_t (&words)[kWords]) {
+  for (int rank = 0; rank < blocks; ++rank) {
+    uint32_t* there = reinterpret_cast<uint32_t*>(in_cluster(address, rank));
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) there[word] = words[word];
+  }
+}
+
+}  // namespace fusedprompt::device

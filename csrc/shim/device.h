@@ -1,0 +1,164 @@
+// lstm_device.cuh for g++: every CUDA thread is a fiber, all blocks are resident, and the scheduler decides who runs next.
+//
+// Checks indexing, the protocol between blocks and its freedom from deadlock. It cannot check the GPU's memory model: here every
+// store is seen at once. Only tests include this.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+#include "../lstm_plan.h"
+
+#define FP_DEVICE inline
+#define FP_KERNEL(threads) void
+#define FP_PARAMETER
+#define FP_DYNAMIC_SHARED(name) unsigned char* const name = shim::shared_memory()
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+namespace fusedprompt::shim {
+
+// ---- what a test sets and reads ----
+
+struct Settings {
+  GpuFigures gpu = {4, 96 << 10, 256 << 10, 50 << 20, 5500, 4300, 1.7, false};
+  uint64_t seed = 0;             // of the order in which fibers run; 0: round robin
+  int64_t lose_store_at = -1;    // a published word to lose, counted from 0: the others must then wait for ever
+  int64_t resident_blocks = -1;  // how many blocks the device holds at once; -1: any number
+  bool clusters_run = true;      // false: the device has clusters, but none of the size asked for
+};
+extern Settings settings;
+extern int64_t launches, fills;
+
+// Runs all threads of all blocks to their end. Throws std::runtime_error, naming kernel and step, if none can go on.
+void run(const char* name, unsigned blocks, unsigned blocks_y, unsigned threads, unsigned cluster, size_t shared_bytes,
+         const std::function<void()>& thread_body);
+
+// ---- what a thread asks ----
+
+struct Self {
+  int thread, threads, block, block_y;
+};
+const Self& self();
+unsigned char* shared_memory();
+void block_barrier();
+void cluster_barrier();
+uint32_t exchange_in_warp(uint32_t value, int from_lane, int expected);  // the value of lane `from_lane`
+void wait_in_poll(int64_t step);
+bool store_is_lost();
+void progress();
+unsigned char* in_cluster(unsigned char* address, int rank);
+
+}  // namespace fusedprompt::shim
+
+namespace fusedprompt::device {
+
+using std::max;
+using std::min;
+
+inline int thread() { return shim::self().thread; }
+inline int threads() { return shim::self().threads; }
+inline int block() { return shim::self().block; }
+inline int block_y() { return shim::self().block_y; }
+inline void block_barrier() { shim::block_barrier(); }
+inline void cluster_barrier() { shim::cluster_barrier(); }
+inline void poll_again(int64_t step) { shim::wait_in_poll(step); }
+inline void unpredictable(uint4&) {}
+
+inline uint32_t shuffle_xor(uint32_t value, int mask) {
+  return shim::exchange_in_warp(value, (thread() % 32) ^ mask, mask);
+}
+inline float shuffle_xor(float value, int mask) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  bits = shuffle_xor(bits, mask);
+  memcpy(&value, &bits, 4);
+  return value;
+}
+inline float shuffle(float value, int lane) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  bits = shim::exchange_in_warp(bits, lane, 64 + lane);
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint4 load_weights(const uint4* address) { return *address; }
+inline uint4 load_relaxed(const uint4* address) { return *address; }
+template <int kWords>
+void store_relaxed(uint32_t* address, const uint32_t (&words)[kWords]) {
+  for (int word = 0; word < kWords; ++word) {
+    if (!shim::store_is_lost()) address[word] = words[word];
+  }
+  shim::progress();
+}
+
+template <typename T>
+T* in_cluster(T* address, int rank) {
+  return reinterpret_cast<T*>(shim::in_cluster(reinterpret_cast<unsigned char*>(address), rank));
+}
+
+// Written out, because not every compiler of the CPU has a type of 16 bits.
+inline float widen_half(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  float magnitude = std::ldexp(float(fraction + (exponent ? 1024 : 0)), (exponent ? exponent : 1) - 25);
+  if (exponent == 31) magnitude = fraction ? NAN : INFINITY;
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+inline uint16_t narrow_half(float value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const float magnitude = std::fabs(value);
+  if (magnitude >= 65520.0f) return uint16_t(sign | 0x7c00);
+  if (magnitude == 0.0f) return sign;
+  const int exponent = std::max(std::ilogb(magnitude), -14);
+  const int steps = int(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));  // to even; 2048 carries into the exponent
+  return uint16_t(sign | (((exponent + 14) << 10) + steps));
+}
+
+using Stream = void*;
+
+inline GpuFigures figures() { return shim::settings.gpu; }
+
+inline void fill(void* address, int byte, size_t bytes, Stream) {
+  memset(address, byte, bytes);
+  ++shim::fills;
+}
+inline void copy_rows(void* to, size_t pitch, const void* from, size_t width, size_t rows, Stream) {
+  for (size_t row = 0; row < rows; ++row) {
+    memcpy(static_cast<unsigned char*>(to) + row * pitch, static_cast<const unsigned char*>(from) + row * width, width);
+  }
+}
+
+enum class Together { kNo, kCluster, kGrid };
+
+struct Launch {
+  unsigned blocks, blocks_y, threads;
+  size_t shared_bytes;
+  Together together;
+  Stream stream;
+};
+
+template <typename Argument>
+using Kernel = void (*)(Argument);
+
+template <typename Argument>
+bool fits(Kernel<Argument>, const Launch& launch, unsigned) {
+  if (launch.together == Together::kCluster && !shim::settings.clusters_run) return false;
+  return shim::settings.resident_blocks < 0 || launch.blocks <= shim::settings.resident_blocks;
+}
+
+template <typename Argument>
+void launch(const char* name, Kernel<Argument> kernel, const Launch& launch, unsigned cluster, const Argument& argument) {
+  ++shim::launches;
+  shim::run(name, launch.blocks, launch.blocks_y, launch.threads, cluster, launch.shared_bytes,
+            [&] { kernel(argument); });
+}
+
+}  // namespace fusedprompt::device

@@ -1,0 +1,137 @@
+"""The LSTM encoder in C++ (csrc/): one call for the whole stack, forward and backward.
+
+The schemas are here, so that they exist whether or not anything was compiled and whichever library is loaded first;
+`fusedprompt._C` and `fusedprompt._cuda` only implement them, for CPU and for CUDA tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .._library import LIBRARY
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_BATCH = 8  # of the recurrence kernels; larger batches are matrix products, which PyTorch does well
+
+_ARGUMENTS = "Tensor x, Tensor[] weights, Tensor[] dropout_masks, bool bidirectional"
+LIBRARY.define(f"lstm_native({_ARGUMENTS}) -> Tensor")
+LIBRARY.define(f"lstm_native_forward({_ARGUMENTS}) -> (Tensor, Tensor[])")
+LIBRARY.define(f"lstm_native_backward(Tensor d_output, {_ARGUMENTS}, Tensor output, Tensor[] saved) -> Tensor[]")
+
+
+def _fake(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], weights[1].shape[1] * (2 if bidirectional else 1))
+
+
+def _forward_fake(
+    x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """What is kept: the gates and the cell states of each layer in fp32, and the output of each but the last."""
+    directions, size = (2 if bidirectional else 1), weights[1].shape[1]
+    batch, steps, _ = x.shape
+    saved: list[Tensor] = []
+    layers = len(weights) // (4 * directions)
+    for layer in range(layers):
+        saved.append(x.new_empty(directions, steps, batch, 4 * size, dtype=torch.float32))
+        saved.append(x.new_empty(directions, steps, batch, size, dtype=torch.float32))
+        if layer + 1 < layers:
+            saved.append(x.new_empty(steps, batch, directions * size))
+    return _fake(x, weights, dropout_masks, bidirectional), saved
+
+
+def _backward_fake(
+    d_output: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dropout_masks: Sequence[Tensor],
+    bidirectional: bool,
+    output: Tensor,
+    saved: Sequence[Tensor],
+) -> list[Tensor]:
+    return [value.new_empty(value.shape) for value in (x, *weights)]
+
+
+# Overloads, resolved once: a packet looks for the right one at every call.
+_INFERENCE = torch.ops.fusedprompt.lstm_native.default
+_FORWARD = torch.ops.fusedprompt.lstm_native_forward.default
+_BACKWARD = torch.ops.fusedprompt.lstm_native_backward.default
+
+
+class _LSTM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bidirectional: bool, num_weights: int, *tensors: Tensor) -> Tensor:
+        weights, masks = list(tensors[:num_weights]), list(tensors[num_weights:])
+        with torch._C._AutoDispatchBelowAutograd():
+            output, saved = _FORWARD(x, weights, masks, bidirectional)
+        ctx.bidirectional, ctx.num_weights, ctx.num_masks = bidirectional, num_weights, len(masks)
+        ctx.save_for_backward(x, output, *tensors, *saved)
+        result: Tensor = output
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and d_output.requires_grad:
+            raise RuntimeError("fusedprompt.ops.lstm has no double backward; use torch.nn.LSTM where you need one")
+        x, output, *tensors = ctx.saved_tensors
+        masks_end = ctx.num_weights + ctx.num_masks
+        weights, masks, saved = tensors[: ctx.num_weights], tensors[ctx.num_weights : masks_end], tensors[masks_end:]
+        d_x, *d_weights = _BACKWARD(d_output, x, weights, masks, ctx.bidirectional, output, saved)
+        return (d_x, None, None, *d_weights, *(None for _ in masks))
+
+
+def _autograd(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
+    if not torch.is_grad_enabled():
+        with torch._C._AutoDispatchBelowAutograd():
+            inference: Tensor = _INFERENCE(x, weights, dropout_masks, bidirectional)
+        return inference
+    apply: Any = _LSTM.apply
+    result: Tensor = apply(x, bidirectional, len(weights), *weights, *dropout_masks)
+    return result
+
+
+for _name, _function in (
+    ("lstm_native", _fake),
+    ("lstm_native_forward", _forward_fake),
+    ("lstm_native_backward", _backward_fake),
+):
+    torch.library.register_fake(f"fusedprompt::{_name}", _function, lib=LIBRARY)
+LIBRARY.impl("lstm_native", _autograd, "Autograd")
+
+
+def _watched(tensor: Tensor) -> bool:
+    """Whether torch.compile, a dispatch mode, a functorch transform or a tensor subclass wants to see the op itself."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def why_not(
+    x: Tensor, weights: Sequence[Tensor] = (), dropout_masks: Sequence[Tensor] = (), bidirectional: bool = True
+) -> str | None:
+    """None, or one clause that says why the native LSTM cannot run on these arguments."""
+    if x.dtype not in DTYPES:
+        return f"needs float32, bfloat16 or float16, got {x.dtype}"
+    if x.shape[0] > MAX_BATCH:
+        return f"needs a batch of at most {MAX_BATCH}, got {x.shape[0]}"
+    kind = x.device.type
+    if kind == "cpu":
+        return _native.WHY_NOT_CPU
+    if kind == "cuda":
+        return _native.WHY_NOT_CUDA
+    return f"needs a CPU or CUDA tensor, got {kind}"
+
+
+def lstm(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
+    """dropout_masks: nothing, or per layer but the last a (P, B, directions * H) tensor of 0 and 1 / (1 - p)."""
+    # The dispatcher's way to a Python kernel costs 15 us with 16 weights, and only who watches needs to see the op.
+    run = _INFERENCE if _watched(x) else _autograd
+    result: Tensor = run(x, weights, dropout_masks, bidirectional)
+    return result

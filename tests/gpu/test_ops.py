@@ -1,0 +1,202 @@
+"""The Triton ops on a GPU against the fp64 oracle: forward and every gradient."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+import oracle
+from fusedprompt import Layout, ops
+from tolerance import Tensors, dtypes, generator, largest, normal, ulp
+
+# Relative to the size of the truth, in units in the last place of the products' dtype: a sum of n rounded products is
+# off by about sqrt(n), and bf16 activations are rounded in each layer.
+ULPS = 16
+TF32_EPS = 2.0**-10
+
+# (P, [D, hidden ..., D_out]): aligned and odd widths, one row, every size of tile.
+SHAPES = [
+    (1, [1, 1]),
+    (7, [33, 7, 33]),
+    (20, [64, 96, 64, 64]),
+    (33, [130, 97, 16]),
+    (130, [48, 80, 33]),
+    (255, [16, 32]),
+]
+LARGE = [(20, [768, 768, 768, 768]), (50, [3072, 3072]), (100, [4097, 1024, 4096]), (200, [2048, 2048])]
+
+
+def draw(rows: int, sizes: list[int], dtype: torch.dtype) -> Tensors:
+    source = generator(rows)
+    inputs = {"x": normal((rows, sizes[0]), dtype, source)}
+    for layer, (width, out) in enumerate(itertools.pairwise(sizes)):
+        inputs[f"weight{layer}"] = (normal((out, width), torch.float32, source) / width**0.5).to(dtype)
+        inputs[f"bias{layer}"] = normal((out,), dtype, source)
+    return inputs
+
+
+def parts(inputs: Tensors) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    depth = (len(inputs) - 1) // 2
+    return inputs["x"], [inputs[f"weight{i}"] for i in range(depth)], [inputs[f"bias{i}"] for i in range(depth)]
+
+
+def run_mlp(inputs: Tensors, d_out: Tensor, device: torch.device, backend: str) -> tuple[Tensors, list[Tensor]]:
+    leaves = {name: value.to(device).requires_grad_() for name, value in inputs.items()}
+    x, weights, biases = parts(leaves)
+    out = ops.mlp(x, weights, biases, backend=backend)
+    gradients = torch.autograd.grad(out, list(leaves.values()), d_out.to(device, out.dtype))
+    with torch.no_grad():
+        hidden = [ops.mlp(x, weights[:depth], biases[:depth], backend=backend) for depth in range(1, len(weights))]
+    found = {"output": out.detach(), **{f"d_{name}": gradient for name, gradient in zip(leaves, gradients)}}
+    return {name: value.cpu() for name, value in found.items()}, [value.cpu() for value in hidden]
+
+
+def true_mlp(inputs: Tensors, d_out: Tensor, hidden: list[Tensor]) -> Tensors:
+    """In fp64; the ReLUs let through what they let through in `hidden`, because gradients jump where that differs."""
+    leaves = {name: value.double().requires_grad_() for name, value in inputs.items()}
+    x, weights, biases = parts(leaves)
+    for layer, (weight, bias) in enumerate(zip(weights, biases)):
+        x = x @ weight.T + bias
+        if layer < len(weights) - 1:
+            x = torch.where(hidden[layer] > 0, x, 0.0)
+    gradients = torch.autograd.grad(x, list(leaves.values()), d_out.double())
+    return {"output": x.detach(), **{f"d_{name}": gradient for name, gradient in zip(leaves, gradients)}}
+
+
+def assert_close(actual: Tensors, truth: Tensors, epsilon: float) -> None:
+    for name, true in truth.items():
+        value = actual[name].double()
+        assert value.isfinite().all(), name
+        size = float(true.norm())
+        assert float((value - true).norm()) <= ULPS * epsilon * max(size, 1e-6), name
+
+
+@dtypes
+@pytest.mark.parametrize("rows, sizes", SHAPES, ids=str)
+def test_mlp_and_every_gradient_match_fp64_oracle(
+    device: torch.device, dtype: torch.dtype, rows: int, sizes: list[int]
+) -> None:
+    inputs, d_out = draw(rows, sizes, dtype), normal((rows, sizes[-1]), dtype, generator(1))
+    actual, hidden = run_mlp(inputs, d_out, device, "triton")
+    assert_close(actual, true_mlp(inputs, d_out, hidden), torch.finfo(dtype).eps)
+
+
+@dtypes
+@pytest.mark.parametrize("rows, sizes", LARGE, ids=str)
+def test_mlp_of_a_real_model_matches_fp64_oracle(
+    cuda: torch.device, dtype: torch.dtype, rows: int, sizes: list[int]
+) -> None:
+    inputs, d_out = draw(rows, sizes, dtype), normal((rows, sizes[-1]), dtype, generator(1))
+    actual, hidden = run_mlp(inputs, d_out, cuda, "triton")
+    assert_close(actual, true_mlp(inputs, d_out, hidden), torch.finfo(dtype).eps)
+
+
+def test_mlp_multiplies_in_tf32_where_torch_may(cuda: torch.device) -> None:
+    inputs, d_out = draw(20, [768, 768, 768], torch.float32), normal((20, 768), torch.float32, generator(1))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        actual, hidden = run_mlp(inputs, d_out, cuda, "triton")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    truth = true_mlp(inputs, d_out, hidden)
+    assert_close(actual, truth, TF32_EPS)
+    error = (actual["output"].double() - truth["output"]).norm() / truth["output"].norm()
+    assert error > 1e-5, "these are exact products"
+
+
+def test_mlp_under_autocast_keeps_fp32_gradients(device: torch.device) -> None:
+    inputs, d_out = draw(20, [64, 96, 64], torch.float32), normal((20, 64), torch.float32, generator(1))
+    with torch.autocast(device.type, torch.bfloat16):
+        actual, hidden = run_mlp(inputs, d_out.bfloat16().float(), device, "triton")
+    assert actual["output"].dtype == torch.bfloat16 and actual["d_weight0"].dtype == torch.float32
+    assert_close(actual, true_mlp(inputs, d_out.bfloat16(), hidden), torch.finfo(torch.bfloat16).eps)
+
+
+def test_mlp_is_deterministic(device: torch.device) -> None:
+    inputs, d_out = draw(100, [80, 96, 64], torch.bfloat16), normal((100, 64), torch.bfloat16, generator(1))
+    first, _ = run_mlp(inputs, d_out, device, "triton")
+    for _ in range(3):
+        again, _ = run_mlp(inputs, d_out, device, "triton")
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+# B, R, T, D, V
+SPLICES = [
+    (1, 1, 1, 1, 1),
+    (2, 3, 5, 33, 7),
+    (3, 20, 17, 64, 50),
+    (2, 5, 6, 1040, 11),
+    (5, 2, 0, 16, 3),
+    (4, 0, 3, 8, 3),
+]
+
+
+@dtypes
+@pytest.mark.parametrize("shape", SPLICES, ids=str)
+@pytest.mark.parametrize("arrangement", ["prefix", "any"])
+@pytest.mark.parametrize("origin", ["table", "inputs_embeds"])
+def test_splice_copies_rows_exactly_and_sums_their_gradients(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], arrangement: str, origin: str
+) -> None:
+    batch, rows, length, width, vocabulary = shape
+    source = generator(0)
+    # A prompt of numbers that both dtypes have: the interpreter truncates where a GPU rounds.
+    prompt, table = normal((rows, width), dtype, source).float(), normal((vocabulary, width), dtype, source)
+    ids = torch.randint(vocabulary, (batch, length), generator=source)
+    embeds = normal((batch, length, width), dtype, source)
+    slots = None
+    where = oracle.prefix_slots(batch, rows, length)
+    if arrangement == "any":
+        if rows + length == 0:
+            pytest.skip("there is nothing to choose from")
+        slots = torch.randint(-rows, length, (batch, rows + length + 3), generator=source)
+        where = slots.tolist()
+    token_rows = oracle.table_rows(table, ids) if origin == "table" else embeds.double()
+    leaves = [prompt.to(device).requires_grad_(), (table if origin == "table" else embeds).to(device).requires_grad_()]
+    ids_there = ids.to(device)
+    tokens = {"input_ids": ids_there, "table": leaves[1]} if origin == "table" else {"inputs_embeds": leaves[1]}
+    layout = Layout(rows, None if slots is None else slots.to(device))
+    batch_of = ops.splice_batch(
+        leaves[0], layout, **tokens, attention_mask=ids_there, labels=ids_there, position_ids=ids_there,
+        first_position=2, backend="triton",
+    )  # fmt: skip
+    expected = oracle.splice(prompt.to(dtype), where, token_rows)
+    assert torch.equal(batch_of.inputs_embeds.detach().double().cpu(), expected)
+    for field, fill in ((batch_of.attention_mask, 1), (batch_of.labels, -100)):
+        assert field is not None
+        assert field.tolist() == oracle.carry(ids, where, fill)
+    d_out = normal(tuple(expected.shape), dtype, source)
+    d_prompt, d_tokens = torch.autograd.grad(batch_of.inputs_embeds, leaves, d_out.to(device))
+    true_prompt, true_tokens = oracle.splice_gradients(d_out, where, rows, length)
+    if origin == "table":
+        true_tokens = oracle.table_gradient(true_tokens, ids, vocabulary)
+    for value, true, precision in ((d_prompt, true_prompt, torch.float32), (d_tokens, true_tokens, dtype)):
+        allowed = (ULPS if precision == torch.float32 else 4) * ulp(largest(true), precision)
+        assert largest(value.double().cpu() - true) <= allowed
+
+
+def test_ids_outside_the_table_become_nan_and_nothing_else_does(device: torch.device) -> None:
+    ids = torch.tensor([[0, -1, 5], [4, 2**40, 1]], device=device)
+    table, prompt = torch.ones(5, 64, device=device), torch.ones(2, 64, device=device)
+    out = ops.splice(prompt, Layout.prefix(2), input_ids=ids, table=table, backend="triton")
+    assert out.isnan().all(-1).tolist() == [[False, False, False, True, True], [False, False, False, True, False]]
+    assert out.isnan().any(-1).equal(out.isnan().all(-1))
+
+
+def test_splice_addresses_more_than_2_to_the_31_elements(cuda: torch.device) -> None:
+    """B * S * D = 2**31 + 2**23 elements of 2 bytes, checked at both ends and in the middle."""
+    batch, rows, length, width = 33, 8, 2**13 - 8, 8192
+    table = torch.randn(100, width, device=cuda, dtype=torch.bfloat16)
+    prompt = torch.randn(rows, width, device=cuda, requires_grad=True)
+    ids = torch.randint(100, (batch, length), device=cuda)
+    assert batch * (rows + length) * width > 2**31
+    out = ops.splice(prompt, Layout.prefix(rows), input_ids=ids, table=table, backend="triton")
+    for b in (0, 16, batch - 1):
+        assert torch.equal(out[b, :rows], prompt.detach().bfloat16())
+        assert torch.equal(out[b, rows:], table[ids[b]])
+    (d_prompt,) = torch.autograd.grad(out, prompt, torch.ones_like(out))
+    assert torch.equal(d_prompt, torch.full_like(d_prompt, batch))
