@@ -107,7 +107,14 @@ def _context(encoder: Any, indices: Tensor) -> Tensor:
     """
     table, delta = encoder.embedding.weight, encoder.delta_embedding.weight
     types = torch.tensor(encoder.config.cpt_tokens_type_mask, device=table.device)
-    rows, projected = ops.cpt(table, delta, _epsilon(encoder.config, types), types % 4 != 0)
+    epsilon = _epsilon(encoder.config, types)
+    with torch.no_grad():
+        # A row that was projected may be longer than its bound by rounding. It stays as it is: so the prompt that is
+        # saved has the bits of the one that was trained.
+        norm = delta.float().norm(dim=1)
+        rounding = 8 * max(torch.finfo(dtype).eps for dtype in (delta.dtype, torch.float32))
+        epsilon = torch.where(norm <= epsilon * (1 + rounding), torch.maximum(norm, epsilon), epsilon)
+    rows, projected = ops.cpt(table, delta, epsilon, types % 4 != 0)
     if torch.is_grad_enabled() and delta.requires_grad:
         with torch.no_grad():
             delta.copy_(projected)
