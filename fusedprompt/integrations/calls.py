@@ -22,7 +22,7 @@ from ..prompt_cache import is_kept, prompt_states
 from ..shared import PromptStates, run_classifier, run_text
 from ..sharing import SHARED, SPLICE, choose, cost_rule, why_not_batch
 from ..tasks import FORWARD, TENSORS, Batch, continue_from_cache
-from .encoders import using, why_not_adapter
+from .encoders import context_of, is_label, using, why_not_adapter
 
 if TYPE_CHECKING:
     from ..model import PromptModel
@@ -194,22 +194,23 @@ def _context_aware(model: Any, view: PromptModel, config: Any, backend: str, giv
         output = model.base_model(**spliced(view, Task(), backend, given))
     if labels is None:
         return output
-    context_types = torch.tensor(config.cpt_tokens_type_mask, device=labels.device)
-    offset = max(config.cpt_tokens_type_mask)
+    context, codes = context_of(config, labels.device), config.cpt_tokens_type_mask
+    layout, offset = Layout.prefix(len(codes)), max(codes)
     if token_types is None:
-        token_types = torch.full_like(labels, 4 + offset)
+        given_types = torch.full_like(labels, 4 + offset)
+        targets = labels if is_label(4 + offset) else torch.full_like(labels, IGNORE_INDEX)
     else:
         token_types = token_types.to(labels.device)
         token_types += (token_types > 0) * offset
-    layout = Layout.prefix(len(config.cpt_token_ids))
-    types = layout.fill_rows(token_types.long(), context_types)
-    counted = (types > 0) & (types % 4 == 0)
-    context = torch.tensor(config.cpt_token_ids, device=labels.device)
-    targets = torch.where(counted, layout.fill_rows(labels, context), IGNORE_INDEX)
+        given_types = token_types.long()
+        targets = torch.where((given_types > 0) & (given_types % 4 == 0), labels, IGNORE_INDEX)
+    types, targets = layout.fill_rows(given_types, context.types), layout.fill_rows(targets, context.targets)
     settings = model.peft_config["default"]
     decay = settings.opt_loss_decay_factor if settings.opt_weighted_loss_type == "decay" else 1.0
     loss = ops.cpt_loss(output.logits, targets, types, decay=decay)
-    return replaced(output, loss=torch.where((targets[:, 1:] != IGNORE_INDEX).any(), loss, torch.nan))
+    if not any(map(is_label, codes[1:])):  # else every row has a label
+        loss = torch.where((targets[:, 1:] != IGNORE_INDEX).any(), loss, torch.nan)
+    return replaced(output, loss=loss)
 
 
 def run_fixed(view: PromptModel, task: Task, given: dict[str, Any]) -> Any:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..layout import IGNORE_INDEX
 from ..ops._backend import AUTO
 
 # PEFT's bound for rows that must not move (CPTEmbedding.get_epsilon).
@@ -83,7 +85,7 @@ def encode(encoder: Any, config: Any, indices: Tensor) -> Tensor:
         rows: Tensor = encoder(indices)
         return rows
     if _value(config.peft_type) == "CPT":
-        return _context(encoder, indices)
+        return _context_rows(encoder)
     rows = encoder.embedding(indices)
     if uses_lstm(encoder):
         lstm = encoder.lstm_head
@@ -99,34 +101,67 @@ def encode(encoder: Any, config: Any, indices: Tensor) -> Tensor:
     return ops.mlp(rows[0], [layer.weight for layer in linears], [layer.bias for layer in linears]).unsqueeze(0)
 
 
-def _context(encoder: Any, indices: Tensor) -> Tensor:
+def _context_rows(encoder: Any) -> Tensor:
     """CPT: the frozen context plus the projected change.
 
     The projection is written back where a gradient may follow, into the parameter's own memory; PEFT gives the
     parameter new memory in every call.
     """
     table, delta = encoder.embedding.weight, encoder.delta_embedding.weight
-    types = torch.tensor(encoder.config.cpt_tokens_type_mask, device=table.device)
-    epsilon = _epsilon(encoder.config, types)
+    context = context_of(encoder.config, table.device)
+    epsilon = context.epsilon
     with torch.no_grad():
         # A row that was projected may be longer than its bound by rounding. It stays as it is: so the prompt that is
         # saved has the bits of the one that was trained.
         norm = delta.float().norm(dim=1)
         rounding = 8 * max(torch.finfo(dtype).eps for dtype in (delta.dtype, torch.float32))
         epsilon = torch.where(norm <= epsilon * (1 + rounding), torch.maximum(norm, epsilon), epsilon)
-    rows, projected = ops.cpt(table, delta, epsilon, types % 4 != 0)
+    rows, projected = ops.cpt(table, delta, epsilon, context.trainable)
     if torch.is_grad_enabled() and delta.requires_grad:
         with torch.no_grad():
             delta.copy_(projected)
-    return torch.nn.functional.embedding(indices, rows)
+    return rows.unsqueeze(0)
 
 
-def _epsilon(config: Any, types: Tensor) -> Tensor:
-    """(P,) fp32: the largest norm of each row's change, by its type code."""
-    scale = math.sqrt(config.token_dim / 2048)
-    template, text = config.opt_projection_format_epsilon * scale, config.opt_projection_epsilon * scale
-    table = torch.tensor([_FROZEN_EPSILON, template, text, template], device=types.device)
-    return torch.where(types > 0, table[types % 4], _FROZEN_EPSILON)
+class Context(NamedTuple):
+    """What a CPT configuration says of each of its P tokens, as tensors.
+
+    types: (P,) int64 type codes. targets: (P,) int64 ids where the code marks a label, else -100.
+    epsilon: (P,) fp32, the largest norm of each row's change. trainable: (P,) bool.
+    """
+
+    types: Tensor
+    targets: Tensor
+    epsilon: Tensor
+    trainable: Tensor
+
+
+def context_of(config: Any, device: torch.device) -> Context:
+    """A configuration's `Context`, made once per device: copies to a GPU wait for it."""
+    epsilons = (config.opt_projection_format_epsilon, config.opt_projection_epsilon)
+    return _context_of(
+        tuple(config.cpt_tokens_type_mask), tuple(config.cpt_token_ids), epsilons, config.token_dim, device
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _context_of(
+    codes: tuple[int, ...], ids: tuple[int, ...], epsilons: tuple[float, float], width: int, device: torch.device
+) -> Context:
+    scale = math.sqrt(width / 2048)
+    bounds = {1: epsilons[0] * scale, 2: epsilons[1] * scale, 3: epsilons[0] * scale}
+    with torch.inference_mode(False):
+        return Context(
+            torch.tensor(codes, device=device),
+            torch.tensor([token if is_label(code) else IGNORE_INDEX for token, code in zip(ids, codes)], device=device),
+            torch.tensor([bounds.get(code % 4 if code > 0 else 0, _FROZEN_EPSILON) for code in codes], device=device),
+            torch.tensor([code % 4 != 0 for code in codes], device=device),
+        )
+
+
+def is_label(code: int) -> bool:
+    """Whether a type code marks a label."""
+    return code > 0 and code % 4 == 0
 
 
 def prompt_rows(model: Any) -> Tensor:
