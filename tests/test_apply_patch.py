@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from fusedprompt.integrations import peft as integration
 from models import build, tokens
 from test_apply_results import METHODS, inputs_of, peft_model, run
 from tolerance import one_thread  # noqa: F401
+
+# Older ones fail in delete_adapter, whatever the prompt method.
+DELETES = tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 21)
 
 
 def state(module: nn.Module) -> dict[str, dict[str, Any]]:
@@ -66,8 +70,6 @@ def test_a_second_patch_is_refused_with_the_remedy() -> None:
 
 
 def lora_model() -> Any:
-    import peft
-
     return peft.get_peft_model(build("Llama"), peft.LoraConfig(target_modules=["q_proj"]))
 
 
@@ -115,8 +117,6 @@ def test_versions_that_are_not_known_are_refused(library: str, version: str, mon
 
 @pytest.mark.parametrize("name", ["PrefixTuningConfig", "MultitaskPromptTuningConfig"])
 def test_other_methods_are_left_alone_with_the_reason_and_work(name: str) -> None:
-    import peft
-
     model = peft.get_peft_model(build("Llama"), getattr(peft, name)(task_type="CAUSAL_LM", num_virtual_tokens=3))
     inputs: dict[str, Any] = inputs_of("CAUSAL_LM")
     if name.startswith("Multi"):
@@ -197,11 +197,12 @@ def test_adapters_come_and_go_as_in_peft(method: str) -> None:
         look()
         model.set_adapter("default")
         look()
-        model.delete_adapter("second")
-        look()
+        if DELETES:
+            model.delete_adapter("second")
+            look()
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-6, atol=0)
     assert len({round(float(loss), 4) for loss in seen[0]}) == 3
-    assert patch.active and "second" not in patch.report()
+    assert patch.active and ("second" in patch.report()) != DELETES
 
 
 def test_an_adapter_loaded_later_is_served(tmp_path: Path) -> None:
@@ -310,8 +311,6 @@ def test_sharded_parameters_are_read_inside_their_modules_alone() -> None:
 
 
 def test_the_switch_patches_new_models_and_nothing_else(tmp_path: Path) -> None:
-    import peft
-
     before = (peft.get_peft_model, vars(peft.PeftModel)["from_pretrained"])
     peft_model("Llama", method="MLP").save_pretrained(tmp_path)
     integration.enable(route="splice")
