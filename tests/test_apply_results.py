@@ -262,6 +262,8 @@ def test_training_follows_peft_and_saves_the_same_files(method: str, tmp_path: P
     assert configs[0] == configs[1]
 
     trained = model.get_prompt(1)  # what the model was trained with, gradients and all
+    with torch.no_grad():
+        assert torch.equal(model.get_prompt(1), trained)
     reloaded = peft.PeftModel.from_pretrained(build("Llama"), tmp_path / "ours")
     assert torch.equal(reloaded.get_prompt(1), trained)
     with fusedprompt.apply(reloaded):

@@ -94,6 +94,34 @@ def test_a_compiled_patched_model_gives_what_it_gives_uncompiled(method: str) ->
     )
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate_may_prepare_a_patched_model(precision: str) -> None:
+    import accelerate
+
+    seen = []
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    for patched in (False, True):
+        model, inputs = peft_model("Llama", method="MLP").train(), inputs_of("CAUSAL_LM")
+        patch = fusedprompt.apply(model, route="splice") if patched else None
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
+        optimizer = torch.optim.SGD(model.prompt_encoder.parameters(), lr=1.0)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        for _ in range(2):
+            output = model(**inputs)
+            accelerator.backward(output.loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        seen.append({"loss": output.loss.detach(), "logits": output.logits.detach()})
+        if patch is not None:
+            patch.revert()
+            torch.testing.assert_close(model(**inputs).logits, accelerator.unwrap_model(model)(**inputs).logits)
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # it is for one precision a process
+    if precision == "no":
+        assert_same(seen[1], seen[0], exact=True)
+    else:  # PEFT sums the rows' gradients in bf16
+        torch.testing.assert_close(seen[1]["loss"], seen[0]["loss"], rtol=1e-3, atol=0)
+
+
 def test_dropout_of_the_encoder_draws_what_peft_draws() -> None:
     import peft
 
