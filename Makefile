@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format types check kernels kernels-oldest bench doctor wheel sdist clean \
+.PHONY: help demo test lint format types check kernels kernels-oldest versions bench bench-routes doctor wheel sdist clean \
         gpu gpu-install gpu-test gpu-sanitize gpu-bench
 
 help:  ## list the targets
@@ -54,9 +54,24 @@ kernels-oldest: $(READY)  ## the same with the oldest Triton that is supported
 	test -d $(OLDEST_TRITON) || $(BIN)/python -m pip install -q --no-deps --target $(OLDEST_TRITON) triton==3.6.0
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m benches.compile_table
 
-bench: $(READY)  ## measure against PEFT on this machine
-	$(BIN)/python -m pytest benches -q --benchmark-quiet --benchmark-json=.benchmarks/latest.json $(ARGS)
+# The oldest PEFT and transformers that `apply` takes, beside the newest, which `make test` runs. transformers brings no
+# torch along; PEFT would, so it comes alone.
+OLDEST_PEFT := build/peft-0.17.0-transformers-4.57.1
+versions: $(READY)  ## run the tests of `apply` with the oldest PEFT and transformers
+	test -d $(OLDEST_PEFT)/peft || { $(BIN)/python -m pip install -q --target $(OLDEST_PEFT) transformers==4.57.1 \
+	  && $(BIN)/python -m pip install -q --no-deps --target $(OLDEST_PEFT) peft==0.17.0; }
+	PYTHONPATH=$(OLDEST_PEFT) $(BIN)/python -m pytest -q tests/test_apply_patch.py tests/test_apply_results.py \
+	  tests/test_apply_training.py $(ARGS)
+
+bench: $(READY)  ## measure ops and training steps against PEFT on this machine, in about 7 minutes
+	$(BIN)/python -m pytest benches --ignore=benches/test_bench_shared.py -q --benchmark-quiet \
+	  --benchmark-json=.benchmarks/latest.json $(ARGS)
 	$(BIN)/python -m benches.report .benchmarks/latest.json --save
+
+bench-routes: $(READY)  ## measure the shared route against PEFT and LoRA, in about 20 minutes
+	$(BIN)/python -m pytest benches/test_bench_shared.py -q --benchmark-quiet \
+	  --benchmark-json=.benchmarks/routes.json $(ARGS)
+	$(BIN)/python -m benches.report .benchmarks/routes.json --save --part routes
 
 # On a machine with a GPU, torch, Triton and nvcc, and without a network: make gpu PYTHON=python3 OUT=somewhere
 OUT ?= benches/results

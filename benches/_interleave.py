@@ -128,7 +128,7 @@ def _worst(values: Mapping[str, Tensor | None], truths: Mapping[str, Tensor | No
         else:
             error = relative_error(value, truth)
             errors.append((error if error == error else float("inf"), name))  # NaN counts as wrong
-    return max(errors)
+    return max(errors, default=(0.0, "none"))
 
 
 def _run(contender: Contender) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:

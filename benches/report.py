@@ -124,10 +124,10 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", control(rows)])
 
 
-def save(result: dict[str, Any]) -> Path:
-    """Write the result under the machine's name, in place of an older one."""
+def save(result: dict[str, Any], part: str = "") -> Path:
+    """Write the result under the machine's name, and its part's if it is one, in place of an older one."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{machine_name(result['machine_info'])}.json"
+    path = RESULTS / f"{'-'.join(filter(None, (machine_name(result['machine_info']), part)))}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
@@ -137,11 +137,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benches.report", description=__doc__)
     parser.add_argument("result", type=Path, help="what --benchmark-json wrote, or a file of benches/results")
     parser.add_argument("--save", action="store_true", help="also keep it in benches/results, by the machine's name")
+    parser.add_argument("--part", default="", help="keep it as this part of the benchmarks, in a file of its own")
     options = parser.parse_args(arguments)
     result = json.loads(options.result.read_text())
     print(render(result))
     if options.save:
-        print(f"\nSaved as {save(result)}")
+        print(f"\nSaved as {save(result, options.part)}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         PromptTuningInit,
         TaskType,
     )
+    from .integrations.peft import apply
     from .layout import Layout
     from .model import PromptModel, get_prompt_model
     from .modules import CPTEmbedding, PromptEmbedding, PromptEncoder
@@ -43,6 +44,7 @@ _MODULE_OF = {
     "PromptTuningConfig": "config",
     "PromptTuningInit": "config",
     "TaskType": "config",
+    "apply": "integrations.peft",
     "explain": "ops",
     "get_prompt_model": "model",
     "use_backend": "ops",
@@ -64,6 +66,7 @@ __all__ = [
     "PromptTuningInit",
     "TaskType",
     "__version__",
+    "apply",
     "explain",
     "get_prompt_model",
     "ops",

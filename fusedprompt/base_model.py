@@ -40,12 +40,18 @@ class BaseFacts:
         first = _first_position(base)
         return cls(
             encoder_decoder=encoder_decoder,
-            causal=not encoder_decoder and (all(attentions) if attentions else hasattr(base, "score")),
+            causal=not encoder_decoder and (all(attentions) if attentions else _generates(base)),
             takes_position_ids="position_ids" in parameters,
             takes_token_type_ids="token_type_ids" in parameters,
             first_position=first,
             position_limit=_position_limit(base, first),
         )
+
+
+def _generates(base: Any) -> bool:
+    """For models that do not mark their attentions (BLOOM, MPT): whether this one reads from left to right."""
+    supports = getattr(base, "_supports_default_dynamic_cache", None)  # not XLNet, which generates in its own way
+    return hasattr(base, "score") or (hasattr(base, "generate") and supports is not None and bool(supports()))
 
 
 def _first_position(base: nn.Module) -> int:

@@ -7,6 +7,7 @@ criteria, the returned sequences), which is what a soft prompt needs.
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +17,24 @@ from torch import Tensor
 from . import ops
 from .base_model import cache_length
 from .layout import Layout
+from .ops._backend import BackendUnavailable
+from .prompt_cache import prompt_states
 from .routes import SplicedInputs, choose_layout, splice_route
+from .shared import PromptStates, prompt_first
+from .sharing import SHARED, SPLICE, choose, why_not_length, why_not_model
 
 if TYPE_CHECKING:
     from .model import PromptModel
 
 
-def generate(model: PromptModel, inputs: Tensor | None, **kwargs: Any) -> Any:
+def generate(model: PromptModel, inputs: Tensor | None, route: str, **kwargs: Any) -> Any:
     """Generate with the active adapter's prompt; see `PromptModel.generate`."""
     if inputs is not None and kwargs.get("input_ids") is not None:
         raise ValueError("inputs, input_ids: expected one of the two, got both")
     kwargs.pop("token_type_ids", None)
     if model.facts.encoder_decoder:
         return _encoder_decoder(model, inputs, kwargs)
-    return _decoder(model, inputs, kwargs)
+    return _decoder(model, inputs, route, kwargs)
 
 
 def _encoder_decoder(model: PromptModel, inputs: Tensor | None, kwargs: dict[str, Any]) -> Any:
@@ -45,7 +50,7 @@ def _encoder_decoder(model: PromptModel, inputs: Tensor | None, kwargs: dict[str
     return model.base_model.generate(**spliced.arguments, **kwargs)
 
 
-def _decoder(model: PromptModel, inputs: Tensor | None, kwargs: dict[str, Any]) -> Any:
+def _decoder(model: PromptModel, inputs: Tensor | None, route: str, kwargs: dict[str, Any]) -> Any:
     base: Any = model.base_model
     ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
     embeds = kwargs.pop("inputs_embeds", None)
@@ -64,16 +69,20 @@ def _decoder(model: PromptModel, inputs: Tensor | None, kwargs: dict[str, Any]) 
                 f"attention_mask: expected shape (B, T) = {tuple(ids.shape)}, or the columns of the cached text too, "
                 f"got {tuple(mask.shape)}"
             )
-        mask = choose_layout(model.facts, rows, mask, mask, start=model.active_start)[0].fill(mask, 1)
-        return base.generate(input_ids=ids, attention_mask=mask, **kwargs)
+        layout = choose_layout(model.facts, rows, mask, mask, start=model.active_start)[0]
+        if prompt_first(kwargs.get("past_key_values")):
+            layout = Layout.prefix(rows)
+        return base.generate(input_ids=ids, attention_mask=layout.fill(mask, 1), **kwargs)
     position_ids = kwargs.pop("position_ids", None)
     if embeds is not None and ids is not None and embeds.shape[1] != ids.shape[1]:
         raise ValueError(f"inputs_embeds: expected the length of input_ids, {ids.shape[1]}, got {embeds.shape[1]}")
-    spliced = _splice(model, ids if embeds is None else None, embeds, mask, position_ids)
+    states = _share(model, tokens, route, kwargs, position_ids)
+    in_front = states is not None or prompt_first(kwargs.get("past_key_values"))
+    spliced = _splice(model, ids if embeds is None else None, embeds, mask, position_ids, in_front)
     if position_ids is None:
         spliced.arguments.pop("position_ids", None)  # transformers counts them from the mask, at every step
     if kwargs.get("assistant_model") is not None or _option(base, kwargs, "prompt_lookup_num_tokens"):
-        return _assisted(model, ids if embeds is None else None, mask, spliced.layout, kwargs)
+        return _assisted(model, ids if embeds is None else None, mask, spliced.layout, states, kwargs)
     if kwargs.get("use_cache") is False:
         warnings.warn(
             "use_cache=False is ignored: transformers generates from embeddings only with a cache. The result is the "
@@ -81,36 +90,127 @@ def _decoder(model: PromptModel, inputs: Tensor | None, kwargs: dict[str, Any]) 
             stacklevel=4,
         )
         kwargs["use_cache"] = True
+    if states is not None:
+        # transformers skips as many of the embeddings as the cache holds: the prompt's.
+        copies = max(int(_option(base, kwargs, name) or 1) for name in ("num_beams", "num_return_sequences"))
+        length = model.prompt_rows_count() + tokens.shape[1] + _most_new_tokens(base, kwargs)
+        kwargs["past_key_values"] = _filled_cache(base, states, tokens.shape[0] * copies, length, kwargs)
     return base.generate(input_ids=ids, **spliced.arguments, **kwargs)
 
 
+def _share(
+    model: PromptModel, tokens: Tensor, route: str, kwargs: dict[str, Any], position_ids: Tensor | None
+) -> PromptStates | None:
+    """The prompt's states, if this call prefills the text alone; else None."""
+    cache = kwargs.get("past_key_values")
+    if route == SPLICE or cache_length(cache):
+        return None
+    name = model.active_adapter
+    assert name is not None
+    objection = why_not_model(model, name)
+    if objection is None:
+        objection = _why_not_generate(model, tokens, kwargs, position_ids)
+    if not choose(route, objection, None):
+        return None
+    try:
+        return prompt_states(model, all_logits=False)
+    except BackendUnavailable:
+        if route == SHARED:
+            raise
+        return None
+
+
+def _why_not_generate(
+    model: PromptModel, tokens: Tensor, kwargs: dict[str, Any], position_ids: Tensor | None
+) -> str | None:
+    base = model.base_model
+    if not tokens.shape[0] or not tokens.shape[1]:
+        return "there are no tokens"
+    if position_ids is not None:
+        return "transformers counts position_ids of a cached prompt by itself"
+    if kwargs.get("past_key_values") is not None:
+        return "the caller's own cache is to be filled"
+    kind, own = _option(base, kwargs, "cache_implementation"), base.generation_config.cache_implementation
+    if kind not in (None, "dynamic", "static") or (own is not None and kwargs.get("generation_config") is None):
+        return f"transformers makes the cache of kind '{kind}' by itself"
+    for option in ("output_attentions", "output_hidden_states", "prefill_chunk_size"):
+        if _option(base, kwargs, option):
+            return f"{option} covers the virtual tokens"
+    return why_not_length(model, tokens.shape[1] + _most_new_tokens(base, kwargs))
+
+
+def _most_new_tokens(base: Any, kwargs: dict[str, Any]) -> int:
+    """The most tokens that are generated; transformers' default is 20."""
+    return int(_option(base, kwargs, "max_new_tokens") or 20)
+
+
+def _filled_cache(base: Any, states: PromptStates, size: int, length: int, kwargs: dict[str, Any]) -> Any:
+    """A cache that holds the prompt for `size` rows: one that grows, or a static one of `length` positions."""
+    kind = _option(base, kwargs, "cache_implementation")
+    kwargs.pop("cache_implementation", None)
+    if getattr(kwargs.get("generation_config"), "cache_implementation", None) is not None:
+        config = kwargs["generation_config"] = copy.copy(kwargs["generation_config"])
+        config.cache_implementation = None
+    cache = states.for_rows(size)
+    if kind != "static":
+        return cache
+    from transformers import StaticCache
+
+    static = StaticCache(config=base.config, max_cache_len=length)
+    static.prompt_first = True
+    fill(static, cache)
+    return static
+
+
+def fill(cache: Any, source: Any) -> None:
+    """Put all keys and values of one cache into another, empty one."""
+    for index, layer in enumerate(source.layers):
+        positions = torch.arange(layer.keys.shape[-2], device=layer.keys.device)
+        cache.update(layer.keys, layer.values, index, {"cache_position": positions})
+
+
 def _splice(
-    model: PromptModel, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, positions: Tensor | None = None
+    model: PromptModel,
+    ids: Tensor | None,
+    embeds: Tensor | None,
+    mask: Tensor | None,
+    positions: Tensor | None = None,
+    in_front: bool = False,
 ) -> SplicedInputs:
-    return splice_route(
+    """in_front: the prompt goes before the padding, as it stands in a cache."""
+    rows = model.prompt_rows()
+    spliced = splice_route(
         model.facts,
         model.word_embeddings,
-        model.prompt_rows(),
+        rows,
         input_ids=ids,
         inputs_embeds=embeds,
-        attention_mask=mask,
+        attention_mask=None if in_front else mask,
         position_ids=positions,
         start=model.active_start,
     )
+    if in_front and mask is not None:
+        spliced.arguments["attention_mask"] = spliced.layout.fill(mask, 1)
+    return spliced
 
 
 def _assisted(
-    model: PromptModel, ids: Tensor | None, mask: Tensor | None, layout: Layout, kwargs: dict[str, Any]
+    model: PromptModel,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    layout: Layout,
+    states: PromptStates | None,
+    kwargs: dict[str, Any],
 ) -> Any:
     """Speculative decoding counts cached positions by the ids, so here the prompt occupies columns of the ids.
 
     Those columns repeat the row's first token, are embedded as the prompt in the first step (a forward hook, for this
-    call only), and are cut out of the result.
+    call only) or, if its states are known, put into the cache there, and are cut out of the result.
     """
     if ids is None:
         raise ValueError("input_ids: expected ids for assisted decoding, got only inputs_embeds")
     base: Any = model.base_model
-    rows = model.prompt_rows()
+    rows, thread = model.prompt_rows(), threading.get_ident()
     if mask is None:
         mask = torch.ones_like(ids)
     wide_mask = layout.fill(mask, 1)
@@ -122,9 +222,16 @@ def _assisted(
     wide_ids = torch.where(slots < 0, first, layout.fill(ids, 0))
 
     def embed_prompt(_: Any, args: tuple[Any, ...], call: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if call.get("input_ids") is None or cache_length(call.get("past_key_values")):
+        cache: Any = call.get("past_key_values")
+        if threading.get_ident() != thread or call.get("input_ids") is None or cache_length(cache):
             return args, call
         given = call.pop("input_ids")  # the wide ids, and candidates behind them
+        if states is not None:
+            fill(cache, states.for_rows(given.shape[0]))
+            counted = {name: call[name] for name in ("position_ids", "cache_position") if call.get(name) is not None}
+            cut = {name: value[..., rows.shape[0] :] for name, value in {**counted, "input_ids": given}.items()}
+            cache.prompt_first = True
+            return args, {**call, **cut}
         more = torch.arange(wide_ids.shape[1], given.shape[1], device=given.device).expand(given.shape[0], -1)
         layout = Layout.from_slots(torch.cat((slots, more), dim=1), rows.shape[0])
         return args, {**call, "inputs_embeds": ops.splice(rows, layout, inputs_embeds=model.word_embeddings(given))}

@@ -11,22 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, heads, modules, ops, saving
+from . import checkpoint, heads, modules, saving
 from .base_model import BaseFacts, cache_length, check_base_model, device_of
-from .config import (
-    CPTConfig,
-    PromptEncoderConfig,
-    PromptEncoderReparameterizationType,
-    PromptLearningConfig,
-    TaskType,
-    as_config,
-)
+from .config import PromptLearningConfig, TaskType, as_config
+from .explanation import explain
 from .generation import generate
-from .tasks import FORWARD, Batch, continue_from_cache
+from .ops._backend import AUTO
+from .prompt_cache import PromptCache
+from .sharing import SharingFacts, checked_route
+from .tasks import FORWARD, TENSORS, Batch, continue_from_cache
 
 
 def get_prompt_model(
-    base_model: nn.Module, config: Any, adapter_name: str = "default", prompt_start: int = 0
+    base_model: nn.Module,
+    config: Any,
+    adapter_name: str = "default",
+    prompt_start: int = 0,
+    route: str = AUTO,
 ) -> PromptModel:
     """Freeze a transformers model and put a trainable prompt in front of its input; PEFT's `get_peft_model`.
 
@@ -36,13 +37,14 @@ def get_prompt_model(
         adapter_name: the name of the first adapter.
         prompt_start: how many tokens of each row stay before the prompt. PEFT's place is 0; 1 keeps BERT's [CLS] first,
             where its pooler looks. PEFT cannot load adapters with another place, and warns of the key in their file.
+        route: how prompts reach the base model: "auto", "shared" or "splice"; see `PromptModel`.
 
     Raises:
         TypeError, ValueError: the model or a field of the configuration is not what it must be.
     """
     if config is None:
         raise TypeError("config: expected a prompt-learning configuration, got None")
-    model = PromptModel(base_model)
+    model = PromptModel(base_model, route)
     model.add_adapter(adapter_name, config, prompt_start)
     return model
 
@@ -59,9 +61,12 @@ class PromptModel(nn.Module):
         peft_config: adapter name to its resolved configuration.
         prompt_start: adapter name to the number of tokens before its prompt.
         active_adapter: the adapter in use.
+        route: "shared" runs the prompt through the base model once and lets every row of text read its keys and values,
+            "splice" runs it once per row, "auto" shares where that is exact and pays. docs/routes.md says when.
+        prompt_cache: prompts' keys and values for calls that train nothing.
     """
 
-    def __init__(self, base_model: nn.Module) -> None:
+    def __init__(self, base_model: nn.Module, route: str = AUTO) -> None:
         """Without adapters, the base model as it is; see `get_prompt_model`."""
         super().__init__()
         if isinstance(base_model, PromptModel):
@@ -70,6 +75,9 @@ class PromptModel(nn.Module):
             )
         self.base_model: Any = check_base_model(base_model)
         self.facts = BaseFacts.of(base_model)
+        self.sharing = SharingFacts.of(base_model, self.facts)
+        self.route = route
+        self.prompt_cache = PromptCache()
         self.prompt_encoder = nn.ModuleDict()
         self.peft_config: dict[str, PromptLearningConfig] = {}
         self.active_adapter: str | None = None
@@ -84,6 +92,15 @@ class PromptModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+    @property
+    def route(self) -> str:
+        """How prompts reach the base model, where a call does not say it: "auto", "shared" or "splice"."""
+        return self._route
+
+    @route.setter
+    def route(self, route: str) -> None:
+        self._route = checked_route(route)
 
     # Adapters
 
@@ -202,6 +219,7 @@ class PromptModel(nn.Module):
             self.base_model.requires_grad_(False)
 
     def _remove(self, adapter_name: str) -> None:
+        self.prompt_cache.clear(adapter_name)
         self.peft_config.pop(adapter_name, None)
         self.prompt_start.pop(adapter_name, None)
         if adapter_name in self.prompt_encoder:
@@ -262,6 +280,9 @@ class PromptModel(nn.Module):
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         past_key_values: Any = None,
+        *,
+        route: str | None = None,
+        logits: str = "full",
         **kwargs: Any,
     ) -> Any:
         """Run the base model on prompt and tokens.
@@ -273,30 +294,46 @@ class PromptModel(nn.Module):
             labels: as the base model takes them, for the tokens alone.
             position_ids: (B, T) or (1, T), without the prompt; they are moved behind it.
             past_key_values: a cache; one that is not empty holds the prompt already.
+            route: "auto", "shared" or "splice", instead of the model's own.
+            logits: of a language model: "full" for (B, P + T, V), "text" for (B, T, V) without the prompt's.
             kwargs: for the base model (and `input_type_mask` (B, T) for CPT).
 
         Returns:
             The base model's output. Logits and hidden states have P + T positions, but for token classification and
-            question answering, whose logits have T.
+            question answering, whose logits have T. On the shared route they are joined when they are first read.
+
+        Raises:
+            BackendUnavailable: route "shared" was asked for by name and cannot run; the message says why.
         """
         _refuse_adapter_names(kwargs)
-        batch = Batch(input_ids, inputs_embeds, attention_mask, labels, position_ids, token_type_ids, kwargs)
+        route = self.route if route is None else checked_route(route)
+        tensors = (input_ids, inputs_embeds, attention_mask, labels, position_ids, token_type_ids)
         if self._disabled or self.active_adapter is None:
-            given = {name: value for name, value in vars(batch).items() if name != "others" and value is not None}
+            given = {name: value for name, value in zip(TENSORS, tensors) if value is not None}
             if past_key_values is not None:
                 given["past_key_values"] = past_key_values
             return self.base_model(**given, **kwargs)
+        self._check_logits(logits)
+        batch = Batch(*tensors, kwargs, route, logits)
         if past_key_values is not None:
             if not self.facts.encoder_decoder and cache_length(past_key_values) > 0:
                 return continue_from_cache(self, batch, past_key_values)
             kwargs["past_key_values"] = past_key_values
         return FORWARD[TaskType(self.active_config.task_type)](self, batch)
 
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+    def _check_logits(self, logits: str) -> None:
+        if logits not in ("full", "text"):
+            raise ValueError(f"logits: expected 'full' or 'text', got {logits!r}")
+        task = TaskType(self.active_config.task_type)
+        if logits == "text" and task is not TaskType.CAUSAL_LM:
+            raise ValueError(f"logits: expected 'full' for task {task.value}, got {logits!r}")
+
+    def generate(self, inputs: Tensor | None = None, *, route: str | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, with the prompt in front.
 
         Args:
             inputs: (B, T) ids, as `input_ids`; or pass `inputs_embeds` (B, T, D), and get only the new tokens.
+            route: "auto", "shared" or "splice", instead of the model's own.
             kwargs: every argument of transformers' `generate`. `max_length` counts text only.
 
         Returns:
@@ -306,7 +343,7 @@ class PromptModel(nn.Module):
         if self._disabled or self.active_adapter is None:
             return self.base_model.generate(inputs, **kwargs)
         with torch.no_grad():  # as transformers does: nothing here is to be trained
-            return generate(self, inputs, **kwargs)
+            return generate(self, inputs, self.route if route is None else checked_route(route), **kwargs)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable and of all parameters."""
@@ -318,27 +355,13 @@ class PromptModel(nn.Module):
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
-    def explain(self) -> str:
-        """How each adapter's prompt is computed and how it reaches the base model, in words."""
-        lines = []
-        for name, config in self.peft_config.items():
-            encoder: Any = self.prompt_encoder[name]
-            used = ["splice"]
-            if isinstance(config, CPTConfig) and not config.inference_mode:
-                used.insert(0, "cpt")
-            elif isinstance(config, PromptEncoderConfig) and not config.inference_mode:
-                is_lstm = config.encoder_reparameterization_type is PromptEncoderReparameterizationType.LSTM
-                used = ["lstm", "mlp", "splice"] if is_lstm else ["mlp", "splice"]
-            backends = [
-                f"{op}: " + next(key for key, why in ops.explain(op, encoder.embedding.weight).items() if why == "runs")
-                for op in used
-            ]
-            active = ", active" if name == self.active_adapter else ""
-            lines.append(
-                f"{name}{active}: {config.method and config.method.value}, {config.num_virtual_tokens} virtual tokens, "
-                f"route splice, {', '.join(backends)}"
-            )
-        return "\n".join(lines)
+    def explain(self, **batch: Any) -> str:
+        """How each adapter's prompt is computed and reaches the base model, and why so, a line each.
+
+        Args:
+            batch: arguments of a forward call. With them, what would be done with this batch and the active adapter.
+        """
+        return explain(self, batch)
 
     # Saving and loading
 

@@ -57,12 +57,7 @@ def splice_route(
         raise ValueError(
             f"attention_mask: expected shape (B, T) = {(batch, length)}, got {tuple(attention_mask.shape)}"
         )
-    total = prompt.shape[0] + length
-    if facts.position_limit is not None and total > facts.position_limit:
-        raise ValueError(
-            f"num_virtual_tokens + tokens: expected at most the base model's {facts.position_limit} positions, "
-            f"got {prompt.shape[0]} + {length} = {total}"
-        )
+    check_length(facts, prompt.shape[0], length)
     if start > length:
         raise ValueError(f"input_ids: expected at least prompt_start = {start} tokens, got {length}")
     if start and position_ids is not None:
@@ -94,6 +89,16 @@ def splice_route(
         _require(facts.takes_token_type_ids, "token_type_ids")
         arguments["token_type_ids"] = layout.fill(token_type_ids, 0)
     return SplicedInputs(layout, arguments)
+
+
+def check_length(facts: BaseFacts, num_prompt_rows: int, length: int) -> None:
+    """Refuse a prompt and text that are longer than a learned position table."""
+    total = num_prompt_rows + length
+    if facts.position_limit is not None and total > facts.position_limit:
+        raise ValueError(
+            f"num_virtual_tokens + tokens: expected at most the base model's {facts.position_limit} positions, "
+            f"got {num_prompt_rows} + {length} = {total}"
+        )
 
 
 def _require(taken: bool, argument: str) -> None:

@@ -16,17 +16,28 @@ from torch import Tensor
 from . import ops
 from .base_model import cache_length
 from .config import CPTConfig, TaskType
+from .deferred import replaced
 from .layout import IGNORE_INDEX, Layout
+from .ops._backend import AUTO, BackendUnavailable
 from .ops.cpt.reference import is_label
+from .prompt_cache import is_kept, prompt_states
 from .routes import SplicedInputs, choose_layout, splice_route
+from .shared import PromptStates, may_wait, prompt_first, run_classifier, run_text
+from .sharing import SHARED, SPLICE, choose, why_not_batch, why_not_worth
 
 if TYPE_CHECKING:
     from .model import PromptModel
 
 
+TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids", "token_type_ids")
+
+
 @dataclass
 class Batch:
-    """The arguments of a forward call that a prompt touches; the rest goes to the base model as it is."""
+    """The arguments of a forward call that a prompt touches; the others go to the base model as they are.
+
+    route: "auto", "shared" or "splice". logits: "full" or "text".
+    """
 
     input_ids: Tensor | None = None
     inputs_embeds: Tensor | None = None
@@ -35,6 +46,8 @@ class Batch:
     position_ids: Tensor | None = None
     token_type_ids: Tensor | None = None
     others: dict[str, Any] = field(default_factory=dict)
+    route: str = AUTO
+    logits: str = "full"
 
     @property
     def tokens(self) -> Tensor:
@@ -50,7 +63,13 @@ class Batch:
 
 
 def splice(model: PromptModel, batch: Batch, labels: Tensor | None = None, pool_last: bool = False) -> SplicedInputs:
-    """Put the active adapter's prompt into a batch."""
+    """Put the active adapter's prompt into a batch.
+
+    Raises:
+        BackendUnavailable: the caller insists on the shared route.
+    """
+    if batch.route == SHARED:
+        choose(SHARED, why_not_batch(model, batch), None)
     return splice_route(
         model.facts,
         model.word_embeddings,
@@ -66,6 +85,29 @@ def splice(model: PromptModel, batch: Batch, labels: Tensor | None = None, pool_
     )
 
 
+def share(model: PromptModel, batch: Batch, all_logits: bool, wait: bool = False) -> PromptStates | None:
+    """The prompt's states, if the batch takes the shared route; else None.
+
+    all_logits: the virtual tokens' logits will be in the output. wait: they need not exist before that is read.
+
+    Raises:
+        BackendUnavailable: the caller insists on the shared route, and it cannot run.
+    """
+    if batch.route == SPLICE:
+        return None
+    objection = why_not_batch(model, batch)
+    hidden = batch.others.get("output_hidden_states", model.base_model.config.output_hidden_states)
+    kept = objection is None and is_kept(model)
+    if not choose(batch.route, objection, why_not_worth(model, batch, kept)):
+        return None
+    try:
+        return prompt_states(model, all_logits=all_logits, hidden_states=bool(hidden), wait=wait)
+    except BackendUnavailable:  # found out from the base model's answer
+        if batch.route == SHARED:
+            raise
+        return None
+
+
 def causal_lm(model: PromptModel, batch: Batch) -> Any:
     """Language modelling: prompt rows have no labels. The output has the prompt's positions too, as PEFT's has."""
     # Models that have token types here, such as GPT-2, embed them as words; PEFT drops them too.
@@ -73,7 +115,12 @@ def causal_lm(model: PromptModel, batch: Batch) -> Any:
     config = model.active_config
     if isinstance(config, CPTConfig):
         return _context_aware(model, config, batch)
+    states = share(model, batch, all_logits=batch.logits == "full", wait=may_wait(model, batch.labels))
+    if states is not None:
+        return run_text(model, batch, states, labels=batch.labels, logits=batch.logits)
     spliced = splice(model, batch, labels=batch.labels)
+    if batch.logits == "text":
+        return _read_tokens(model, spliced.layout, batch, spliced.arguments, ("logits",))
     return model.base_model(**spliced.arguments, **batch.others)
 
 
@@ -81,12 +128,27 @@ def _context_aware(model: PromptModel, config: CPTConfig, batch: Batch) -> Any:
     """CPT: the context's own labels are learned too, and weighted. PEFT.`_cpt_forward`, without changing the caller's
     `input_type_mask`, and with the context's highest code rounded up to a multiple of 4: the codes of the input would
     otherwise mean something else, and no label might be left (huggingface/peft's default mask does that)."""
+    as_dict = batch.others.pop("return_dict", None)
     token_types = batch.others.pop("input_type_mask", None)
-    spliced = splice(model, batch)
-    output = model.base_model(**spliced.arguments, **batch.others)
-    if batch.labels is None:
-        return output
-    labels = batch.labels
+    states = share(model, batch, all_logits=True)
+    if states is not None:
+        output = run_text(model, batch, states, labels=None, logits="full")
+        layout, _ = choose_layout(model.facts, model.prompt_rows_count(), batch.tokens, batch.attention_mask)
+    else:
+        spliced = splice(model, batch)
+        layout = spliced.layout
+        output = model.base_model(**spliced.arguments, **batch.others, return_dict=True)
+    if batch.labels is not None:
+        loss = _context_loss(config, layout, batch.labels, token_types, output.logits)
+        output = replaced(output, loss=loss)
+    if batch.logits == "text":
+        output["logits"] = _at_tokens(output["logits"], layout, batch)
+    return output.to_tuple() if as_dict is False else output
+
+
+def _context_loss(
+    config: CPTConfig, layout: Layout, labels: Tensor, token_types: Tensor | None, logits: Tensor
+) -> Tensor:
     assert config.cpt_token_ids is not None and config.cpt_tokens_type_mask is not None
     if token_types is None:
         token_types = torch.full_like(labels, 4)
@@ -98,12 +160,11 @@ def _context_aware(model: PromptModel, config: CPTConfig, batch: Batch) -> Any:
     offset = -(-max(config.cpt_tokens_type_mask) // 4) * 4
     token_types = torch.where(token_types > 0, token_types + offset, token_types)
     context_types = labels.new_tensor(config.cpt_tokens_type_mask)
-    all_types = spliced.layout.fill_rows(token_types, context_types)
-    all_labels = spliced.layout.fill_rows(labels, labels.new_tensor(config.cpt_token_ids))
+    all_types = layout.fill_rows(token_types, context_types)
+    all_labels = layout.fill_rows(labels, labels.new_tensor(config.cpt_token_ids))
     all_labels = torch.where(is_label(all_types), all_labels, IGNORE_INDEX)
     decay = config.opt_loss_decay_factor if config.opt_weighted_loss_type == "decay" else 1.0
-    output.loss = ops.cpt_loss(output.logits, all_labels, all_types, decay=1.0 if decay is None else decay)
-    return output
+    return ops.cpt_loss(logits, all_labels, all_types, decay=1.0 if decay is None else decay)
 
 
 def seq_2_seq_lm(model: PromptModel, batch: Batch) -> Any:
@@ -124,6 +185,9 @@ def seq_2_seq_lm(model: PromptModel, batch: Batch) -> Any:
 def seq_cls(model: PromptModel, batch: Batch) -> Any:
     """Labels are per sequence. Decoders read the last position, which cannot be told from padding once the ids are
     embeddings: padding is moved to the left instead (huggingface/peft#764)."""
+    states = share(model, batch, all_logits=False)
+    if states is not None:
+        return run_classifier(model, batch, states)
     spliced = splice(model, batch, pool_last=True)
     return model.base_model(**spliced.arguments, labels=batch.labels, **batch.others)
 
@@ -163,15 +227,18 @@ def _read_tokens(
     """Call the base model and cut its per-position outputs `names` down to the tokens, in the tokens' order."""
     as_dict = batch.others.pop("return_dict", None)
     output = model.base_model(**arguments, **batch.others, return_dict=True)
-    size, length = batch.shape
     for name in names:
-        values = output[name]
-        if layout.slots is None:
-            output[name] = values[:, layout.num_prompt_rows :]
-        else:
-            positions = layout.token_positions(size, length, values.device)
-            output[name] = values[torch.arange(size, device=values.device).unsqueeze(1), positions]
+        output[name] = _at_tokens(output[name], layout, batch)
     return output.to_tuple() if as_dict is False else output
+
+
+def _at_tokens(values: Tensor, layout: Layout, batch: Batch) -> Tensor:
+    """(B, T, X): the rows of (B, S, X) values that belong to the tokens."""
+    size, length = batch.shape
+    if layout.slots is None:
+        return values[:, layout.num_prompt_rows :]
+    positions = layout.token_positions(size, length, values.device)
+    return values[torch.arange(size, device=values.device).unsqueeze(1), positions]
 
 
 def continue_from_cache(model: PromptModel, batch: Batch, past_key_values: Any) -> Any:
@@ -184,7 +251,7 @@ def continue_from_cache(model: PromptModel, batch: Batch, past_key_values: Any) 
         padding = None
         if mask.shape[1] == total - rows:
             layout, padding = choose_layout(model.facts, rows, mask, mask, start=model.active_start)
-            mask = layout.fill(mask, 1)
+            mask = (Layout.prefix(rows) if prompt_first(past_key_values) else layout).fill(mask, 1)
         elif mask.shape[1] != total:
             raise ValueError(
                 f"attention_mask: expected {total - rows} columns (cached and new tokens) or {total} (and the prompt), "

@@ -1,4 +1,4 @@
-"""Small transformers models of ten families, built from configurations, and batches for them."""
+"""Small transformers models of many families, built from configurations, and batches for them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,18 @@ _SIZES: dict[str, dict[str, Any]] = {
     "Qwen2": _ROPE,
     "Mistral": {**_ROPE, "sliding_window": 64},
     "Gemma": {**_ROPE, "head_dim": 8},
+    "Gemma2": {**_ROPE, "head_dim": 8, "sliding_window": 64},
+    "Qwen3": {**_ROPE, "head_dim": 8},
+    "Phi": _ROPE,
+    "Mixtral": {**_ROPE, "num_local_experts": 4},
+    "GPTNeoX": {name: value for name, value in _ROPE.items() if name != "num_key_value_heads"},
+    "Falcon": {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 96,
+    },
+    "Bloom": {"hidden_size": WIDTH, "n_layer": 2, "n_head": 4},
     "OPT": {
         "hidden_size": WIDTH,
         "num_hidden_layers": 2,

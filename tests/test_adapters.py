@@ -181,9 +181,10 @@ def test_a_prompt_model_is_not_a_base_model() -> None:
 
 def test_explain_names_method_route_and_backends() -> None:
     text = ours("Llama", method="LSTM").explain()
+    runs = [name for name, reason in fusedprompt.explain("lstm", torch.zeros(1, 4, 16)).items() if reason == "runs"]
     assert (
-        text == "default, active: P_TUNING, 4 virtual tokens, route splice, "
-        "lstm: reference, mlp: reference, splice: reference"
+        text == "default, active: P_TUNING, 4 virtual tokens, route shared where it pays, "
+        f"lstm: {runs[0]}, mlp: reference, splice: reference"
     )
 
 

@@ -21,12 +21,16 @@ _TRITON_ON_CPU = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton's inte
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _why_not_gpu(index: int) -> str | None:
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU, got an AMD one"
     major, minor = torch.cuda.get_device_capability(index)
     return None if major >= 8 else f"needs a GPU of compute capability 8.0 or later, got {major}.{minor}"
+
+
+# torch.compile takes its answer for a constant. `torch.compiler.assume_constant_result` does this too, but only after
+# importing the compiler, and with it Triton.
+_why_not_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not_triton(*tensors: Tensor) -> str | None:
@@ -40,7 +44,7 @@ def why_not_triton(*tensors: Tensor) -> str | None:
     elif device.type != "cuda":
         return f"needs a CUDA tensor, got {device.type}"
     else:
-        reason: str | None = _why_not_gpu(device.index)
+        reason = _why_not_gpu(device.index)
         if reason is not None:
             return reason
     for tensor in tensors:

@@ -1,0 +1,65 @@
+"""What a model does with a prompt, in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import ops
+from .config import CPTConfig, PromptEncoderConfig, PromptEncoderReparameterizationType, PromptLearningConfig
+from .prompt_cache import is_kept
+from .sharing import SHARED, SPLICE, why_not_batch, why_not_model, why_not_worth
+from .tasks import TENSORS, Batch
+
+if TYPE_CHECKING:
+    from .model import PromptModel
+
+
+def explain(model: PromptModel, given: dict[str, Any]) -> str:
+    """See `PromptModel.explain`. given: arguments of a forward call, or nothing."""
+    if given:
+        return _route_of_batch(model, given)
+    lines = []
+    for name, config in model.peft_config.items():
+        active = ", active" if name == model.active_adapter else ""
+        lines.append(
+            f"{name}{active}: {config.method and config.method.value}, {config.num_virtual_tokens} virtual tokens, "
+            f"{_route_of_model(model, name)}, {_backends(config, model.prompt_encoder[name])}"
+        )
+    return "\n".join(lines)
+
+
+def _backends(config: PromptLearningConfig, encoder: Any) -> str:
+    used = ["splice"]
+    if isinstance(config, CPTConfig) and not config.inference_mode:
+        used.insert(0, "cpt")
+    elif isinstance(config, PromptEncoderConfig) and not config.inference_mode:
+        is_lstm = config.encoder_reparameterization_type is PromptEncoderReparameterizationType.LSTM
+        used = ["lstm", "mlp", "splice"] if is_lstm else ["mlp", "splice"]
+    found = (ops.explain(op, encoder.embedding.weight) for op in used)
+    runs = (next(name for name, why in reasons.items() if why == "runs") for reasons in found)
+    return ", ".join(f"{op}: {backend}" for op, backend in zip(used, runs))
+
+
+def _route_of_model(model: PromptModel, adapter_name: str) -> str:
+    if model.route == SPLICE:
+        return "route splice (asked for)"
+    objection = why_not_model(model, adapter_name)
+    if objection is None:
+        return "route shared" if model.route == SHARED else "route shared where it pays"
+    return f"route {'shared, which cannot run' if model.route == SHARED else 'splice'} ({objection})"
+
+
+def _route_of_batch(model: PromptModel, given: dict[str, Any]) -> str:
+    route = given.pop("route", None) or model.route
+    others = {name: value for name, value in given.items() if name not in (*TENSORS, "logits")}
+    tensors: dict[str, Any] = {name: given.get(name) for name in TENSORS}
+    batch = Batch(**tensors, others=others)
+    if model.active_adapter is None:
+        return "no prompt: the model has no adapter"
+    if route == SPLICE:
+        return "route splice: it was asked for"
+    objection = why_not_batch(model, batch)
+    if objection is not None:
+        return f"route {'shared, which cannot run' if route == SHARED else 'splice'}: {objection}"
+    not_worth = None if route == SHARED else why_not_worth(model, batch, is_kept(model))
+    return "route shared" if not_worth is None else f"route splice: {not_worth}"

@@ -1,0 +1,148 @@
+"""What a patch does with each adapter, what it leaves alone, and which of PEFT's defects remain: in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .. import ops
+from ..sharing import SHARED, SPLICE, why_not_model
+from .encoders import uses_lstm, why_not_adapter, why_not_encoder
+
+if TYPE_CHECKING:
+    from .peft import Patch
+
+
+@dataclass(frozen=True)
+class Defect:
+    """Something that PEFT gets wrong, for some tasks and methods (none named: all).
+
+    fixed: what `fix=True` makes of it; empty where nothing here can correct it.
+    """
+
+    what: str
+    fixed: str
+    tasks: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+
+    def concerns(self, task: str, method: str) -> bool:
+        return (not self.tasks or task in self.tasks) and (not self.methods or method in self.methods)
+
+
+DEFECTS = (
+    Defect(
+        "left padding stands between prompt and text, and position_ids are dropped",
+        "padding comes first, and positions count text alone; in generate too",
+        ("CAUSAL_LM",),
+    ),
+    Defect(
+        "TOKEN_CLS labels do not fit the logits, which are longer by the prompt",
+        "logits of the tokens alone",
+        ("TOKEN_CLS",),
+    ),
+    Defect(
+        "QUESTION_ANS answers are not moved behind the prompt; token_type_ids and position_ids are dropped",
+        "answers move with their tokens, logits are the tokens' own, and both arguments are passed on",
+        ("QUESTION_ANS",),
+    ),
+    Defect(
+        "SEQ_CLS on a decoder pools the last position, padding or not",
+        "padding is moved to the left, so that the last token is pooled",
+        ("SEQ_CLS",),
+    ),
+    Defect(
+        "saving in training mode stores a random sample of the encoder's dropout",
+        "the prompt is saved as in evaluation",
+        methods=("P_TUNING",),
+    ),
+    Defect(
+        "load_adapter into an adapter in training takes the saved output for the encoder's input",
+        "the loaded prompt is used as it is, and training goes on without the encoder",
+        methods=("P_TUNING", "CPT"),
+    ),
+    Defect("CPT reads its loss's settings from the adapter 'default'", "each adapter's own", methods=("CPT",)),
+    Defect("CPT changes the caller's input_type_mask", "it stays as it is", methods=("CPT",)),
+    Defect("training P-tuning cannot be resumed from a saved adapter", "", methods=("P_TUNING",)),
+    Defect("parameters of adapters that are inactive or loaded for inference require gradients", ""),
+)
+
+
+def report(patch: Patch) -> str:
+    """See `Patch.report`."""
+    import peft
+    import transformers
+
+    model = patch.model
+    lines = [
+        f"fusedprompt on {type(model).__name__} (PEFT {peft.__version__}, transformers {transformers.__version__}): "
+        f"backend {patch.backend}, route {patch.route}, {'fixes on' if patch.fix else 'as PEFT'}"
+    ]
+    if not patch.active:
+        return "\n".join([*lines, "reverted: everything is PEFT's"])
+    left = dict(patch.left_alone)
+    for name, config in model.peft_config.items():
+        lines.append(f"  {name}{', active' if name == model.active_adapter else ''}: {_adapter(patch, name, config)}")
+        objection = why_not_adapter(config) or why_not_encoder(model.prompt_encoder[name], config)
+        if objection is not None:
+            left[f"{'adapter' if why_not_adapter(config) else 'encoder of'} {name}"] = objection
+    if "generate" not in patch.replaced and hasattr(model.base_model, "generate"):
+        left["generate"] = "PEFT's own; its prompt comes from the encoder above"
+    alone = [f"  {part}: {reason}" for part, reason in left.items()]
+    alone += [f"  calls that went to PEFT: {reason}" for reason in sorted(patch.refused)]
+    lines += ["left alone:", *alone] if alone else []
+    return "\n".join([*lines, *_defects(patch)])
+
+
+def _adapter(patch: Patch, name: str, config: Any) -> str:
+    method = str(getattr(config.peft_type, "value", config.peft_type))
+    if why_not_adapter(config) is not None:
+        return f"{method}, left alone"
+    runs = ", ".join(f"{op}: {backend}" for op, backend in backends(patch, name).items())
+    return f"{method}, {config.num_virtual_tokens} virtual tokens, {runs}, route {_route(patch, name)}"
+
+
+def operations(patch: Patch, name: str) -> list[str]:
+    """The ops that serve an adapter, in the order they run in."""
+    config, encoder = patch.model.peft_config[name], patch.model.prompt_encoder[name]
+    used = ["splice"] if "forward" in patch.replaced else []
+    if why_not_encoder(encoder, config) is not None:
+        return used
+    if str(getattr(config.peft_type, "value", config.peft_type)) == "CPT":
+        return ["cpt", *used]
+    return [*(["lstm"] if uses_lstm(encoder) else []), "mlp", *used]
+
+
+def backends(patch: Patch, name: str) -> dict[str, str]:
+    """The backend of each op that serves an adapter."""
+    weight = patch.model.prompt_encoder[name].embedding.weight
+    found = {}
+    for op in operations(patch, name):
+        reasons = ops.explain(op, weight)
+        asked = patch.backend if patch.backend in reasons else None
+        found[op] = asked or next(backend for backend, why in reasons.items() if why == "runs")
+    return found
+
+
+def _route(patch: Patch, name: str) -> str:
+    if "forward" not in patch.replaced:
+        return "PEFT's own"
+    if patch.route == SPLICE:
+        return "splice (asked for)"
+    objection = why_not_model(patch.view, name)
+    if objection is not None:
+        return f"splice ({objection})"
+    return "shared" if patch.route == SHARED else "shared where it pays, else splice"
+
+
+def _defects(patch: Patch) -> list[str]:
+    found = []
+    for config in patch.model.peft_config.values():
+        task, method = (str(getattr(value, "value", value)) for value in (config.task_type, config.peft_type))
+        if why_not_adapter(config) is None:
+            found += [defect for defect in DEFECTS if defect not in found and defect.concerns(task, method)]
+    if not found:
+        return []
+    kept = [f"  {defect.what}" for defect in found if not (patch.fix and defect.fixed)]
+    corrected = [f"  {defect.what}: {defect.fixed}" for defect in found if patch.fix and defect.fixed]
+    lines = ["corrected:", *corrected] if corrected else []
+    return [*lines, "PEFT's defects that remain:", *kept] if kept else lines

@@ -1,0 +1,76 @@
+"""Whether a model's weights are still what they were."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_SAMPLES = 64  # values of each tensor that are compared, beside its version
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a tensor was: the same object with the same memory, version and sampled values holds the same weights."""
+
+    tensors: tuple[weakref.ref[Tensor], ...]
+    versions: tuple[tuple[Any, ...], ...]
+    settings: tuple[Any, ...]
+    samples: tuple[Tensor, ...]
+
+    def matches(self, other: Stamp) -> bool:
+        return (
+            self.versions == other.versions
+            and self.settings == other.settings
+            and all(one() is another() is not None for one, another in zip(self.tensors, other.tensors))
+            and all(torch.equal(one, another) for one, another in zip(self.samples, other.samples))
+        )
+
+
+def stamp(base: nn.Module, encoder: nn.Module | None = None) -> Stamp | None:
+    """The present state of all that a base model's results on a prompt depend on; None if that cannot be told.
+
+    Every parameter and buffer counts by identity, memory, dtype, device and version. `parameter.data += ...`, as LoRA
+    merges its weights, changes no version: so a few values of each are compared as well.
+    """
+    tensors = [*_tensors(base), *(() if encoder is None else _tensors(encoder))]
+    plain = (Tensor, nn.Parameter)
+    if any((type(t) not in plain and is_traceable_wrapper_subclass(t)) or t.is_inference() for t in tensors):
+        return None  # sharded or quantised outside of torch's own memory, or without versions
+    versions = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
+    device = tensors[0].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    settings = (autocast, getattr(base.config, "_attn_implementation", None), *_switches(base))
+    with torch.no_grad():
+        samples = tuple(_samples(tensors))
+    return Stamp(tuple(map(weakref.ref, tensors)), versions, settings, samples)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())
+
+
+def _switches(base: nn.Module) -> list[Any]:
+    """Settings of LoRA layers and their relatives that are no tensors: what is active, merged, and how strong."""
+    names = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+    layers = (vars(part) for part in base.modules() if "_disable_adapters" in vars(part))
+    return [repr([layer.get(name) for name in names]) for layer in layers]
+
+
+def _samples(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Up to 64 values spread over each tensor, in one vector per device and dtype."""
+    groups: dict[tuple[Any, ...], list[Tensor]] = {}
+    for tensor in tensors:
+        count = tensor.numel()
+        if count and tensor.is_floating_point() and tensor.is_contiguous() and not tensor.is_meta:
+            step = -(-count // _SAMPLES)
+            sample = tensor.as_strided((-(-count // step),), (step,))
+            groups.setdefault((tensor.device, tensor.dtype), []).append(sample)
+    for samples in groups.values():
+        yield torch.cat(samples)
