@@ -9,7 +9,8 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format types check kernels kernels-oldest versions bench bench-routes doctor wheel sdist clean \
+.PHONY: help demo test lint format types check kernels kernels-oldest versions bench bench-routes bench-scaling bench-metamath \
+        bench-compare pictures doctor wheel sdist clean \
         gpu gpu-install gpu-test gpu-sanitize gpu-bench
 
 help:  ## list the targets
@@ -63,15 +64,28 @@ versions: $(READY)  ## run the tests of `apply` with the oldest PEFT and transfo
 	PYTHONPATH=$(OLDEST_PEFT) $(BIN)/python -m pytest -q tests/test_apply_patch.py tests/test_apply_results.py \
 	  tests/test_apply_training.py $(ARGS)
 
-bench: $(READY)  ## measure ops and training steps against PEFT on this machine, in about 7 minutes
-	$(BIN)/python -m pytest benches --ignore=benches/test_bench_shared.py -q --benchmark-quiet \
-	  --benchmark-json=.benchmarks/latest.json $(ARGS)
-	$(BIN)/python -m benches.report .benchmarks/latest.json --save
+# Each part is one run of pytest-benchmark, kept in benches/results/<machine>[-part].json.
+run_bench = $(BIN)/python -m pytest $(1) -q --benchmark-quiet --benchmark-json=.benchmarks/$(2).json $(ARGS) \
+  && $(BIN)/python -m benches.report .benchmarks/$(2).json --save --part "$(3)"
+BENCHES := $(addprefix benches/test_bench_,$(addsuffix .py,encode lstm cpt splice step inference))
 
-bench-routes: $(READY)  ## measure the shared route against PEFT and LoRA, in about 20 minutes
-	$(BIN)/python -m pytest benches/test_bench_shared.py -q --benchmark-quiet \
-	  --benchmark-json=.benchmarks/routes.json $(ARGS)
-	$(BIN)/python -m benches.report .benchmarks/routes.json --save --part routes
+bench: $(READY)  ## measure ops, training steps, prefill and generate against PEFT, in under 10 minutes
+	$(call run_bench,$(BENCHES),latest,)
+
+bench-routes: $(READY)  ## measure the shared route closely, in about 20 minutes
+	$(call run_bench,benches/test_bench_shared.py,routes,routes)
+
+bench-scaling: $(READY)  ## measure time against size, in about 6 minutes
+	$(call run_bench,benches/test_scaling.py,scaling,scaling)
+
+bench-metamath: $(READY)  ## measure the shapes of PEFT's MetaMathQA comparison, in about 7 minutes
+	$(call run_bench,benches/test_bench_metamath.py,metamath,metamath)
+
+bench-compare: $(READY)  ## what changed between two results: make bench-compare OLD=... NEW=...
+	$(BIN)/python -m benches.compare $(OLD) $(NEW)
+
+pictures: $(READY)  ## draw the committed results into docs/pictures
+	$(BIN)/python -m benches.pictures
 
 # On a machine with a GPU, torch, Triton and nvcc, and without a network: make gpu PYTHON=python3 OUT=somewhere
 OUT ?= benches/results

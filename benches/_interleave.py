@@ -16,8 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ._limits import floor_seconds
+from ._memory import peak_bytes
+from ._work import BACKWARD, STEP, Work
+from ._work import FORWARD as FORWARD  # with the other names of this module, for the benchmarks
+
 OURS, PEFT, COMPILED, AGAIN = "fusedprompt", "PEFT", "PEFT compiled", "PEFT again"
-FORWARD, BACKWARD, STEP = "forward", "forward+backward", "training step"
 
 
 @dataclass
@@ -30,6 +34,7 @@ class Contender:
     update: the optimizer's step, for `STEP`.
     refusals: exceptions that say it cannot run here, which costs it its figures; any other fails the case.
     objection: asked after its first run, a reason to give it no figures.
+    comparable: False where it does something else by design, so that there is nothing to compare.
     """
 
     name: str
@@ -40,10 +45,11 @@ class Contender:
     update: Callable[[], None] | None = None
     refusals: tuple[type[Exception], ...] = ()
     objection: Callable[[], str | None] = lambda: None
+    comparable: bool = True
 
     def work(self, mode: str) -> Callable[[], Any]:
-        """What one turn times: `FORWARD`, `BACKWARD` (with its forward) or `STEP` (both, and the update)."""
-        if mode == FORWARD:
+        """What one turn times: `BACKWARD` (with its forward), `STEP` (both, and the update), else the forward."""
+        if mode not in (BACKWARD, STEP):
             return self.forward
         update = self.update if mode == STEP else None
         assert mode == BACKWARD or update is not None
@@ -71,6 +77,7 @@ class Case:
     truth: done by neither of them where possible: PEFT in fp64.
     tolerance: largest relative error (Frobenius norm) of outputs and of gradients.
     peers_may_err: why a peer may be wrong here, which costs it its figures; else a wrong peer fails the case.
+    work: the least that must be done, by mode.
     seconds: time to spend on a mode's rounds, within `rounds` (fewest, most).
     """
 
@@ -81,6 +88,7 @@ class Case:
     truth: Contender
     tolerance: tuple[float, float]
     peers_may_err: str = ""
+    work: dict[str, Work] = field(default_factory=dict)
     seconds: float = 1.5
     rounds: tuple[int, int] = (8, 120)
     wrong_outputs: dict[str, str] = field(default_factory=dict)
@@ -88,7 +96,7 @@ class Case:
 
     def left_out(self, mode: str) -> dict[str, str]:
         """Contenders without a figure, with the reason."""
-        return self.wrong_outputs if mode == FORWARD else {**self.wrong_gradients, **self.wrong_outputs}
+        return {**self.wrong_gradients, **self.wrong_outputs} if mode in (BACKWARD, STEP) else self.wrong_outputs
 
 
 def order(index: int, count: int) -> list[int]:
@@ -160,6 +168,8 @@ def check(case: Case) -> Case:
         if reason := contender.objection():
             case.wrong_outputs[contender.name] = reason
             continue
+        if not contender.comparable:
+            continue
         found = (_worst(own_outputs, outputs), _worst(own_gradients, gradients))
         lists = (case.wrong_outputs, case.wrong_gradients)
         for kind, (error, name), limit, wrong in zip(("output", "gradient of"), found, case.tolerance, lists):
@@ -224,7 +234,7 @@ def _round_count(seconds_per_round: float, case: Case, count: int) -> int:
 
 
 def measure(benchmark: Any, case: Case, mode: str) -> None:
-    """Time a checked case and put every contender's figures into `benchmark.extra_info`.
+    """Time a checked case and put every contender's figures into `benchmark.extra_info`: benches/README.md, "The file".
 
     benchmark: pytest-benchmark's fixture; its own statistics are ours. With --benchmark-disable nothing is timed.
     """
@@ -246,14 +256,23 @@ def measure(benchmark: Any, case: Case, mode: str) -> None:
         return
     figures = {contender.name: summary(seconds) for contender, seconds in zip(contenders, race.seconds)}
     medians = {name: figure["median_ms"] for name, figure in figures.items()}
-    for name, figure in figures.items():
-        figure["ratio"] = medians[name] / medians[OURS]
+    work = case.work.get(mode)
+    floor = floor_seconds(work, case.dtype) * 1e3 if work else None
+    for contender, figure in zip(contenders, figures.values()):
+        figure["ratio"] = figure["median_ms"] / medians[OURS]
+        figure["peak_mb"] = peak_bytes(contender.work(mode)) / 1e6
+        contender.clear()
+        if floor is not None:
+            figure["share"] = floor / figure["median_ms"]
     benchmark.extra_info.update(
         group=case.group,
         case=case.name,
         dtype=case.dtype,
         mode=mode,
         rounds=rounds,
+        bytes=work.bytes if work else None,
+        flops=work.flops if work else None,
+        floor_ms=floor,
         contenders=figures,
         control=medians[AGAIN] / medians[PEFT] if AGAIN in medians and PEFT in medians else None,
         left_out=left_out,

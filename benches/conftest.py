@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from ._limits import limits
+
+SCHEMA = 2  # 2 added schema, limits, bytes, flops, floor_ms, share and peak_mb to 1, and took nothing away
 PACKAGES = ("torch", "transformers", "peft", "fusedprompt", "pytest-benchmark")
 
 
@@ -48,11 +51,13 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         versions={package: _version(package) for package in PACKAGES},
+        limits=limits(),
     )
 
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
     """Leave out every single time and what describes the process: the figures are in `extra_info`."""
+    output_json["schema"] = SCHEMA
     output_json["commit_info"] = {key: output_json["commit_info"].get(key) for key in ("id", "dirty")}
     for row in output_json["benchmarks"]:
         for key in ("stats", "options", "params", "param", "group"):

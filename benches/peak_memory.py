@@ -17,13 +17,13 @@ CONTENDERS = ("fusedprompt", TEXT_LOGITS, "PEFT")
 
 def peak_of_steps(name: str, size: int, rows: int, length: int) -> float:
     """MB that two training steps add to this process."""
-    from .test_bench_shared import batch_of, theirs_and_ours
-    from .test_bench_step import contender
+    from ._models import batch_of, contender
+    from .test_bench_shared import theirs_and_ours
 
     theirs, ours = theirs_and_ours(rows)
     options = {"logits": "text"} if name == TEXT_LOGITS else {}
     model = theirs if name == "PEFT" else ours
-    turn = contender(name, model, model, {**batch_of(size, length), **options})  # type: ignore[dict-item]
+    turn = contender(name, model, model, {**batch_of(size, length), **options})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(2):
         turn.work("training step")()

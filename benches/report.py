@@ -1,4 +1,4 @@
-"""Print a benchmark result as tables, and keep it: `python -m benches.report RESULT.json [--save]`."""
+"""Print benchmark results as tables, and keep them: `python -m benches.report RESULT.json ... [--save]`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,36 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [row["extra_info"] for row in result["benchmarks"] if "contenders" in row.get("extra_info", {})]
 
 
+def key_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """What a row measured, by which it is found in another result."""
+    return row["group"], row["case"], row["dtype"], label(row)
+
+
+def label(row: dict[str, Any]) -> str:
+    """What was timed; on a GPU also in which state: cold, warm, or called from Python (eager)."""
+    return " ".join(filter(None, (row["mode"], row.get("state"))))
+
+
 def machine_name(machine: dict[str, Any]) -> str:
-    """A file name for a machine: its processor, and the threads used."""
-    words = re.sub(r"\((?:r|tm)\)", " ", machine["cpu"].lower())
-    return "-".join([*re.findall(r"[a-z0-9]+", words), str(machine["threads"]), "threads"])
+    """A file name for a machine: its GPU, or its processor and the threads used."""
+    words = re.sub(r"\((?:r|tm)\)", " ", (machine.get("gpu") or machine["cpu"]).lower())
+    threads = [] if machine.get("gpu") else [str(machine["threads"]), "threads"]
+    return "-".join([*re.findall(r"[a-z0-9]+", words), *threads])
+
+
+def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Parts of one machine's benchmarks as one result; of a row that is there twice the last counts.
+
+    Raises:
+        ValueError: they are from different machines or versions.
+    """
+    first = results[0]
+    about = [{key: value for key, value in result["machine_info"].items() if key != "limits"} for result in results]
+    if any(machine != about[0] for machine in about):
+        raise ValueError("results: expected one machine and the same versions, got several")
+    rows = {key_of(row["extra_info"]): row for result in results for row in result["benchmarks"] if row["extra_info"]}
+    last = results[-1]
+    return {**first, **last, "benchmarks": list(rows.values())}
 
 
 def aligned(cells: Sequence[Sequence[str]], left: int) -> list[str]:
@@ -61,19 +87,48 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     header = ["case", "dtype", "measured", f"{TITLES[OURS]} ms", "p20", "p80"]
     for peer in peers:
         header += [f"{TITLES.get(peer, peer)} ms", "ratio"]
-    cells = [[*header, "PEFT/PEFT"]]
+    extra = [name for name, key in (("least", "floor_ms"), ("MB", "peak_mb")) if _has(rows, key)]
+    cells = [[*header, "PEFT/PEFT", *(EXTRA[name] for name in extra)]]
     for row in rows:
         ours = row["contenders"][OURS]
-        line = [row["case"], row["dtype"], row["mode"]]
+        line = [row["case"], row["dtype"], label(row)]
         line += [_milliseconds(ours[key]) for key in ("median_ms", "p20_ms", "p80_ms")]
         for peer in peers:
             figures = row["contenders"].get(peer)
             if figures:
-                line += [_milliseconds(figures["median_ms"]), _ratio(figures["ratio"], row["control"])]
+                line += [_milliseconds(figures["median_ms"]), _ratio(figures["ratio"], row.get("control"))]
             else:
                 line += [MISSING, MISSING]
-        cells.append([*line, MISSING if row["control"] is None else f"{row['control']:.2f}"])
+        control = row.get("control")
+        line.append(MISSING if control is None else f"{control:.2f}")
+        line += [least(row) if name == "least" else memory(row) for name in extra]
+        cells.append(line)
     return aligned(cells, left=3)
+
+
+EXTRA = {"least": "least, of limit", "MB": "peak MB, theirs"}
+
+
+def _has(rows: Sequence[dict[str, Any]], key: str) -> bool:
+    return any(row.get(key) or row["contenders"][OURS].get(key) for row in rows)
+
+
+def least(row: dict[str, Any]) -> str:
+    """The least work of a row, and the share of the machine's limit at which ours did it."""
+    share = row["contenders"][OURS].get("share")
+    if share is None:
+        return MISSING
+    by_bytes = row["bytes"] and not row["flops"]
+    amount = f"{row['bytes'] / 1e6:.1f} MB" if by_bytes else f"{row['flops'] / 1e9:.2f} GFLOP"
+    if row["bytes"] and row["flops"]:
+        amount = f"{row['bytes'] / 1e6:.1f} MB, {amount}"
+    return f"{amount}: {share:.0%}"
+
+
+def memory(row: dict[str, Any]) -> str:
+    """Peak memory of ours, and of the first peer."""
+    found = [figures.get("peak_mb") for figures in row["contenders"].values()]
+    return ", ".join(MISSING if value is None else f"{value:.1f}" for value in found[:2])
 
 
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -86,13 +141,24 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def control(rows: Sequence[dict[str, Any]]) -> str:
     """What PEFT against itself says about the run."""
-    measured = [row["control"] for row in rows if row["control"] is not None]
+    measured = [row["control"] for row in rows if row.get("control") is not None]
     if not measured:
         return "PEFT against itself: not measured."
     return (
         f"PEFT against itself: {statistics.median(measured):.2f} in the median of {len(measured)} rows, from "
         f"{min(measured):.2f} to {max(measured):.2f}."
     )
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    """One line about a machine, with the limits that were measured on it."""
+    cpus = f"{machine['threads']} threads on {machine['cpus']} CPUs, {machine['system']}"
+    line = machine.get("gpu") or f"{machine['cpu']} ({machine['cpu_capability']}), {cpus}"
+    found = machine.get("limits")
+    if not found:
+        return str(line)
+    rates = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in found.get("matrix_gflop_per_s", {}).items())
+    return f"{line}; copies {found['copy_gb_per_s']:.0f} GB/s, multiplies {rates or 'unmeasured'}"
 
 
 def render(result: dict[str, Any]) -> str:
@@ -108,8 +174,7 @@ def render(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     changed = ", with changes" if commit.get("dirty") else ""
     lines = [
-        f"Machine:  {machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads on {machine['cpus']} "
-        f"CPUs, {machine['system']}",
+        f"Machine:  {_machine(machine)}",
         f"Software: python {machine['python']}, {versions}",
         f"Date:     {result['datetime'][:19]}, commit {(commit.get('id') or 'unknown')[:12]}{changed}",
         f"Baseline: PEFT {machine['versions']['peft']} in the same process, eager and under torch.compile, interleaved "
@@ -117,6 +182,8 @@ def render(result: dict[str, Any]) -> str:
         "Columns:  medians in milliseconds; ratio = peer / ours, so above 1 ours is faster.",
         "          ours: fusedprompt, eager. compiled: PEFT under torch.compile, in `step` with the whole base model.",
         "          PEFT/PEFT: PEFT against a second PEFT, the control; a ratio marked ~ is no further from 1.",
+        "          least, of limit: fewest bytes and operations, and ours' share of the machine's measured limit.",
+        "          peak MB, theirs: most memory held at once, ours and the first peer's.",
     ]
     for group in dict.fromkeys(row["group"] for row in rows):
         of_group = [row for row in rows if row["group"] == group]
@@ -135,11 +202,13 @@ def save(result: dict[str, Any], part: str = "") -> Path:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="benches.report", description=__doc__)
-    parser.add_argument("result", type=Path, help="what --benchmark-json wrote, or a file of benches/results")
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="what --benchmark-json wrote, or files of benches/results"
+    )
     parser.add_argument("--save", action="store_true", help="also keep it in benches/results, by the machine's name")
     parser.add_argument("--part", default="", help="keep it as this part of the benchmarks, in a file of its own")
     options = parser.parse_args(arguments)
-    result = json.loads(options.result.read_text())
+    result = merged([json.loads(path.read_text()) for path in options.results])
     print(render(result))
     if options.save:
         print(f"\nSaved as {save(result, options.part)}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fusedprompt
 
+from . import _work
 from ._compiled import COMPILED_ONLY, compiled
 from ._interleave import AGAIN, BACKWARD, COMPILED, FORWARD, OURS, PEFT, Case, Contender, check, measure
 
@@ -43,8 +44,8 @@ def contender(name: str, module: nn.Module, forward: Callable[[], Tensor], d_row
     )
 
 
-def build(kind: str, rows: int, width: int, hidden: int, dtype: str) -> Case:
-    """rows: P. width: D. hidden: H."""
+def build(kind: str, rows: int, width: int, hidden: int, dtype: str, compile_too: bool = True) -> Case:
+    """rows: P. width: D. hidden: H. compile_too: with a compiled peer."""
     config = peft.PromptEncoderConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=rows,
@@ -68,22 +69,22 @@ def build(kind: str, rows: int, width: int, hidden: int, dtype: str) -> Case:
         call = module if call is None else call
         return contender(name, module, lambda: call(indices), d_rows.to(module.embedding.weight.dtype))
 
-    to_compile = copy.deepcopy(theirs)
+    contenders = [contender(OURS, ours, ours.encode, d_rows), peer(PEFT, theirs)]
+    if compile_too:
+        to_compile = copy.deepcopy(theirs)
+        contenders.append(peer(COMPILED, to_compile, compiled(to_compile)))
+    contenders.append(peer(AGAIN, copy.deepcopy(theirs)))
     return check(
         Case(
             group="encode",
             name=f"{kind} P={rows} D={width} H={hidden}",
             dtype=dtype,
-            contenders=[
-                contender(OURS, ours, ours.encode, d_rows),
-                peer(PEFT, theirs),
-                peer(COMPILED, to_compile, compiled(to_compile)),
-                peer(AGAIN, copy.deepcopy(theirs)),
-            ],
+            contenders=contenders,
             truth=peer("PEFT in fp64", copy.deepcopy(theirs).double()),
             tolerance=TOLERANCES[dtype],
             rounds=(4 if hidden * rows > 50_000 else 8, 120),
             peers_may_err=ONEDNN_BF16 if kind == "LSTM" and dtype == "bf16" else "",
+            work=(_work.mlp if kind == "MLP" else _work.lstm_encoder)(rows, width, hidden, DTYPES[dtype].itemsize),
         )
     )
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import fusedprompt
 from fusedprompt.ops import splice_batch
 
+from . import _work
 from ._compiled import COMPILED_ONLY, compiled
 from ._interleave import AGAIN, BACKWARD, COMPILED, FORWARD, OURS, PEFT, Case, Contender, check, measure
 
@@ -47,8 +48,8 @@ def contender(name: str, prompt: Tensor, forward: Callable[[], Spliced], d_embed
     )
 
 
-def build(batch: int, length: int, rows: int, width: int) -> Case:
-    """batch: B. length: T. rows: P. width: D."""
+def build(batch: int, length: int, rows: int, width: int, compile_too: bool = True) -> Case:
+    """batch: B. length: T. rows: P. width: D. compile_too: with a compiled peer."""
     torch.manual_seed(0)
     table = torch.randn(VOCABULARY, width)
     ids = torch.randint(0, VOCABULARY, (batch, length))
@@ -65,20 +66,20 @@ def build(batch: int, length: int, rows: int, width: int) -> Case:
         own = values.clone().unsqueeze(0).requires_grad_()
         return contender(name, own, lambda: call(own, ids, table, mask, ids), d_embeds)
 
+    contenders = [contender(OURS, prompt, ours, d_embeds), peer(PEFT, peft_splice)]
+    if compile_too:
+        contenders.append(peer(COMPILED, compiled(peft_splice)))
+    contenders.append(peer(AGAIN, peft_splice))
     return check(
         Case(
             group="splice",
             name=f"B={batch} T={length} P={rows} D={width}",
             dtype="fp32",
-            contenders=[
-                contender(OURS, prompt, ours, d_embeds),
-                peer(PEFT, peft_splice),
-                peer(COMPILED, compiled(peft_splice)),
-                peer(AGAIN, peft_splice),
-            ],
+            contenders=contenders,
             truth=peer("PEFT", peft_splice),
             tolerance=(0.0, 1e-6),
             rounds=(8, 240),
+            work=_work.splice(batch, length, rows, width, table.itemsize, values.itemsize),
         )
     )
 

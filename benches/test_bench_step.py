@@ -1,4 +1,5 @@
-"""Training steps of whole models: prompt tuning, P-tuning and CPT on a Llama with random weights."""
+"""Training steps of whole models (forward, backward, AdamW): prompt tuning, P-tuning and CPT on a Llama with random
+weights, beside LoRA and no prompt at all."""
 
 from __future__ import annotations
 
@@ -8,13 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
 
 import fusedprompt
 
-from ._compiled import COMPILED_ONLY, compiled
-from ._interleave import AGAIN, COMPILED, FORWARD, OURS, PEFT, STEP, Case, Contender, check, measure
+from ._compiled import compiled
+from ._interleave import AGAIN, COMPILED, OURS, PEFT, STEP, Case, check, measure
+from ._models import LARGE, SMALL, batch_of, contender, llama, lora, no_prompt, step_work
 
 CPT_TYPES = [0, 1, 2, 2, 3, 4, 4, 0, 0, 5, 6, 6, 7, 8, 8, 0]  # two examples: template, input, template, label
 METHODS: dict[str, tuple[int, int, int, Callable[..., Any]]] = {  # B, P, T, configuration
@@ -44,55 +45,12 @@ METHODS: dict[str, tuple[int, int, int, Callable[..., Any]]] = {  # B, P, T, con
         ),
     ),
 }
-SMALL, LARGE = (2, 256, 8000), (6, 512, 32000)  # layers, D, V
-
-
-def llama(layers: int, width: int, vocabulary: int) -> LlamaForCausalLM:
-    """Random weights, the same on every call."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=width,
-            intermediate_size=width * 11 // 4,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 64,
-            num_key_value_heads=width // 64,
-            vocab_size=vocabulary,
-            max_position_embeddings=1024,
-        )
-    ).train()
-
-
-def contender(name: str, model: nn.Module, call: Any, batch: dict[str, Tensor]) -> Contender:
-    """call: the model, compiled or not. batch: its arguments; each call gets its own input_type_mask, which PEFT
-    changes in place."""
-    parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
-    length = batch["input_ids"].shape[1]
-
-    def forward() -> Any:
-        own = dict(batch)
-        if "input_type_mask" in own:
-            own["input_type_mask"] = own["input_type_mask"].clone()
-        return call(**own)
-
-    return Contender(
-        name,
-        forward=forward,
-        backward=lambda output: output.loss.backward(),
-        outputs=lambda output: {"loss": output.loss, "text logits": output.logits[:, -length:]},
-        parameters=parameters,
-        update=optimizer.step,
-        **(COMPILED_ONLY if name == COMPILED else {}),
-    )
 
 
 def build(method: str, size: tuple[int, int, int], small: bool) -> Case:
-    """size: layers, D, V. small: compile a peer too."""
+    """size: layers, D, V. small: with a compiled peer, else with LoRA and the model without a prompt as peers."""
     batch_size, rows, length, config = METHODS[method]
-    torch.manual_seed(0)
-    ids = torch.randint(0, size[2], (batch_size, length))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    batch = batch_of(batch_size, length, size[2])
     if method == "CPT":
         batch["input_type_mask"] = torch.tensor([1, 2, 3, 4]).repeat_interleave(length // 4).repeat(batch_size, 1)
 
@@ -111,6 +69,8 @@ def build(method: str, size: tuple[int, int, int], small: bool) -> Case:
     if small:
         to_compile = peer()
         contenders.append(contender(COMPILED, to_compile, compiled(to_compile), batch))
+    else:
+        contenders += [no_prompt(size, batch), lora(size, batch)]
     contenders.append(contender(AGAIN, again, again, batch))
     return check(
         Case(
@@ -120,8 +80,9 @@ def build(method: str, size: tuple[int, int, int], small: bool) -> Case:
             contenders=contenders,
             truth=contender("PEFT", truth, truth, batch),
             tolerance=(1e-5, 1e-4),
-            seconds=3.0 if small else 4.0,
-            rounds=(8, 80) if small else (4, 12),
+            work=step_work(contenders[0]),
+            seconds=3.0 if small else 20.0,
+            rounds=(8, 80) if small else (4, 10),
         )
     )
 
@@ -136,6 +97,5 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     yield build(method, SMALL if small else LARGE, small)
 
 
-@pytest.mark.parametrize("mode", [FORWARD, STEP])
-def test_step(benchmark: Any, case: Case, mode: str) -> None:
-    measure(benchmark, case, mode)
+def test_step(benchmark: Any, case: Case) -> None:
+    measure(benchmark, case, STEP)

@@ -1,0 +1,56 @@
+"""What this machine can do at most, measured in the same run as everything else: copying, and multiplying matrices."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ._work import Work
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _best(call: Callable[[], object], rounds: int = 7) -> float:
+    """The shortest time of a call, in seconds: a limit is what can be reached, not what usually is."""
+    call()
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+@functools.cache
+def copy_bandwidth(megabytes: int = 256) -> float:
+    """Bytes a second, read and written together, of torch's copy between two buffers that no cache holds."""
+    source = torch.ones(megabytes << 18)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * source.itemsize / _best(lambda: target.copy_(source))
+
+
+@functools.cache
+def matrix_rate(dtype: str, size: int = 2048) -> float:
+    """Floating-point operations a second of torch's product of two square matrices."""
+    a, b = (torch.ones(size, size, dtype=DTYPES[dtype]) for _ in range(2))
+    return 2 * size**3 / _best(lambda: a @ b, rounds=5)
+
+
+def floor_seconds(work: Work, dtype: str) -> float:
+    """The time that the least work takes at these limits, if moving and computing overlap fully.
+
+    Data that a cache holds can be moved faster than a copy of 256 MB moves it, so small work may beat this floor.
+    """
+    return max(work.bytes / copy_bandwidth(), work.flops / matrix_rate(dtype) if work.flops else 0.0)
+
+
+def limits() -> dict[str, Any]:
+    """For a result's description of the machine."""
+    return {
+        "copy_gb_per_s": copy_bandwidth() / 1e9,
+        "matrix_gflop_per_s": {name: matrix_rate(name) / 1e9 for name in DTYPES},
+    }

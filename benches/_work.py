@@ -1,0 +1,70 @@
+"""The least that an op must do: bytes moved to and from memory, and floating-point operations.
+
+Every input is read once and every output written once. Backward reads the weights and what forward has read again, and
+writes the gradients. A time that follows from these numbers is the floor of benches/_limits.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FORWARD, BACKWARD, STEP = "forward", "forward+backward", "training step"
+PREFILL, GENERATE = "prefill", "generate"
+
+
+@dataclass(frozen=True)
+class Work:
+    """bytes: moved, at least. flops: in matrix products, a multiplication and an addition counting two."""
+
+    bytes: float
+    flops: float
+
+
+def mlp(rows: int, width: int, hidden: int, itemsize: int) -> dict[str, Work]:
+    """P-tuning's MLP, Linear(D, H), Linear(H, H), Linear(H, D), on (P, D)."""
+    weights = 2 * width * hidden + hidden * hidden
+    biases = 2 * hidden + width
+    ends = 2 * rows * width
+    return _modes(weights, biases, ends, rows, itemsize)
+
+
+def lstm(rows: int, width: int, hidden: int, itemsize: int) -> dict[str, Work]:
+    """Two layers in both directions at batch 1: (P, D) to (P, 2H). Each weight is read once for all steps, as if all of
+    them stayed on the chip: larger layers cannot reach that."""
+    weights = 2 * 4 * hidden * (width + hidden) + 2 * 4 * hidden * (2 * hidden + hidden)
+    biases = 2 * 2 * 2 * 4 * hidden
+    ends = rows * (width + 4 * hidden)
+    return _modes(weights, biases, ends, rows, itemsize)
+
+
+def lstm_encoder(rows: int, width: int, hidden: int, itemsize: int) -> dict[str, Work]:
+    """P-tuning's LSTM with its head, Linear(2H, 2H) and Linear(2H, D)."""
+    stack = lstm(rows, width, hidden, itemsize)
+    head = _modes(4 * hidden * hidden + 2 * hidden * width, 2 * hidden + width, rows * width, rows, itemsize)
+    return {mode: Work(stack[mode].bytes + head[mode].bytes, stack[mode].flops + head[mode].flops) for mode in stack}
+
+
+def _modes(weights: int, biases: int, ends: int, rows: int, itemsize: int) -> dict[str, Work]:
+    """weights: elements of matrices, each used once per row. ends: elements of input and output."""
+    parameters = weights + biases
+    return {
+        FORWARD: Work((parameters + ends) * itemsize, 2 * rows * weights),
+        BACKWARD: Work((3 * parameters + 2 * ends) * itemsize, 3 * 2 * rows * weights),
+    }
+
+
+def splice(
+    batch: int, length: int, rows: int, width: int, itemsize: int, prompt_itemsize: int, fields: int = 2
+) -> dict[str, Work]:
+    """Prompt rows, ids and `fields` of int64 per token into embeddings and fields. Backward sums the prompt's rows."""
+    total = rows + length
+    read = batch * length * (width * itemsize + 8 * (1 + fields)) + rows * width * prompt_itemsize
+    written = batch * total * (width * itemsize + 8 * fields)
+    backward = batch * rows * width * itemsize + rows * width * prompt_itemsize
+    return {FORWARD: Work(read + written, 0.0), BACKWARD: Work(read + written + backward, 0.0)}
+
+
+def cpt(rows: int, width: int, itemsize: int) -> dict[str, Work]:
+    """Context and change in, rows and projected change out; backward scales the gradient."""
+    forward = 4 * rows * width * itemsize
+    return {FORWARD: Work(forward, 0.0), BACKWARD: Work(forward + 2 * rows * width * itemsize, 0.0)}
