@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 
 .PHONY: help demo test lint format types check kernels kernels-oldest versions bench bench-routes bench-scaling bench-metamath \
         bench-compare pictures doctor wheel sdist clean \
-        gpu gpu-install gpu-test gpu-sanitize gpu-bench
+        gpu gpu-install gpu-test gpu-sanitize gpu-bench gpu-steps
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -90,7 +90,7 @@ pictures: $(READY)  ## draw the committed results into docs/pictures
 # On a machine with a GPU, torch, Triton and nvcc, and without a network: make gpu PYTHON=python3 OUT=somewhere
 OUT ?= benches/results
 
-gpu: gpu-test gpu-sanitize gpu-bench  ## all three of the following, each in less than 8 minutes
+gpu: gpu-test gpu-sanitize gpu-bench gpu-steps  ## all four of the following, each in less than 8 minutes
 
 gpu-install:
 	$(PYTHON) -m pip --disable-pip-version-check install -q --no-build-isolation --no-deps -e .
@@ -104,10 +104,19 @@ gpu-sanitize: gpu-install  ## look for bad accesses and races in the kernels
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 115 compute-sanitizer --tool $$tool --error-exitcode 9 \
 	    $(PYTHON) -m benches.gpu.small $$part || exit; done; done
 
-gpu-bench: gpu-install  ## measure the GPU, then the ops on it, into OUT
+GPU_STEPS := benches/test_bench_step.py benches/test_bench_inference.py
+gpu-bench: gpu-install  ## measure the GPU, then the kernels on it, into OUT
 	mkdir -p $(OUT) build
 	nvcc -O3 -std=c++17 -arch=native -o build/probe benches/gpu/probe.cu && build/probe > $(OUT)/probe.json
-	$(PYTHON) -m benches.gpu.run --probe $(OUT)/probe.json --out $(OUT)
+	$(PYTHON) -m pytest benches/gpu -q --device cuda --benchmark-quiet --benchmark-json=$(OUT)/gpu.json
+	$(PYTHON) -m benches.report $(OUT)/gpu.json
+
+gpu-steps: gpu-install  ## measure training steps, prefill and generate on the GPU, and PEFT's MetaMathQA shapes with all layers
+	mkdir -p $(OUT)
+	FUSEDPROMPT_BENCH_LAYERS=28 $(PYTHON) -m pytest benches/test_bench_metamath.py -q --device cuda --benchmark-quiet \
+	  --benchmark-json=$(OUT)/gpu-metamath.json
+	$(PYTHON) -m pytest $(GPU_STEPS) -q --device cuda --benchmark-quiet --benchmark-json=$(OUT)/gpu-steps.json
+	$(PYTHON) -m benches.report $(OUT)/gpu-steps.json $(OUT)/gpu-metamath.json
 
 doctor: $(READY)  ## what is installed here, and which backend each op uses
 	$(BIN)/python -m fusedprompt doctor

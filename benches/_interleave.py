@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._limits import floor_seconds
+from ._limits import floor_seconds, synchronize
 from ._memory import peak_bytes
 from ._work import BACKWARD, STEP, Work
 from ._work import FORWARD as FORWARD  # with the other names of this module, for the benchmarks
@@ -196,8 +196,10 @@ class Race:
     def start(self, index: int) -> None:
         """The timed part of a contender's turn. The result lives until `finish`, so that freeing it is not timed."""
         work = self.work[index]
+        synchronize()
         begin = time.perf_counter()
         self._result = work()
+        synchronize()
         self.seconds[index].append(time.perf_counter() - begin)
 
     def finish(self, index: int) -> None:

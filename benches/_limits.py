@@ -14,28 +14,38 @@ from ._work import Work
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def synchronize() -> None:
+    """Wait for the device that tensors are made on by default (`--device`)."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+
+
 def _best(call: Callable[[], object], rounds: int = 7) -> float:
     """The shortest time of a call, in seconds: a limit is what can be reached, not what usually is."""
     call()
     times = []
     for _ in range(rounds):
+        synchronize()
         begin = time.perf_counter()
         call()
+        synchronize()
         times.append(time.perf_counter() - begin)
     return min(times)
 
 
 @functools.cache
-def copy_bandwidth(megabytes: int = 256) -> float:
+def copy_bandwidth() -> float:
     """Bytes a second, read and written together, of torch's copy between two buffers that no cache holds."""
+    megabytes = 2048 if torch.get_default_device().type == "cuda" else 256
     source = torch.ones(megabytes << 18)
     target = torch.empty_like(source)
     return 2 * source.numel() * source.itemsize / _best(lambda: target.copy_(source))
 
 
 @functools.cache
-def matrix_rate(dtype: str, size: int = 2048) -> float:
+def matrix_rate(dtype: str) -> float:
     """Floating-point operations a second of torch's product of two square matrices."""
+    size = 8192 if torch.get_default_device().type == "cuda" else 2048
     a, b = (torch.ones(size, size, dtype=DTYPES[dtype]) for _ in range(2))
     return 2 * size**3 / _best(lambda: a @ b, rounds=5)
 

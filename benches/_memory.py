@@ -8,11 +8,18 @@ import torch
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most bytes of tensors on the CPU that `work` holds at once, beyond what was there before.
+    """The most bytes of tensors that `work` holds at once, beyond what was there before, on the default device.
 
-    From torch's own allocator by its profiler, so it repeats exactly; memory that libraries allocate by themselves
-    (oneDNN's scratch pads) is not in it.
+    From torch's own allocator, so it repeats exactly; memory that libraries allocate by themselves (oneDNN's scratch
+    pads) is not in it.
     """
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with torch.autograd.profiler.profile(use_cpu=True, profile_memory=True) as profiler:
         result = work()
     del result

@@ -33,16 +33,37 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def pytest_addoption(parser: Any) -> None:
+    """--device cuda runs the same benchmarks on a GPU."""
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where all tensors are")
+
+
 def pytest_configure(config: Any) -> None:
     """Make the result's folder now: minutes later is too late to find that there is none."""
+    torch.set_default_device(config.getoption("--device"))
     result = config.getoption("benchmark_json", None)
     if result is not None:
         result.parent.mkdir(parents=True, exist_ok=True)
 
 
+def _gpu() -> dict[str, Any]:
+    """What figures on a GPU depend on."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+    }
+
+
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     """Replace pytest-benchmark's description, which has the host's name in it, by what the figures depend on."""
     machine_info.clear()
+    if torch.get_default_device().type == "cuda":
+        machine_info.update(_gpu())
     machine_info.update(
         cpu=_cpu_model(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),

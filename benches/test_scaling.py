@@ -1,4 +1,4 @@
-"""Time against size, ours and the peer's, with the floor: `make bench-scaling`; benches/pictures.py draws the curves."""
+"""Time against size, ours and the peer's, with the floor: `make bench-scaling`; benches/pictures.py draws it."""
 
 from __future__ import annotations
 

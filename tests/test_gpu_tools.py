@@ -17,15 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_every_contender_of_the_gpu_benchmarks_runs_and_agrees_with_the_truth() -> None:
-    command = [sys.executable, "-m", "benches.gpu.run", "--dry-run"]
+    command = [sys.executable, "-m", "pytest", "benches/gpu", "-q", "--benchmark-disable", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    lines = process.stdout.splitlines()
-    assert len(lines) >= 5
-    for line in lines:
-        all_of_them = "fusedprompt, ATen" if line.startswith("lstm") else "fusedprompt, ATen, PEFT, PEFT compiled"
-        assert line.endswith(f"{all_of_them} agree; left out: none"), line
+    assert process.returncode == 0, process.stdout
+    cases, modes, states = 7, 2, 3
+    assert f"{cases * modes * states} passed" in process.stdout
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -37,11 +34,14 @@ def test_probe_of_the_machine_compiles(tmp_path: Path) -> None:
 
 
 def test_each_part_of_make_gpu_names_commands_that_exist() -> None:
-    """`make -n` prints the commands; the modules among them can be found."""
-    command = ["make", "-n", "gpu", "PYTHON=python3"]
+    """`make -n` prints the commands; the modules and files among them can be found."""
+    command = ["make", "-n", "gpu", "PYTHON=python3", "OUT=/tmp/out"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     modules = set(re.findall(r" -m (\S+)", process.stdout)) - {"pip", "pytest", "fusedprompt"}
-    assert modules == {"benches.gpu.small", "benches.gpu.run"}
+    assert modules == {"benches.gpu.small", "benches.report"}
+    files = set(re.findall(r" ((?:benches|tests)/\S+)", process.stdout))
+    assert "benches/gpu" in files
+    assert all((ROOT / file).exists() for file in files), files
     for module in modules:
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file()
     assert (ROOT / "tests" / "gpu").is_dir()

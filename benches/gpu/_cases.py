@@ -293,24 +293,35 @@ def splice_case(batch: int, length: int, width: int, device: torch.device, rows:
     )
 
 
-def cases(device: torch.device) -> Iterator[Callable[[], Case]]:
+@dataclass(frozen=True)
+class Planned:
+    """A case that is not built yet."""
+
+    name: str
+    build: Callable[[], Case]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def cases(device: torch.device) -> Iterator[Planned]:
     """The cases, the most important first. On a CPU, the same at toy sizes: to see that they work."""
-    if device.type != "cuda":
-        for kind in _KINDS:
-            yield lambda kind=kind: mlp_case(5, 16, kind, device)
-        for kind in ("fp32", "bf16"):
-            yield lambda kind=kind: lstm_case(5, 16, 24, kind, device)
-        yield lambda: splice_case(2, 6, 32, device)
-        return
-    shapes = [(20, 768), (50, 3072), (20, 4096), (100, 4096), (20, 3072), (100, 8192)]
-    for batch, length in ((8, 512), (32, 2048)):
-        yield lambda batch=batch, length=length: splice_case(batch, length, 4096, device)
-    for rows, width, hidden in ((20, 768, 256), (20, 768, 768), (100, 1024, 1024), (50, 3072, 3072), (100, 4096, 4096)):
-        for kind in ("fp32", "bf16", "tf32"):
-            yield lambda rows=rows, width=width, hidden=hidden, kind=kind: lstm_case(rows, width, hidden, kind, device)
+    on_gpu = device.type == "cuda"
+
+    def plan(function: Callable[..., Case], *arguments: Any) -> Planned:
+        words = (function.__name__.removesuffix("_case"), *arguments)
+        return Planned("-".join(str(word).replace(" ", "-") for word in words), lambda: function(*arguments, device))
+
+    for batch, length, width in ((8, 512, 4096), (32, 2048, 4096)) if on_gpu else ((2, 6, 32),):
+        yield plan(splice_case, batch, length, width)
+    large = ((20, 768, 256), (20, 768, 768), (100, 1024, 1024), (50, 3072, 3072), (100, 4096, 4096))
+    for sizes in large if on_gpu else ((5, 16, 24),):
+        for kind in ("fp32", "bf16", "tf32") if on_gpu else ("fp32", "bf16"):
+            yield plan(lstm_case, *sizes, kind)
+    shapes = ((20, 768), (50, 3072), (20, 4096), (100, 4096), (20, 3072), (100, 8192)) if on_gpu else ((5, 16),)
     for kind in ("fp32", "bf16", "bf16 autocast", "tf32"):
         for rows, width in shapes:
-            yield lambda rows=rows, width=width, kind=kind: mlp_case(rows, width, kind, device)
+            yield plan(mlp_case, rows, width, kind)
 
 
 @contextlib.contextmanager

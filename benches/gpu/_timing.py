@@ -19,7 +19,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Figures:
-    """Microseconds a call: the median, and the 20th and 80th percentile."""
+    """Milliseconds a call: the median, and the 20th and 80th percentile."""
 
     median: float
     p20: float
@@ -31,7 +31,7 @@ class Figures:
         return Figures(statistics.median(samples), p20, p80)
 
     def as_dict(self) -> dict[str, float]:
-        return {"median_us": self.median, "p20_us": self.p20, "p80_us": self.p80}
+        return {"median_ms": self.median, "p20_ms": self.p20, "p80_ms": self.p80}
 
 
 def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
@@ -65,8 +65,7 @@ def time_graphs(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int
             end.record()
         torch.cuda.synchronize()
     return {
-        name: Figures.of([begin.elapsed_time(end) * 1e3 / graphs[name][1] for begin, end in events[name]])
-        for name in names
+        name: Figures.of([begin.elapsed_time(end) / graphs[name][1] for begin, end in events[name]]) for name in names
     }
 
 
@@ -86,7 +85,7 @@ def time_calls(calls: dict[str, Call], rounds: int = 12, inner: int = 20) -> dic
                 for _ in range(inner):
                     calls[name]()
                 torch.cuda.synchronize()
-                samples[name].append((time.perf_counter() - start) / inner * 1e6)
+                samples[name].append((time.perf_counter() - start) / inner * 1e3)
     finally:
         gc.enable()
     return {name: Figures.of(values) for name, values in samples.items()}
@@ -94,12 +93,3 @@ def time_calls(calls: dict[str, Call], rounds: int = 12, inner: int = 20) -> dic
 
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)
-
-
-def copy_bandwidth(gigabytes: float = 2.0) -> float:
-    """Bytes a second, read and written together, of torch's own copy between two buffers far larger than L2."""
-    source = torch.ones(int(gigabytes * 2**30) // 4, dtype=torch.float32, device="cuda")
-    target = torch.empty_like(source)
-    graph = capture([lambda: target.copy_(source)] * 4)
-    figures = time_graphs({"copy": (graph, 4)}, rounds=10)["copy"]
-    return 2 * source.numel() * 4 / (figures.median * 1e-6)
