@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benches import conftest, report
+from benches import _work, compare, conftest, report
 from benches._interleave import (
     AGAIN,
     BACKWARD,
@@ -33,6 +33,7 @@ from benches._interleave import (
     order,
     summary,
 )
+from benches._memory import peak_bytes
 
 
 class FakeBenchmark:
@@ -213,6 +214,49 @@ def test_measure_writes_every_contenders_figures() -> None:
     json.dumps(info)
 
 
+def test_measure_counts_memory_and_compares_with_the_machines_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benches._limits.copy_bandwidth", lambda: 1e3)
+    monkeypatch.setattr("benches._limits.matrix_rate", lambda dtype: 1e4)
+    benchmark = FakeBenchmark()
+    work = {FORWARD: _work.Work(bytes=2e3, flops=5e4)}  # 2 s of copying, 5 s of multiplying
+    measure(benchmark, check(case_of(doubling(OURS), doubling(PEFT), rounds=(4, 4), work=work)), FORWARD)
+    info = benchmark.extra_info
+    assert (info["bytes"], info["flops"], info["floor_ms"]) == (2e3, 5e4, 5e3)
+    for figures in info["contenders"].values():
+        assert figures["share"] == 5e3 / figures["median_ms"]
+        assert figures["peak_mb"] == 28e-6  # four numbers of 4 bytes, and the factor as a tensor of 8 and of 4
+
+
+def test_peak_memory_is_what_is_held_at_once() -> None:
+    def work() -> torch.Tensor:
+        for _ in range(3):
+            torch.empty(1000)
+        kept = torch.empty(500)
+        torch.empty(2000)
+        return kept
+
+    assert peak_bytes(work) == 4 * 2500
+
+
+def test_least_work_of_the_ops_is_counted_by_the_formula() -> None:
+    rows, width, hidden = 3, 5, 7
+    mlp = _work.mlp(rows, width, hidden, itemsize=2)
+    parameters = (width * hidden + hidden) + (hidden * hidden + hidden) + (hidden * width + width)
+    assert mlp[FORWARD] == _work.Work(2 * (parameters + 2 * rows * width), 2 * rows * (2 * 35 + 49))
+    assert mlp[BACKWARD].flops == 3 * mlp[FORWARD].flops
+    lstm, module = _work.lstm(rows, width, hidden, itemsize=4), torch.nn.LSTM(width, hidden, 2, bidirectional=True)
+    numbers = sum(parameter.numel() for parameter in module.parameters()) + rows * width + rows * 2 * 2 * hidden
+    assert lstm[FORWARD].bytes == 4 * numbers
+    matrices = sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)
+    assert lstm[FORWARD].flops == 2 * rows * matrices
+
+
+def test_a_contender_that_does_something_else_is_not_compared() -> None:
+    other = doubling("other", factor=9.0)
+    other.comparable = False
+    assert check(case_of(doubling(OURS), other)).left_out(STEP) == {}
+
+
 def test_measure_times_nothing_when_benchmarks_are_disabled() -> None:
     benchmark = FakeBenchmark(disabled=True)
     measure(benchmark, check(case_of(doubling(OURS), doubling(PEFT))), FORWARD)
@@ -263,6 +307,43 @@ def test_the_report_has_a_table_per_group() -> None:
     assert lines[-1] == "PEFT against itself: 0.90 in the median of 1 rows, from 0.90 to 0.90."
 
 
+def test_the_report_shows_least_work_share_and_memory_where_they_were_measured() -> None:
+    benchmark = copy.deepcopy(MLP)
+    benchmark["extra_info"].update(bytes=3e6, flops=2e9, floor_ms=0.5)
+    benchmark["extra_info"]["contenders"][OURS].update(share=0.25, peak_mb=1.0)
+    benchmark["extra_info"]["contenders"][PEFT].update(share=0.5, peak_mb=2.5)
+    machine = {**MACHINE, "limits": {"copy_gb_per_s": 12.0, "matrix_gflop_per_s": {"fp32": 34.0}}}
+    text = report.render({**RESULT, "machine_info": machine, "benchmarks": [benchmark]})
+    assert "copies 12 GB/s, multiplies 34 GFLOP/s in fp32" in text
+    assert "3.0 MB, 2.00 GFLOP: 25%" in text and "1.0, 2.5" in text
+
+
+def test_parts_of_a_run_are_merged_by_what_they_measured() -> None:
+    again = copy.deepcopy(MLP)
+    again["extra_info"]["rounds"] = 99
+    whole = report.merged([RESULT, {**RESULT, "benchmarks": [again]}])
+    assert [row.get("rounds") for row in report.rows_of(whole)] == [99, None]
+    with pytest.raises(ValueError, match="one machine"):
+        report.merged([RESULT, {**RESULT, "machine_info": {**MACHINE, "cpu": "other"}}])
+
+
+def test_a_comparison_shows_changed_ratios_and_reads_results_without_a_schema() -> None:
+    now = copy.deepcopy(RESULT)
+    now["schema"] = conftest.SCHEMA
+    now["benchmarks"][0]["extra_info"]["contenders"][PEFT]["ratio"] = 2.1
+    del now["benchmarks"][1]
+    lines = [" ".join(line.split()) for line in compare.compare(RESULT, now)]
+    assert "encode MLP P=20 fp32 forward PEFT 1.05 2.10 +100.0% 2.000 2.000 +0.0%" in lines
+    assert "only before: splice, B=8, fp32, forward+backward" in lines
+
+
+@pytest.mark.parametrize("file", sorted(report.RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_every_committed_result_can_be_rendered_and_compared(file: Path) -> None:
+    result = json.loads(file.read_text())
+    assert report.render(result)
+    assert len(compare.compare(result, result)) >= 3
+
+
 def test_a_result_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="expected benchmarks with measured contenders"):
         report.render({**RESULT, "benchmarks": [{"extra_info": {}}]})
@@ -278,11 +359,12 @@ def test_the_command_prints_and_saves_by_the_machines_name(
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     report.main([str(file), "--save"])
     kept = tmp_path / "results" / "example-chip-9000-2-threads.json"
-    assert json.loads(kept.read_text()) == RESULT
+    assert json.loads(kept.read_text()) == {**RESULT, "benchmarks": [MLP, SPLICE]}  # what was measured
     assert str(kept) in capsys.readouterr().out
 
 
-def test_a_result_names_versions_and_not_the_host() -> None:
+def test_a_result_names_versions_and_not_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conftest, "limits", lambda: {"copy_gb_per_s": 1.0})
     machine: dict[str, Any] = {"node": "secret-host"}
     conftest.pytest_benchmark_update_machine_info(None, machine)
     assert "secret-host" not in str(machine)
@@ -296,4 +378,5 @@ def test_a_result_keeps_figures_and_leaves_out_single_times() -> None:
     output["benchmarks"][0].update(stats={"data": [1.0]}, name="n")
     conftest.pytest_benchmark_update_json(None, None, output)
     assert output["commit_info"] == RESULT["commit_info"]
+    assert output["schema"] == conftest.SCHEMA
     assert output["benchmarks"][0] == {**RESULT["benchmarks"][0], "name": "n"}
