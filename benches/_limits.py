@@ -20,7 +20,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _best(call: Callable[[], object], rounds: int = 7) -> float:
+def _best(call: Callable[[], object], rounds: int = 15) -> float:
     """The shortest time of a call, in seconds: a limit is what can be reached, not what usually is."""
     call()
     times = []
@@ -47,7 +47,7 @@ def matrix_rate(dtype: str) -> float:
     """Floating-point operations a second of torch's product of two square matrices."""
     size = 8192 if torch.get_default_device().type == "cuda" else 2048
     a, b = (torch.ones(size, size, dtype=DTYPES[dtype]) for _ in range(2))
-    return 2 * size**3 / _best(lambda: a @ b, rounds=5)
+    return 2 * size**3 / _best(lambda: a @ b)
 
 
 def floor_seconds(work: Work, dtype: str) -> float:
