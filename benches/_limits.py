@@ -11,7 +11,7 @@ import torch
 
 from ._work import Work
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "tf32": torch.float32}
 
 
 def synchronize() -> None:
@@ -47,7 +47,12 @@ def matrix_rate(dtype: str) -> float:
     """Floating-point operations a second of torch's product of two square matrices."""
     size = 8192 if torch.get_default_device().type == "cuda" else 2048
     a, b = (torch.ones(size, size, dtype=DTYPES[dtype]) for _ in range(2))
-    return 2 * size**3 / _best(lambda: a @ b)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        return 2 * size**3 / _best(lambda: a @ b)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def floor_seconds(work: Work, dtype: str) -> float:
@@ -60,7 +65,9 @@ def floor_seconds(work: Work, dtype: str) -> float:
 
 def limits() -> dict[str, Any]:
     """For a result's description of the machine."""
+    on_gpu = torch.get_default_device().type == "cuda"
+    names = [name for name in DTYPES if on_gpu or name != "tf32"]
     return {
         "copy_gb_per_s": copy_bandwidth() / 1e9,
-        "matrix_gflop_per_s": {name: matrix_rate(name) / 1e9 for name in DTYPES},
+        "matrix_gflop_per_s": {name: matrix_rate(name) / 1e9 for name in names},
     }

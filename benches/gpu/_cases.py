@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import fusedprompt
 from fusedprompt import Layout, ops
 
+from .. import _work
+
 OURS, ATEN, PEFT, COMPILED = "fusedprompt", "ATen", "PEFT", "PEFT compiled"
 
 
@@ -32,13 +34,13 @@ class Work:
 
 @dataclass
 class Case:
-    """What is computed, by whom, and the fewest bytes it must move.
+    """What is computed, by whom, and the least work that it takes.
 
     contenders: name to a function that makes its work on a set of inputs.
     truth: output and gradients in fp64, or exact, for set 0.
     tolerance: largest relative error in the Frobenius norm, of the output and of gradients.
     set_bytes: size of one set of inputs.
-    floor_bytes: forward, and forward and backward: each input read once and each output written once.
+    work: the least that must be done, by mode.
     precision: for torch.set_float32_matmul_precision.
     """
 
@@ -49,7 +51,7 @@ class Case:
     truth: Callable[[], tuple[Tensor, Sequence[Tensor]]]
     tolerance: tuple[float, float]
     set_bytes: int
-    floor_bytes: tuple[int, int]
+    work: dict[str, _work.Work]
     precision: str = "highest"
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -170,8 +172,7 @@ def mlp_case(rows: int, width: int, kind: str, device: torch.device) -> Case:
         truth=truth,
         tolerance=tolerance,
         set_bytes=weights * itemsize + rows_bytes,
-        # Backward reads every weight again and writes its gradient.
-        floor_bytes=(weights * itemsize + 2 * rows_bytes, 3 * weights * itemsize + 4 * rows_bytes),
+        work=_work.mlp(rows, width, width, itemsize),
         precision=precision,
     )
 
@@ -220,8 +221,7 @@ def lstm_case(rows: int, width: int, hidden: int, kind: str, device: torch.devic
         # A rounded state is rounded again at every step.
         tolerance=(3 * tolerance[0], 3 * tolerance[1]),
         set_bytes=weights * dtype.itemsize + rows_bytes,
-        # Every weight once: what is on chip is read once for all steps. Larger ones cannot reach this floor.
-        floor_bytes=(weights * dtype.itemsize + rows_bytes, 3 * weights * dtype.itemsize + 2 * rows_bytes),
+        work=_work.lstm(rows, width, hidden, dtype.itemsize),
         precision=precision,
     )
 
@@ -275,7 +275,6 @@ def splice_case(batch: int, length: int, width: int, device: torch.device, rows:
     itemsize, total = dtype.itemsize, rows + length
     out_bytes = batch * total * width * itemsize
     in_bytes = batch * length * (width * itemsize + 8 * 3) + rows * width * 4
-    forward_bytes = in_bytes + out_bytes + 2 * batch * total * 8
     return Case(
         group="splice",
         name=f"B={batch} T={length} D={width}",
@@ -289,7 +288,7 @@ def splice_case(batch: int, length: int, width: int, device: torch.device, rows:
         truth=truth,
         tolerance=(0.0, 0.01),  # PEFT sums the prompt's gradient in bf16
         set_bytes=in_bytes + out_bytes,
-        floor_bytes=(forward_bytes, forward_bytes + batch * rows * width * itemsize + rows * width * 4),
+        work=_work.splice(batch, length, rows, width, itemsize, prompt_itemsize=4),
     )
 
 

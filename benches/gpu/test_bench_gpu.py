@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from .._limits import copy_bandwidth
+from .._limits import floor_seconds
 from .._work import BACKWARD, FORWARD
 from ._cases import OURS, Case, Work, cases, matmul_precision
 from ._timing import Figures, capture, time_calls, time_graphs
@@ -82,7 +82,8 @@ def test_gpu(benchmark: Any, prepared: Prepared, mode: str, state: str) -> None:
     else:
         found, left_out = device_times(prepared, mode, state)
     figures: dict[str, dict[str, float]] = {name: value.as_dict() for name, value in found.items()}
-    floor = case.floor_bytes[mode == BACKWARD] / copy_bandwidth() * 1e3
+    work = case.work[mode]
+    floor = floor_seconds(work, case.dtype.split()[0]) * 1e3
     for figure in figures.values():
         figure["ratio"] = figure["median_ms"] / figures[OURS]["median_ms"]
         figure["share"] = floor / figure["median_ms"]
@@ -92,8 +93,8 @@ def test_gpu(benchmark: Any, prepared: Prepared, mode: str, state: str) -> None:
         dtype=case.dtype,
         mode=mode,
         state=state,
-        bytes=case.floor_bytes[mode == BACKWARD],
-        flops=None,
+        bytes=work.bytes,
+        flops=work.flops,
         floor_ms=floor,
         contenders=figures,
         control=None,
