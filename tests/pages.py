@@ -27,7 +27,7 @@ PAGES = sorted(
     for page in ROOT.glob(pattern)
 )
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w{}-]*)\n(?P<body>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
-_CLAIM = re.compile(r"  # (->|raises) (.+)$")
+_CLAIM = re.compile(r"\s# ?(->|raises) (.+)$")
 
 
 @dataclass

@@ -22,8 +22,8 @@ from fusedprompt.integrations import peft as integration
 # Python blocks of every page that has any. A page that gains or loses one must say so here.
 BLOCKS = {
     "README.md": 1,
-    "docs/faq.md": 0,
-    "docs/numerics.md": 0,
+    "docs/faq.md": 14,
+    "docs/numerics.md": 5,
     "docs/peft.md": 2,
     "docs/quickstart.md": 9,
     "docs/routes.md": 1,
@@ -80,8 +80,18 @@ def given_peft() -> dict[str, Any]:
     return {**names, "base_model": small_model(), "arguments": arguments, "rows": rows}
 
 
+def given_faq() -> dict[str, Any]:
+    return {"fp": fp, "torch": torch, "new_model": small_model, "batch": batch(), "ids": batch()["input_ids"]}
+
+
+def given_numerics() -> dict[str, Any]:
+    return {"fp": fp, "torch": torch, "base_model": small_model(), "ids": batch()["input_ids"]}
+
+
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": given_readme,
+    "docs/faq.md": given_faq,
+    "docs/numerics.md": given_numerics,
     "docs/peft.md": given_peft,
     "docs/routes.md": given_routes,
 }
