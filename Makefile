@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format types check kernels kernels-oldest versions bench bench-routes doctor wheel sdist clean \
+.PHONY: help demo test lint format types check kernels kernels-oldest versions bench bench-routes docs doctor wheel sdist clean \
         gpu gpu-install gpu-test gpu-sanitize gpu-bench
 
 help:  ## list the targets
@@ -94,6 +94,14 @@ gpu-bench: gpu-install  ## measure the GPU, then the ops on it, into OUT
 	mkdir -p $(OUT) build
 	nvcc -O3 -std=c++17 -arch=native -o build/probe benches/gpu/probe.cu && build/probe > $(OUT)/probe.json
 	$(PYTHON) -m benches.gpu.run --probe $(OUT)/probe.json --out $(OUT)
+
+$(VENV)/.docs: $(READY)
+	$(PIP) sphinx myst-parser furo
+	@touch $@
+
+docs: $(VENV)/.docs  ## build the documentation site into build/site; a broken link or a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/site
+	@echo build/site/index.html
 
 doctor: $(READY)  ## what is installed here, and which backend each op uses
 	$(BIN)/python -m fusedprompt doctor

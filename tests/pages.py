@@ -26,7 +26,9 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/*.md", "benches/*.md", ".github/**/*.md")
     for page in ROOT.glob(pattern)
 )
-_FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w{}-]*)\n(?P<body>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>[\w{}-]*)\n(?P<body>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
+)
 _CLAIM = re.compile(r"\s# ?(->|raises) (.+)$")
 
 
@@ -106,4 +108,3 @@ def _must_raise(statement: ast.stmt, claim: str, namespace: dict[str, Any], wher
 def _same(expected: str, actual: str) -> bool:
     options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     return doctest.OutputChecker().check_output(expected, actual, options)
-

@@ -1,7 +1,7 @@
 """Every ```python block of README.md and docs/ runs, page by page, and gives what it shows.
 
-A page's blocks share one namespace, which holds what the page takes for granted (`GIVEN`), and run in an empty folder in which
-`from_pretrained("Qwen/Qwen3-0.6B")` finds a small random model.
+A page's blocks share one namespace, which holds what the page takes for granted (`GIVEN`), and run in an empty folder in
+which `from_pretrained("Qwen/Qwen3-0.6B")` finds a small random model.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from pages import PAGES, Block, python_blocks, run, text_of
 
 import fusedprompt as fp
 from fusedprompt.integrations import peft as integration
+from pages import PAGES, Block, python_blocks, run, text_of
 
 # Python blocks of every page that has any. A page that gains or loses one must say so here.
 BLOCKS = {
@@ -140,10 +140,11 @@ def test_no_block_is_lost() -> None:
     ],
 )
 def test_a_block_that_shows_something_else_fails(source: str, output: str | None) -> None:
-    with pytest.raises(AssertionError, match="page.md"):
+    with pytest.raises(AssertionError, match=r"page\.md"):
         run(Block("page.md", 1, source, output), {})
 
 
 def test_a_block_that_shows_what_it_does_passes() -> None:
-    source = "for i in (1, 2):\n    print(i)\nprint(3)  # -> 3\n[4, 5]  # -> [4, ...\nint('x')  # raises ValueError: ...'x'\n"
+    source = "for i in (1, 2):\n    print(i)\nprint(3)  # -> 3\n[4, 5]  # -> [4, ...\n"
+    source += "int('x')  # raises ValueError: ...'x'\n"
     run(Block("page.md", 1, source, "1\n2\n"), {})
