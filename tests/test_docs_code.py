@@ -1,7 +1,7 @@
 """Every ```python block of README.md and docs/ runs, page by page, and gives what it shows.
 
-A page's blocks share one namespace, which holds what the page takes for granted (`GIVEN`), and run in an empty folder in
-which `from_pretrained("Qwen/Qwen3-0.6B")` finds a small random model.
+A page's blocks share one namespace, which holds what the page takes for granted (`GIVEN`), and run in a folder in which
+`from_pretrained("Qwen/Qwen3-0.6B")` finds a small random model.
 """
 
 from __future__ import annotations
