@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
         gpu gpu-install gpu-test gpu-sanitize gpu-bench
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 
@@ -44,7 +44,7 @@ format: $(READY)  ## fix style
 types: $(READY)  ## check types
 	$(BIN)/mypy
 
-check: test lint types  ## all of CI
+check: test lint types docs  ## all of CI
 
 kernels: $(READY)  ## compile every Triton kernel for every chip, without a GPU, and tabulate the result
 	$(BIN)/python -m benches.compile_table --write docs/kernels-compiled.md
