@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format types check kernels kernels-oldest versions bench bench-routes docs doctor wheel sdist clean \
+.PHONY: help demo test lint format types check kernels kernels-oldest versions bench bench-routes doctor wheel sdist clean \
         gpu gpu-install gpu-test gpu-sanitize gpu-bench
 
 help:  ## list the targets
@@ -99,6 +99,7 @@ $(VENV)/.docs: $(READY)
 	$(PIP) sphinx myst-parser furo
 	@touch $@
 
+.PHONY: docs
 docs: $(VENV)/.docs  ## build the documentation site into build/site; a broken link or a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/site
 	@echo build/site/index.html
