@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
         gpu gpu-install gpu-test gpu-sanitize gpu-bench gpu-steps
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 
@@ -45,7 +45,7 @@ format: $(READY)  ## fix style
 types: $(READY)  ## check types
 	$(BIN)/mypy
 
-check: test lint types  ## all of CI
+check: test lint types docs  ## all of CI
 
 kernels: $(READY)  ## compile every Triton kernel for every chip, without a GPU, and tabulate the result
 	$(BIN)/python -m benches.compile_table --write docs/kernels-compiled.md
@@ -117,6 +117,15 @@ gpu-steps: gpu-install  ## measure training steps, prefill and generate on the G
 	  --benchmark-json=$(OUT)/gpu-metamath.json
 	$(PYTHON) -m pytest $(GPU_STEPS) -q --device cuda --benchmark-quiet --benchmark-json=$(OUT)/gpu-steps.json
 	$(PYTHON) -m benches.report $(OUT)/gpu-steps.json $(OUT)/gpu-metamath.json
+
+$(VENV)/.docs: $(READY)
+	$(PIP) sphinx myst-parser furo
+	@touch $@
+
+.PHONY: docs
+docs: $(VENV)/.docs  ## build the documentation site into build/site; a broken link or a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/site
+	@echo build/site/index.html
 
 doctor: $(READY)  ## what is installed here, and which backend each op uses
 	$(BIN)/python -m fusedprompt doctor

@@ -333,7 +333,7 @@ class PromptTuningConfig(PromptLearningConfig):
 
 @dataclass
 class CPTConfig(PromptLearningConfig):
-    """Context-aware prompt tuning (Tsachi et al., arXiv 2410.17222); PEFT class `CPTConfig`.
+    """Context-aware prompt tuning (Blau et al., arXiv 2410.17222); PEFT class `CPTConfig`.
 
     `num_virtual_tokens` is always `len(cpt_token_ids)`. Type codes: 0 separators, and with `k` the number of the
     example, 4k+1 input template, 4k+2 input, 4k+3 output template, 4k+4 label.

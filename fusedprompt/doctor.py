@@ -16,13 +16,18 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "numpy", "fusedprompt")
+from ._version import __version__
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
+# Settings that change what runs; beside all of our own.
+_SETTINGS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_INTERPRET")
+_SECTIONS = ("versions", "system", "devices", "environment", "native code", "backends", "checks")
 
 
 def main(arguments: list[str]) -> int:
     """Print the report; returns 1 if an op's self-check failed, else 0."""
     parser = argparse.ArgumentParser(prog="python -m fusedprompt doctor", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--json", action="store_true", help="print JSON, for issue reports and scripts")
+    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
     options = parser.parse_args(arguments)
     report = examine()
     print(json.dumps(report, indent=2) if options.json else as_text(report))
@@ -30,12 +35,20 @@ def main(arguments: list[str]) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """The whole report: strings, numbers, lists and dictionaries only."""
+    """The whole report: strings, numbers, lists and dictionaries only; it names no user and no host."""
     report: dict[str, Any] = {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "platform": platform.platform(),
-        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("FUSEDPROMPT_")},
+        "versions": {
+            "fusedprompt": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "system": _guarded(_system),
         "devices": _guarded(_devices),
+        "environment": {
+            key: value
+            for key, value in sorted(os.environ.items())
+            if key.startswith("FUSEDPROMPT_") or key in _SETTINGS
+        },
         "native code": _guarded(_native_code),
         "backends": _guarded(_backends),
         "checks": _guarded(_checks),
@@ -46,17 +59,16 @@ def examine() -> dict[str, Any]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report for people; an issue takes it as it is."""
     lines = []
-    for title in ("versions", "devices", "environment", "native code", "backends", "checks"):
+    for title in _SECTIONS:
+        section = report[title] or {"none": ""}
+        width = max(map(len, section))
         lines.append(f"{title}:")
-        section = report[title]
         for key, value in section.items():
-            shown = ", ".join(f"{name}: {why}" for name, why in value.items()) if isinstance(value, dict) else value
-            lines.append(f"  {key:<14} {shown}")
-        if not section:
-            lines.append("  none set" if title == "environment" else "  none")
-    lines.append("healthy" if report["healthy"] else "NOT HEALTHY: a self-check failed")
+            shown = "; ".join(f"{name}: {why}" for name, why in value.items()) if isinstance(value, dict) else value
+            lines.append(f"  {key:<{width}}  {shown}".rstrip())
+    lines.append("healthy" if report["healthy"] else "NOT HEALTHY: see the checks")
     return "\n".join(lines)
 
 
@@ -74,10 +86,32 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _system() -> dict[str, Any]:
+    import torch
+
+    return {
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cuda of torch": str(torch.version.cuda or torch.version.hip),
+        "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
+        "cuda driver": _driver(),
+    }
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver, from the kernel: nothing has to be started for it."""
+    try:
+        with open("/sys/module/nvidia/version", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return "none"
+
+
 def _devices() -> dict[str, Any]:
     import torch
 
-    devices: dict[str, Any] = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    devices: dict[str, Any] = {"cpu": f"{platform.machine()}, {os.cpu_count()} processors"}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         devices[f"cuda:{index}"] = (

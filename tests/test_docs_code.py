@@ -1,0 +1,150 @@
+"""Every ```python block of README.md and docs/ runs, page by page, and gives what it shows.
+
+A page's blocks share one namespace, which holds what the page takes for granted (`GIVEN`), and run in a folder in which
+`from_pretrained("Qwen/Qwen3-0.6B")` finds a small random model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+import fusedprompt as fp
+from fusedprompt.integrations import peft as integration
+from pages import PAGES, Block, python_blocks, run, text_of
+
+# Python blocks of every page that has any. A page that gains or loses one must say so here.
+BLOCKS = {
+    "README.md": 1,
+    "docs/faq.md": 14,
+    "docs/numerics.md": 5,
+    "docs/peft.md": 2,
+    "docs/quickstart.md": 9,
+    "docs/routes.md": 1,
+}
+NAME = "Qwen/Qwen3-0.6B"
+
+
+def small_model() -> Any:
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=258,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return transformers.Qwen3ForCausalLM(config).eval()
+
+
+def byte_tokenizer() -> Any:
+    """One token a byte."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = {word: index for index, word in enumerate(["<pad>", "<end>", *alphabet])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+
+
+def batch() -> dict[str, Any]:
+    ids = torch.randint(2, 258, (8, 9), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def given_readme() -> dict[str, Any]:
+    return {"base_model": small_model(), "ids": batch()["input_ids"], "mask": batch()["attention_mask"]}
+
+
+def given_routes() -> dict[str, Any]:
+    config = fp.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)
+    return {"fp": fp, "base": small_model(), "config": config, "batch": batch()}
+
+
+def given_peft() -> dict[str, Any]:
+    import peft
+
+    arguments = transformers.TrainingArguments(output_dir="out", report_to=[], use_cpu=True)
+    rows = [{"input_ids": ids, "labels": ids} for ids in batch()["input_ids"]]
+    names = {"peft": peft, "transformers": transformers, "fusedprompt": fp}
+    return {**names, "base_model": small_model(), "arguments": arguments, "rows": rows}
+
+
+def given_faq() -> dict[str, Any]:
+    return {"fp": fp, "torch": torch, "new_model": small_model, "batch": batch(), "ids": batch()["input_ids"]}
+
+
+def given_numerics() -> dict[str, Any]:
+    return {"fp": fp, "torch": torch, "base_model": small_model(), "ids": batch()["input_ids"]}
+
+
+GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
+    "README.md": given_readme,
+    "docs/faq.md": given_faq,
+    "docs/numerics.md": given_numerics,
+    "docs/peft.md": given_peft,
+    "docs/routes.md": given_routes,
+}
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    small_model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page, number in BLOCKS.items() if number])
+def test_every_block_runs_and_gives_what_it_shows(
+    page: str, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / NAME).parent.mkdir()
+    (tmp_path / NAME).symlink_to(pretrained)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace = GIVEN.get(page, dict)()
+    try:
+        for block in python_blocks(page):
+            run(block, namespace)
+    finally:
+        integration.disable()
+
+
+def test_no_block_is_lost() -> None:
+    found = {page: len(python_blocks(page)) for page in PAGES}
+    assert {page: number for page, number in found.items() if number or page in BLOCKS} == BLOCKS
+    for page in PAGES:  # neither another spelling of the language nor an indented fence hides one
+        assert text_of(page).lower().count("```py") == found[page], page
+
+
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [
+        ("1 + 1  # -> 3\n", None),
+        ("print('one')  # -> two\n", None),
+        ("x = 1  # raises ValueError: no\n", None),
+        ("int('x')  # raises ValueError: no\n", None),
+        ("if True:\n    1 + 1  # -> 2\n    pass\n", None),
+        ("print('one')\n", "two\n"),
+    ],
+)
+def test_a_block_that_shows_something_else_fails(source: str, output: str | None) -> None:
+    with pytest.raises(AssertionError, match=r"page\.md"):
+        run(Block("page.md", 1, source, output), {})
+
+
+def test_a_block_that_shows_what_it_does_passes() -> None:
+    source = "for i in (1, 2):\n    print(i)\nprint(3)  # -> 3\n[4, 5]  # -> [4, ...\n"
+    source += "int('x')  # raises ValueError: ...'x'\n"
+    run(Block("page.md", 1, source, "1\n2\n"), {})
