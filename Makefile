@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format types check kernels kernels-oldest versions bench bench-routes doctor wheel sdist clean \
+.PHONY: help demo test lint format types check kernels kernels-oldest versions bench bench-routes bench-apply doctor wheel sdist clean \
         gpu gpu-install gpu-test gpu-sanitize gpu-bench
 
 help:  ## list the targets
@@ -64,14 +64,19 @@ versions: $(READY)  ## run the tests of `apply` with the oldest PEFT and transfo
 	  tests/test_apply_training.py $(ARGS)
 
 bench: $(READY)  ## measure ops and training steps against PEFT on this machine, in about 7 minutes
-	$(BIN)/python -m pytest benches --ignore=benches/test_bench_shared.py -q --benchmark-quiet \
-	  --benchmark-json=.benchmarks/latest.json $(ARGS)
+	$(BIN)/python -m pytest benches --ignore=benches/test_bench_shared.py --ignore=benches/test_bench_apply.py -q \
+	  --benchmark-quiet --benchmark-json=.benchmarks/latest.json $(ARGS)
 	$(BIN)/python -m benches.report .benchmarks/latest.json --save
 
 bench-routes: $(READY)  ## measure the shared route against PEFT and LoRA, in about 20 minutes
 	$(BIN)/python -m pytest benches/test_bench_shared.py -q --benchmark-quiet \
 	  --benchmark-json=.benchmarks/routes.json $(ARGS)
 	$(BIN)/python -m benches.report .benchmarks/routes.json --save --part routes
+
+bench-apply: $(READY)  ## measure patched PEFT models against unpatched ones, in about 4 minutes
+	$(BIN)/python -m pytest benches/test_bench_apply.py -q --benchmark-quiet \
+	  --benchmark-json=.benchmarks/apply.json $(ARGS)
+	$(BIN)/python -m benches.report .benchmarks/apply.json --save --part apply
 
 # On a machine with a GPU, torch, Triton and nvcc, and without a network: make gpu PYTHON=python3 OUT=somewhere
 OUT ?= benches/results

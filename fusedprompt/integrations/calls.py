@@ -19,7 +19,7 @@ from ..deferred import replaced
 from ..layout import IGNORE_INDEX, Layout
 from ..ops._backend import AUTO, BackendUnavailable
 from ..prompt_cache import is_kept, prompt_states
-from ..shared import PromptStates, run_classifier, run_text
+from ..shared import PromptStates, may_wait, run_classifier, run_text
 from ..sharing import SHARED, SPLICE, choose, cost_rule, why_not_batch
 from ..tasks import FORWARD, TENSORS, Batch, continue_from_cache
 from .encoders import context_of, is_label, using, why_not_adapter
@@ -100,7 +100,7 @@ def run(model: Any, view: PromptModel, task: Task, backend: str, given: dict[str
         return _context_aware(model, view, config, backend, given)
     if view.route == SHARED and not task.shares:
         raise BackendUnavailable("route 'shared' cannot run: it serves CAUSAL_LM and SEQ_CLS")
-    states = _share(view, given) if task.shares else None
+    states = _share(view, given, may_wait(view, given.get("labels"))) if task.shares else None
     if states is not None:
         batch = _text(given, view.prompt_rows_count())
         if task.labels_per_token:
@@ -143,8 +143,8 @@ def spliced(view: PromptModel, task: Task, backend: str, given: dict[str, Any]) 
     return given
 
 
-def _share(view: PromptModel, given: dict[str, Any]) -> PromptStates | None:
-    """The prompt's states, if the call takes the shared route."""
+def _share(view: PromptModel, given: dict[str, Any], wait: bool = False) -> PromptStates | None:
+    """The prompt's states, if the call takes the shared route. wait: as in `prompt_states`."""
     if view.route == SPLICE:
         return None
     names = ("input_ids", "inputs_embeds", "attention_mask", "labels")
@@ -160,7 +160,7 @@ def _share(view: PromptModel, given: dict[str, Any]) -> PromptStates | None:
         return None
     hidden = others.get("output_hidden_states", view.base_model.config.output_hidden_states)
     try:
-        return prompt_states(view, all_logits=True, hidden_states=bool(hidden))
+        return prompt_states(view, all_logits=True, hidden_states=bool(hidden), wait=wait)
     except BackendUnavailable:  # found out from the base model's answer
         if view.route == SHARED:
             raise
