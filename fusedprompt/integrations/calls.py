@@ -91,16 +91,23 @@ def why_not_call(model: Any, task: Task, given: dict[str, Any]) -> str | None:
     return None
 
 
-def run(model: Any, view: PromptModel, task: Task, backend: str, given: dict[str, Any]) -> Any:
-    """PEFT's forward. given: arguments that `why_not_call` has nothing against."""
+def run(
+    model: Any, view: PromptModel, task: Task, backend: str, given: dict[str, Any], spliced_because: set[str]
+) -> Any:
+    """PEFT's forward.
+
+    given: arguments that `why_not_call` has nothing against.
+    spliced_because: gets the reason if sharing would pay for this call and cannot run.
+    """
     for name in task.dropped:
         given.pop(name, None)
     config = model.active_peft_config
     if _is_context(config):
-        return _context_aware(model, view, config, backend, given)
+        return _context_aware(model, view, config, backend, given, spliced_because)
     if view.route == SHARED and not task.shares:
         raise BackendUnavailable("route 'shared' cannot run: it serves CAUSAL_LM and SEQ_CLS")
-    states = _share(view, given, may_wait(view, given.get("labels"))) if task.shares else None
+    wait = task.labels_per_token and may_wait(view, given.get("labels"))
+    states = _share(view, given, spliced_because, wait) if task.shares else None
     if states is not None:
         batch = _text(given, view.prompt_rows_count())
         if task.labels_per_token:
@@ -143,7 +150,9 @@ def spliced(view: PromptModel, task: Task, backend: str, given: dict[str, Any]) 
     return given
 
 
-def _share(view: PromptModel, given: dict[str, Any], wait: bool = False) -> PromptStates | None:
+def _share(
+    view: PromptModel, given: dict[str, Any], spliced_because: set[str], wait: bool = False
+) -> PromptStates | None:
     """The prompt's states, if the call takes the shared route. wait: as in `prompt_states`."""
     if view.route == SPLICE:
         return None
@@ -155,6 +164,8 @@ def _share(view: PromptModel, given: dict[str, Any], wait: bool = False) -> Prom
     if view.route == AUTO and _not_worth(view, batch, True) is not None:
         return None
     objection = why_not_batch(view, batch)
+    if objection is not None and not torch.compiler.is_compiling():
+        spliced_because.add(objection)
     kept = objection is None and is_kept(view)
     if not choose(view.route, objection, _not_worth(view, batch, kept)):
         return None
@@ -181,13 +192,15 @@ def _text(given: dict[str, Any], rows: int) -> Batch:
     return Batch(**tensors, others=given)
 
 
-def _context_aware(model: Any, view: PromptModel, config: Any, backend: str, given: dict[str, Any]) -> Any:
+def _context_aware(
+    model: Any, view: PromptModel, config: Any, backend: str, given: dict[str, Any], spliced_because: set[str]
+) -> Any:
     """CPT. As in PEFT the context's highest code is added to `input_type_mask` in place, and a batch in which nothing
     is left to learn gives NaN."""
     labels, token_types = given.pop("labels", None), given.pop("input_type_mask", None)
     if labels is not None:
         given["return_dict"] = True
-    states = _share(view, given)
+    states = _share(view, given, spliced_because)
     if states is not None:
         output = run_text(view, _text(given, view.prompt_rows_count()), states, labels=None, logits="full")
     else:

@@ -90,7 +90,8 @@ class Patch:
         backend, route, fix: as given to `apply`.
         replaced: the methods that are replaced, by name.
         left_alone: methods that are not, with the reason.
-        refused: why calls so far went to PEFT's own forward.
+        refused: why calls so far went to PEFT's own method.
+        spliced: why calls so far did not share the prompt, though it would have paid.
     """
 
     def __init__(self, model: Any, backend: str, route: str, fix: bool) -> None:
@@ -99,6 +100,7 @@ class Patch:
         self.task, self.left_alone = _task_of(model)
         self.replaced: dict[str, Any] = {}
         self.refused: set[str] = set()
+        self.spliced: set[str] = set()
 
     @property
     def active(self) -> bool:
@@ -146,7 +148,7 @@ class Patch:
         patch.view = PeftView.of(model, self.backend, self.route)
         patch.task, patch.left_alone = self.task, dict(self.left_alone)
         patch.replaced = copy.deepcopy(self.replaced, memo)
-        patch.refused = set(self.refused)
+        patch.refused, patch.spliced = set(self.refused), set(self.spliced)
         return patch
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -194,7 +196,7 @@ class Patch:
             if not torch.compiler.is_compiling():
                 self.refused.add(reason)
             return original(*args, **kwargs)
-        return run(self.model, self.view, task, self.backend, given)
+        return run(self.model, self.view, task, self.backend, given, self.spliced)
 
     def get_prompt(self, original: Callable[..., Any], batch_size: int, *args: Any, **kwargs: Any) -> Any:
         if why_not_adapter(self.model.active_peft_config) is not None:

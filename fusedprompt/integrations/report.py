@@ -89,6 +89,7 @@ def report(patch: Patch) -> str:
         left["generate"] = "PEFT's own; its prompt comes from the encoder above"
     alone = [f"  {part}: {reason}" for part, reason in left.items()]
     alone += [f"  calls that went to PEFT: {reason}" for reason in sorted(patch.refused)]
+    alone += [f"  calls that were spliced: {reason}" for reason in sorted(patch.spliced)]
     lines += ["left alone:", *alone] if alone else []
     return "\n".join([*lines, *_defects(patch)])
 
