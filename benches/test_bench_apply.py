@@ -15,7 +15,7 @@ from torch import nn
 
 import fusedprompt
 
-from ._interleave import AGAIN, FORWARD, OURS, PEFT, STEP, Case, check, measure
+from ._interleave import AGAIN, FORWARD, OURS, PEFT, STEP, Case, Contender, check, measure
 from .test_bench_step import LARGE, METHODS, contender, llama
 
 
@@ -83,6 +83,36 @@ def build(group: str, name: str, shape: tuple[int, int, int, Callable[[], Any]])
     )
 
 
+def build_prefill(size: int, rows: int, length: int) -> Case:
+    """`generate` of one token: the text behind a prompt that was kept by an earlier call."""
+    torch.manual_seed(0)
+    ids = torch.randint(3, LARGE[2], (size, length))
+
+    def generate(name: str, patched: bool = False) -> Contender:
+        model = peft.get_peft_model(llama(*LARGE), prompt(rows)).eval()
+        if patched:
+            fusedprompt.apply(model)
+        options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+        def forward() -> Any:
+            return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+
+        return Contender(name, forward, lambda _: None, lambda output: {"logits": output.logits[0]}, {})
+
+    return check(
+        Case(
+            group="apply",
+            name=f"generate one token B={size} N={rows} T={length}, prompt kept",
+            dtype="fp32",
+            contenders=[generate(OURS, True), generate(PEFT), generate(AGAIN)],
+            truth=generate("PEFT"),
+            tolerance=(1e-5, 1e-4),
+            seconds=10.0,
+            rounds=(6, 24),
+        )
+    )
+
+
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
 def served(request: pytest.FixtureRequest) -> Iterator[Case]:
     yield build("apply", request.param, CASES[request.param])
@@ -100,3 +130,7 @@ def test_training_step(benchmark: Any, served: Case) -> None:
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
 def test_cost_where_nothing_is_gained(benchmark: Any, idle: Case) -> None:
     measure(benchmark, idle, FORWARD)
+
+
+def test_prefill(benchmark: Any) -> None:
+    measure(benchmark, build_prefill(8, 100, 64), FORWARD)

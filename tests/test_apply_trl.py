@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer trains a patched PEFT model as it trains an unpatched one. Runs where TRL is installed: `make trl`."""
+"""TRL's SFTTrainer trains a patched PEFT model as an unpatched one. Runs where TRL is installed: `make trl`."""
 
 from __future__ import annotations
 

@@ -36,16 +36,18 @@ class Task:
     token_types: it extends token_type_ids over the prompt; otherwise it drops them, with a warning.
     dropped: arguments that it takes and passes to nobody.
     shares: the shared route serves it.
+    generates: its `generate` can share the prompt.
     """
 
     labels_per_token: bool = False
     token_types: bool = False
     dropped: tuple[str, ...] = ("task_ids",)
     shares: bool = False
+    generates: bool = False
 
 
 TASKS = {
-    "PeftModelForCausalLM": Task(labels_per_token=True, shares=True),
+    "PeftModelForCausalLM": Task(labels_per_token=True, shares=True, generates=True),
     "PeftModelForSequenceClassification": Task(token_types=True, shares=True),
     "PeftModelForTokenClassification": Task(token_types=True),
     "PeftModelForQuestionAnswering": Task(dropped=("task_ids", "token_type_ids", "position_ids")),
