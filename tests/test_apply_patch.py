@@ -258,6 +258,13 @@ def test_hooks_on_an_encoder_see_its_calls(part: str, kind: str) -> None:
             assert f"encoder of default: {part or 'encoder'} has hooks" in patch.report()
     assert number > 0 and len(calls) == 2 * number
     torch.testing.assert_close(actual, expected)
+    if kind != "backward":
+        with fusedprompt.apply(model, route="shared"), torch.no_grad():  # whose prompt would be kept
+            for calls_before in (len(calls), len(calls) + number):
+                assert len(calls) == calls_before
+                model(**inputs)
+            model.generate(input_ids=tokens(), max_new_tokens=2, pad_token_id=0)
+            assert len(calls) == 5 * number
 
 
 def test_the_arguments_that_trainer_looks_for_are_peft_s() -> None:

@@ -83,6 +83,7 @@ def test_8_bit_linears_and_embeddings_give_what_peft_gives(method: str, route: s
         assert_same(run(model, inputs), expected, shared=True)
         assert torch.equal(model.generate(input_ids=tokens(), max_new_tokens=4, pad_token_id=0), generated)
         assert not patch.refused
+        assert "word embeddings: Embedding8bit" in patch.report()
 
 
 @pytest.mark.filterwarnings("ignore:.*quantiz")

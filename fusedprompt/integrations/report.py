@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import ops
+from ..base_model import fusable_table
 from ..sharing import SHARED, SPLICE, why_not_model
 from .encoders import uses_lstm, why_not_adapter, why_not_encoder
 from .prefill import why_not_generate
@@ -90,6 +91,9 @@ def report(patch: Patch) -> str:
         left["generate"] = "PEFT's own; its prompt comes from the encoder above"
     elif "generate" in patch.replaced:
         lines.append(f"  generate: {_generate(patch)}")
+    embeddings = model.word_embeddings
+    if "forward" in patch.replaced and embeddings is not None and fusable_table(embeddings) is None:
+        left["word embeddings"] = f"{type(embeddings).__name__} may do more than look up rows, and is called"
     alone = [f"  {part}: {reason}" for part, reason in left.items()]
     alone += [f"  calls that went to PEFT: {reason}" for reason in sorted(patch.refused)]
     alone += [f"  calls of generate without a shared prompt: {reason}" for reason in sorted(patch.generated_alone)]
