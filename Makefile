@@ -9,8 +9,8 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format types check kernels kernels-oldest versions bench bench-routes bench-scaling bench-metamath \
-        bench-compare pictures doctor wheel sdist clean \
+.PHONY: help demo test lint format types check kernels kernels-oldest versions trl bench bench-routes bench-scaling bench-metamath \
+        bench-apply bench-compare pictures doctor wheel sdist clean \
         gpu gpu-install gpu-test gpu-sanitize gpu-bench gpu-steps
 
 help:  ## list the targets
@@ -56,13 +56,23 @@ kernels-oldest: $(READY)  ## the same with the oldest Triton that is supported
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m benches.compile_table
 
 # The oldest PEFT and transformers that `apply` takes, beside the newest, which `make test` runs. transformers brings no
-# torch along; PEFT would, so it comes alone.
-OLDEST_PEFT := build/peft-0.17.0-transformers-4.57.1
+# torch along; PEFT would, so it comes alone. 50 s in all. Another pair: make versions PEFT=0.19.1 TRANSFORMERS=5.6.2
+PEFT ?= 0.17.0
+TRANSFORMERS ?= 4.57.1
+PAIR = build/peft-$(PEFT)-transformers-$(TRANSFORMERS)
 versions: $(READY)  ## run the tests of `apply` with the oldest PEFT and transformers
-	test -d $(OLDEST_PEFT)/peft || { $(BIN)/python -m pip install -q --target $(OLDEST_PEFT) transformers==4.57.1 \
-	  && $(BIN)/python -m pip install -q --no-deps --target $(OLDEST_PEFT) peft==0.17.0; }
-	PYTHONPATH=$(OLDEST_PEFT) $(BIN)/python -m pytest -q tests/test_apply_patch.py tests/test_apply_results.py \
+	test -d $(PAIR)/peft || { $(BIN)/python -m pip install -q --target $(PAIR) transformers==$(TRANSFORMERS) \
+	  && $(BIN)/python -m pip install -q --no-deps --target $(PAIR) peft==$(PEFT); }
+	PYTHONPATH=$(PAIR) $(BIN)/python -m pytest -q tests/test_apply_patch.py tests/test_apply_results.py \
 	  tests/test_apply_training.py $(ARGS)
+
+# TRL alone, because it is installed for nothing else; its datasets come along. It needs Python 3.11: without it nothing is
+# collected, which is pytest's status 5. 35 s in all.
+TRL := build/trl-1.16.0
+trl: $(READY)  ## run the tests of `apply` that need TRL
+	test -d $(TRL)/datasets || { $(PIP) --no-deps --target $(TRL) 'trl==1.16.0; python_version >= "3.11"' \
+	  && $(PIP) --target $(TRL) datasets==5.2.0; }
+	PYTHONPATH=$(TRL) $(BIN)/python -m pytest -q tests/test_apply_trl.py $(ARGS) || test $$? = 5
 
 # Each part is one run of pytest-benchmark, kept in benches/results/<machine>[-part].json.
 run_bench = $(BIN)/python -m pytest $(1) -q --benchmark-quiet --benchmark-json=.benchmarks/$(2).json $(ARGS) \
@@ -86,6 +96,9 @@ bench-compare: $(READY)  ## what changed between two results: make bench-compare
 
 pictures: $(READY)  ## draw the committed results into docs/pictures
 	$(BIN)/python -m benches.pictures
+
+bench-apply: $(READY)  ## measure patched PEFT models against unpatched ones, in about 4 minutes
+	$(call run_bench,benches/test_bench_apply.py,apply,apply)
 
 # On a machine with a GPU, torch, Triton and nvcc, and without a network: make gpu PYTHON=python3 OUT=somewhere
 OUT ?= benches/results

@@ -118,4 +118,6 @@ def cache_length(past_key_values: Any) -> int:
 
 
 def device_of(embeddings: nn.Module) -> torch.device:
-    return next(embeddings.parameters()).device
+    """Where an embedding is. torch.ao's quantised ones have no parameters, and run on CPUs alone."""
+    weight = next(embeddings.parameters(), None)
+    return torch.device("cpu") if weight is None else weight.device

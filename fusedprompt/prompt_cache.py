@@ -93,13 +93,18 @@ class PromptCache:
 
 
 def is_kept(model: PromptModel) -> bool:
-    """Whether the active prompt's states may come from the cache: nothing is trained, and nothing is random."""
+    """Whether the active prompt's states may come from the cache: nothing is trained, random or watched."""
     assert model.active_adapter is not None
     encoder = model.prompt_encoder[model.active_adapter]
-    if torch.compiler.is_compiling() or active_noise(encoder) is not None:
+    if torch.compiler.is_compiling() or active_noise(encoder) is not None or _is_watched(encoder):
         return False
     trained = (parameter.requires_grad for part in (encoder, model.base_model) for parameter in part.parameters())
     return not (torch.is_grad_enabled() and any(trained))
+
+
+def _is_watched(encoder: nn.Module) -> bool:
+    """Whether hooks see the encoder's calls, or change what they give."""
+    return any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in encoder.modules())
 
 
 def prompt_states(

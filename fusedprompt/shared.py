@@ -75,8 +75,10 @@ def run_prompt(
         BackendUnavailable: the base model answers with a cache that cannot be shared. `auto` will not try again.
     """
     rows = model.prompt_rows()
-    table: Any = model.word_embeddings.weight
-    dtype = table.dtype if table.is_floating_point() else model.base_model.dtype
+    table: Any = getattr(model.word_embeddings, "weight", None)
+    # Of a quantised module it is no plain tensor, or none at all.
+    plain = isinstance(table, Tensor) and table.is_floating_point()
+    dtype = table.dtype if plain else model.base_model.dtype
     options: dict[str, Any] = {"output_hidden_states": True} if hidden_states else {}
     device = device_of(model.word_embeddings)
     if model.sharing.takes_logits_to_keep and not all_logits:

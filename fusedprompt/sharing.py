@@ -61,6 +61,9 @@ class SharingFacts:
             for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
                 if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
                     return cls(f"rotary embeddings of type '{kind}' depend on the length of the sequence")
+            name, origin = type(module).__name__, type(module).__module__
+            if origin.startswith("torch.ao.nn.quantized.dynamic") or name == "Linear8bitLt":
+                return cls(f"a quantised {name} rounds its input by the values of the whole batch")
         return cls._of_cache(decoder, "logits_to_keep" in parameters)
 
     @classmethod

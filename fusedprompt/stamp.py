@@ -43,6 +43,8 @@ def stamp(base: nn.Module, encoder: nn.Module | None = None) -> Stamp | None:
     plain = (Tensor, nn.Parameter)
     if any((type(t) not in plain and is_traceable_wrapper_subclass(t)) or t.is_inference() for t in tensors):
         return None  # sharded or quantised outside of torch's own memory, or without versions
+    if any(t.numel() == 0 for t in tensors if isinstance(t, nn.Parameter)):
+        return None  # a shard of ZeRO-3, whose values are elsewhere
     versions = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
     device = tensors[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

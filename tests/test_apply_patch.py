@@ -258,6 +258,13 @@ def test_hooks_on_an_encoder_see_its_calls(part: str, kind: str) -> None:
             assert f"encoder of default: {part or 'encoder'} has hooks" in patch.report()
     assert number > 0 and len(calls) == 2 * number
     torch.testing.assert_close(actual, expected)
+    if kind != "backward":
+        with fusedprompt.apply(model, route="shared"), torch.no_grad():  # whose prompt would be kept
+            for calls_before in (len(calls), len(calls) + number):
+                assert len(calls) == calls_before
+                model(**inputs)
+            model.generate(input_ids=tokens(), max_new_tokens=2, pad_token_id=0)
+            assert len(calls) == 5 * number
 
 
 def test_the_arguments_that_trainer_looks_for_are_peft_s() -> None:
@@ -304,10 +311,13 @@ def test_sharded_parameters_are_read_inside_their_modules_alone() -> None:
             module.register_forward_pre_hook(gather)
             module.register_forward_hook(shard)
             shard(module)
-        if method == "CPT":
-            continue  # PEFT itself reads delta_embedding outside of its forward
+        # PEFT itself reads CPT's delta_embedding outside of its forward, and fails.
         with fusedprompt.apply(model):
             torch.testing.assert_close(model(**inputs).logits, expected)
+            large = {name: torch.cat([value] * 16) for name, value in inputs.items()}
+            with torch.no_grad():  # the shared route, whose keys and values cannot be kept: nobody sees weights change
+                torch.testing.assert_close(model(**large).logits[:3], expected, rtol=1e-4, atol=1e-5)
+            assert not len(fusedprompt.integrations.peft.patch_of(model).view.prompt_cache)
 
 
 def test_the_switch_patches_new_models_and_nothing_else(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import fusedprompt
+from fusedprompt.integrations.peft import patch_of
 from models import WIDTH, build, config_fields, pad, task_inputs, tokens
 from tolerance import one_thread  # noqa: F401
 
@@ -208,27 +210,99 @@ def test_cpt_without_a_label_gives_nan_as_in_peft() -> None:
         assert model(**inputs).loss.isnan()
 
 
-@pytest.mark.parametrize("way", ["greedy", "sampling", "beams"])
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "beams": {"num_beams": 3},
+    "several": {"do_sample": True, "num_return_sequences": 2, "output_logits": True},
+    "without a cache": {"use_cache": False},
+    "hidden states": {"output_hidden_states": True},
+}
+
+
+def generated(model: Any, side: str = "left", **options: Any) -> Any:
+    ids, mask = pad(tokens(), 2 * (side == "left"), 0)
+    mask[1] = 1
+    given = {"max_new_tokens": 6, "pad_token_id": 0, "output_scores": True, "return_dict_in_generate": True, **options}
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model.generate(input_ids=ids, attention_mask=mask, **given)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("family", "method"),
-    [(family, method) for family in ("Llama", "GPT2", "T5") for method in METHODS if (family, method) != ("T5", "CPT")],
+    [
+        *[("Llama", method) for method in METHODS],
+        *[(family, method) for family in ("GPT2", "OPT", "T5") for method in ("PROMPT", "MLP")],
+    ],
 )
-def test_generated_tokens_equal_peft(family: str, way: str, method: str) -> None:
-    task = "SEQ_2_SEQ_LM" if family == "T5" else "CAUSAL_LM"
-    model = peft_model(family, task, method)
-    ids, mask = pad(tokens(), 2, 0)
-    options = {"greedy": {}, "sampling": {"do_sample": True}, "beams": {"num_beams": 3}}[way]
+def test_generated_tokens_and_scores_equal_peft(family: str, way: str, method: str) -> None:
+    model = peft_model(family, "SEQ_2_SEQ_LM" if family == "T5" else "CAUSAL_LM", method)
+    if family == "T5" and way == "hidden states":
+        return
+    expected, prefills = generated(model, **WAYS[way]), []
 
-    def generate() -> torch.Tensor:
-        torch.manual_seed(3)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, pad_token_id=0, **options)
+    def look(_: Any, __: Any, given: dict[str, Any]) -> None:
+        if given.get("inputs_embeds") is not None:
+            prefills.append(tuple(given["inputs_embeds"].shape[:2]))
 
-    expected = generate()
-    with fusedprompt.apply(model):
-        assert torch.equal(generate(), expected)
-    assert torch.equal(generate(), expected)
+    with fusedprompt.apply(model) as patch:
+        actual = generated(model, **WAYS[way])
+        model.base_model.register_forward_pre_hook(look, with_kwargs=True)
+        generated(model, **WAYS[way])
+        alone = sorted(patch.generated_alone)
+    assert type(actual) is type(expected) and list(actual) == list(expected)
+    assert torch.equal(actual.sequences, expected.sequences)
+    torch.testing.assert_close(actual.scores, expected.scores, rtol=1e-4, atol=1e-4)
+    if way == "hidden states":
+        assert [state.shape for state in actual.hidden_states[0]] == [
+            state.shape for state in expected.hidden_states[0]
+        ]
+    if family == "T5":
+        return
+    copies = {"beams": 3, "several": 2}.get(way, 1)
+    shared = way in ("greedy", "sampling", "beams", "several")
+    rows = 8 if method == "CPT" else 4
+    # The prompt was kept by the first call: the text alone is prefilled.
+    assert prefills[0] == (3 * copies, 9 if shared else 9 + rows)
+    assert [text.split()[0] for text in alone] == (
+        [] if shared else ["output_hidden_states" if "hid" in way else "the"]
+    )
+    assert torch.equal(generated(model, **WAYS[way]).sequences, expected.sequences)
+
+
+def test_generate_runs_without_a_shared_prompt_where_that_is_not_exact() -> None:
+    model = peft_model("Llama", method="MLP")
+    model.base_model.to(torch.bfloat16)
+    expected = generated(model)
+    with fusedprompt.apply(model) as patch:
+        assert torch.equal(generated(model).scores[0], expected.scores[0])
+        assert "generate: PEFT's own, the prompt in each row (in torch.bfloat16 rounding may" in patch.report()
+    with fusedprompt.apply(model, route="shared") as patch:
+        assert "generate: PEFT's own, behind a prompt that is computed once and kept" in patch.report()
+        torch.testing.assert_close(generated(model).scores[0], expected.scores[0], rtol=0.05, atol=0.3)
+        with pytest.raises(fusedprompt.BackendUnavailable, match="output_hidden_states concerns the virtual tokens"):
+            generated(model, output_hidden_states=True)
+
+
+def test_a_kept_prompt_follows_changes_of_the_adapter_and_the_base_model() -> None:
+    model = peft_model("Llama", method="MLP")
+    with fusedprompt.apply(model) as patch:
+        for change in (
+            lambda: None,
+            lambda: model.prompt_encoder["default"].mlp_head[4].bias.data.add_(1.0),
+            lambda: setattr(model.peft_config["default"], "inference_mode", True),
+            lambda: model.base_model.get_submodule("model.norm").weight.data.mul_(2),
+        ):
+            change()
+            actual = generated(model, "none")
+            plain = copy.deepcopy(model)
+            patch_of(plain).revert()
+            expected = generated(plain, "none")
+            torch.testing.assert_close(actual.scores, expected.scores, rtol=1e-4, atol=1e-4)
+            assert not patch.generated_alone
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -36,13 +36,17 @@ def trainer(model: Any, folder: Path, steps: int) -> Any:
     return transformers.Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
 
 
-@pytest.mark.parametrize("method", ["PROMPT", "MLP"])
-def test_trainer_trains_evaluates_loads_the_best_and_resumes_as_with_peft(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "route"), [("PROMPT", "splice"), ("MLP", "shared"), ("LSTM", "splice"), ("CPT", "shared")]
+)
+def test_trainer_trains_evaluates_loads_the_best_and_resumes_as_with_peft(
+    method: str, route: str, tmp_path: Path
+) -> None:
     seen = {}
     for name in ("theirs", "ours"):
         model = peft_model("Llama", method=method)
         if name == "ours":
-            fusedprompt.apply(model, route="splice")
+            fusedprompt.apply(model, route=route)
         trainer(model, tmp_path / name, 2).train()
         again = trainer(model, tmp_path / name, 4)
         again.train(resume_from_checkpoint=True)

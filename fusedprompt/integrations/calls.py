@@ -19,7 +19,7 @@ from ..deferred import replaced
 from ..layout import IGNORE_INDEX, Layout
 from ..ops._backend import AUTO, BackendUnavailable
 from ..prompt_cache import is_kept, prompt_states
-from ..shared import PromptStates, run_classifier, run_text
+from ..shared import PromptStates, may_wait, run_classifier, run_text
 from ..sharing import SHARED, SPLICE, choose, cost_rule, why_not_batch
 from ..tasks import FORWARD, TENSORS, Batch, continue_from_cache
 from .encoders import context_of, is_label, using, why_not_adapter
@@ -36,16 +36,18 @@ class Task:
     token_types: it extends token_type_ids over the prompt; otherwise it drops them, with a warning.
     dropped: arguments that it takes and passes to nobody.
     shares: the shared route serves it.
+    generates: its `generate` can share the prompt.
     """
 
     labels_per_token: bool = False
     token_types: bool = False
     dropped: tuple[str, ...] = ("task_ids",)
     shares: bool = False
+    generates: bool = False
 
 
 TASKS = {
-    "PeftModelForCausalLM": Task(labels_per_token=True, shares=True),
+    "PeftModelForCausalLM": Task(labels_per_token=True, shares=True, generates=True),
     "PeftModelForSequenceClassification": Task(token_types=True, shares=True),
     "PeftModelForTokenClassification": Task(token_types=True),
     "PeftModelForQuestionAnswering": Task(dropped=("task_ids", "token_type_ids", "position_ids")),
@@ -91,16 +93,23 @@ def why_not_call(model: Any, task: Task, given: dict[str, Any]) -> str | None:
     return None
 
 
-def run(model: Any, view: PromptModel, task: Task, backend: str, given: dict[str, Any]) -> Any:
-    """PEFT's forward. given: arguments that `why_not_call` has nothing against."""
+def run(
+    model: Any, view: PromptModel, task: Task, backend: str, given: dict[str, Any], spliced_because: set[str]
+) -> Any:
+    """PEFT's forward.
+
+    given: arguments that `why_not_call` has nothing against.
+    spliced_because: gets the reason if sharing would pay for this call and cannot run.
+    """
     for name in task.dropped:
         given.pop(name, None)
     config = model.active_peft_config
     if _is_context(config):
-        return _context_aware(model, view, config, backend, given)
+        return _context_aware(model, view, config, backend, given, spliced_because)
     if view.route == SHARED and not task.shares:
         raise BackendUnavailable("route 'shared' cannot run: it serves CAUSAL_LM and SEQ_CLS")
-    states = _share(view, given) if task.shares else None
+    wait = task.labels_per_token and may_wait(view, given.get("labels"))
+    states = _share(view, given, spliced_because, wait) if task.shares else None
     if states is not None:
         batch = _text(given, view.prompt_rows_count())
         if task.labels_per_token:
@@ -143,8 +152,10 @@ def spliced(view: PromptModel, task: Task, backend: str, given: dict[str, Any]) 
     return given
 
 
-def _share(view: PromptModel, given: dict[str, Any]) -> PromptStates | None:
-    """The prompt's states, if the call takes the shared route."""
+def _share(
+    view: PromptModel, given: dict[str, Any], spliced_because: set[str], wait: bool = False
+) -> PromptStates | None:
+    """The prompt's states, if the call takes the shared route. wait: as in `prompt_states`."""
     if view.route == SPLICE:
         return None
     names = ("input_ids", "inputs_embeds", "attention_mask", "labels")
@@ -155,12 +166,14 @@ def _share(view: PromptModel, given: dict[str, Any]) -> PromptStates | None:
     if view.route == AUTO and _not_worth(view, batch, True) is not None:
         return None
     objection = why_not_batch(view, batch)
+    if objection is not None and not torch.compiler.is_compiling():
+        spliced_because.add(objection)
     kept = objection is None and is_kept(view)
     if not choose(view.route, objection, _not_worth(view, batch, kept)):
         return None
     hidden = others.get("output_hidden_states", view.base_model.config.output_hidden_states)
     try:
-        return prompt_states(view, all_logits=True, hidden_states=bool(hidden))
+        return prompt_states(view, all_logits=True, hidden_states=bool(hidden), wait=wait)
     except BackendUnavailable:  # found out from the base model's answer
         if view.route == SHARED:
             raise
@@ -181,13 +194,15 @@ def _text(given: dict[str, Any], rows: int) -> Batch:
     return Batch(**tensors, others=given)
 
 
-def _context_aware(model: Any, view: PromptModel, config: Any, backend: str, given: dict[str, Any]) -> Any:
+def _context_aware(
+    model: Any, view: PromptModel, config: Any, backend: str, given: dict[str, Any], spliced_because: set[str]
+) -> Any:
     """CPT. As in PEFT the context's highest code is added to `input_type_mask` in place, and a batch in which nothing
     is left to learn gives NaN."""
     labels, token_types = given.pop("labels", None), given.pop("input_type_mask", None)
     if labels is not None:
         given["return_dict"] = True
-    states = _share(view, given)
+    states = _share(view, given, spliced_because)
     if states is not None:
         output = run_text(view, _text(given, view.prompt_rows_count()), states, labels=None, logits="full")
     else:

@@ -82,6 +82,8 @@ def uses_lstm(encoder: nn.Module) -> bool:
 def encode(encoder: Any, config: Any, indices: Tensor) -> Tensor:
     """PEFT's `prompt_encoder(indices)`: (1, R) indices to (1, R, D) rows, on ops where nothing objects."""
     if why_not_encoder(encoder, config) is not None:
+        if _value(config.peft_type) == "CPT" and encoder.delta_embedding.weight.dim() != 2:
+            return _sharded_context_rows(encoder, indices)
         rows: Tensor = encoder(indices)
         return rows
     if _value(config.peft_type) == "CPT":
@@ -107,7 +109,24 @@ def _context_rows(encoder: Any) -> Tensor:
     The projection is written back where a gradient may follow, into the parameter's own memory; PEFT gives the
     parameter new memory in every call.
     """
-    table, delta = encoder.embedding.weight, encoder.delta_embedding.weight
+    delta = encoder.delta_embedding.weight
+    rows, projected = _projected(encoder, encoder.embedding.weight, delta)
+    if torch.is_grad_enabled() and delta.requires_grad:
+        with torch.no_grad():
+            delta.copy_(projected)
+    return rows.unsqueeze(0)
+
+
+def _sharded_context_rows(encoder: Any, indices: Tensor) -> Tensor:
+    """The same where parameters hold nothing but while their module runs, as under ZeRO-3: PEFT's encoder reads them
+    before that, and fails. Only the prompt is projected, not the parameter."""
+    with torch.no_grad():
+        table = encoder.embedding(indices)[0]
+    return _projected(encoder, table, encoder.delta_embedding(indices)[0])[0].unsqueeze(0)
+
+
+def _projected(encoder: Any, table: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (P, D) of the prompt, and of the projected change."""
     context = context_of(encoder.config, table.device)
     epsilon = context.epsilon
     with torch.no_grad():
@@ -116,11 +135,7 @@ def _context_rows(encoder: Any) -> Tensor:
         norm = delta.float().norm(dim=1)
         rounding = 8 * max(torch.finfo(dtype).eps for dtype in (delta.dtype, torch.float32))
         epsilon = torch.where(norm <= epsilon * (1 + rounding), torch.maximum(norm, epsilon), epsilon)
-    rows, projected = ops.cpt(table, delta, epsilon, context.trainable)
-    if torch.is_grad_enabled() and delta.requires_grad:
-        with torch.no_grad():
-            delta.copy_(projected)
-    return rows.unsqueeze(0)
+    return ops.cpt(table, delta, epsilon, context.trainable)
 
 
 class Context(NamedTuple):

@@ -22,6 +22,7 @@ from ..ops._backend import AUTO, NAMES, BackendUnavailable
 from ..sharing import SHARED, checked_route, why_not_model
 from .calls import TASKS, Task, bind, run, run_fixed, why_not_call
 from .encoders import encode, prompt_rows, using, why_not_adapter
+from .prefill import generating, prepare, without_prompt
 from .report import operations, report
 from .view import PeftView
 
@@ -90,7 +91,9 @@ class Patch:
         backend, route, fix: as given to `apply`.
         replaced: the methods that are replaced, by name.
         left_alone: methods that are not, with the reason.
-        refused: why calls so far went to PEFT's own forward.
+        refused: why calls so far went to PEFT's own method.
+        spliced: why calls so far did not share the prompt, though it would have paid.
+        generated_alone: why calls of generate so far ran without a shared prompt.
     """
 
     def __init__(self, model: Any, backend: str, route: str, fix: bool) -> None:
@@ -99,6 +102,8 @@ class Patch:
         self.task, self.left_alone = _task_of(model)
         self.replaced: dict[str, Any] = {}
         self.refused: set[str] = set()
+        self.spliced: set[str] = set()
+        self.generated_alone: set[str] = set()
 
     @property
     def active(self) -> bool:
@@ -146,7 +151,8 @@ class Patch:
         patch.view = PeftView.of(model, self.backend, self.route)
         patch.task, patch.left_alone = self.task, dict(self.left_alone)
         patch.replaced = copy.deepcopy(self.replaced, memo)
-        patch.refused = set(self.refused)
+        patch.refused, patch.spliced = set(self.refused), set(self.spliced)
+        patch.generated_alone = set(self.generated_alone)
         return patch
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -174,6 +180,8 @@ class Patch:
             names.insert(0, "forward")
         if self.fix:
             names += ["load_adapter", *(["generate"] if hasattr(type(self.model), "generate") else [])]
+        elif self.task is not None and self.task.generates and _generates_as_peft(self.model):
+            names += ["generate", "prepare_inputs_for_generation"]
         for name in names if served else ():
             self.replaced[name] = vars(self.model).get(name)
         self.model.__dict__[_PATCH] = self
@@ -194,11 +202,14 @@ class Patch:
             if not torch.compiler.is_compiling():
                 self.refused.add(reason)
             return original(*args, **kwargs)
-        return run(self.model, self.view, task, self.backend, given)
+        return run(self.model, self.view, task, self.backend, given, self.spliced)
 
     def get_prompt(self, original: Callable[..., Any], batch_size: int, *args: Any, **kwargs: Any) -> Any:
         if why_not_adapter(self.model.active_peft_config) is not None:
             return original(batch_size, *args, **kwargs)
+        if without_prompt(self):
+            table = next(self.model.prompt_encoder[self.model.active_adapter].embedding.parameters())
+            return table.new_empty(batch_size, 0, self.model.active_peft_config.token_dim)
         with using(self.backend):
             return prompt_rows(self.model).repeat(batch_size, 1, 1)
 
@@ -216,9 +227,15 @@ class Patch:
         disabled = getattr(vars(self.model).get("forward"), "__self__", self.model) is self.model.base_model
         if disabled or why_not_adapter(self.model.active_peft_config) is not None:
             return original(*args, **kwargs)
+        if not self.fix:
+            with generating(self, kwargs):
+                return original(*args, **kwargs)
         kwargs.pop("task_ids", None)
         with torch.no_grad():
             return generation.generate(self.view, args[0] if args else kwargs.pop("inputs", None), self.route, **kwargs)
+
+    def prepare_inputs_for_generation(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return prepare(self, original, args, kwargs)
 
     def load_adapter(self, original: Callable[..., Any], model_id: Any, adapter_name: str, **kwargs: Any) -> Any:
         config = self.model.peft_config.get(adapter_name)
@@ -317,6 +334,17 @@ def check_names(backend: str, route: str) -> None:
 
 def _no_patch() -> None:
     return None
+
+
+def _generates_as_peft(model: Any) -> bool:
+    import peft
+
+    names, own = ("generate", "prepare_inputs_for_generation"), peft.PeftModelForCausalLM
+    return all(
+        getattr(type(model), name) is getattr(own, name)
+        and getattr(vars(model).get(name), "__func__", getattr(own, name)) is getattr(own, name)
+        for name in names
+    )
 
 
 def _task_of(model: Any) -> tuple[Task | None, dict[str, str]]:

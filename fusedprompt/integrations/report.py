@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import ops
+from ..base_model import fusable_table
 from ..sharing import SHARED, SPLICE, why_not_model
 from .encoders import uses_lstm, why_not_adapter, why_not_encoder
+from .prefill import why_not_generate
 
 if TYPE_CHECKING:
     from .peft import Patch
@@ -87,8 +89,15 @@ def report(patch: Patch) -> str:
             left[f"{'adapter' if why_not_adapter(config) else 'encoder of'} {name}"] = objection
     if "generate" not in patch.replaced and hasattr(model.base_model, "generate"):
         left["generate"] = "PEFT's own; its prompt comes from the encoder above"
+    elif "generate" in patch.replaced:
+        lines.append(f"  generate: {_generate(patch)}")
+    embeddings = model.word_embeddings
+    if "forward" in patch.replaced and embeddings is not None and fusable_table(embeddings) is None:
+        left["word embeddings"] = f"{type(embeddings).__name__} may do more than look up rows, and is called"
     alone = [f"  {part}: {reason}" for part, reason in left.items()]
     alone += [f"  calls that went to PEFT: {reason}" for reason in sorted(patch.refused)]
+    alone += [f"  calls of generate without a shared prompt: {reason}" for reason in sorted(patch.generated_alone)]
+    alone += [f"  calls that were spliced: {reason}" for reason in sorted(patch.spliced)]
     lines += ["left alone:", *alone] if alone else []
     return "\n".join([*lines, *_defects(patch)])
 
@@ -132,6 +141,15 @@ def _route(patch: Patch, name: str) -> str:
     if objection is not None:
         return f"splice ({objection})"
     return "shared" if patch.route == SHARED else "shared where it pays, else splice"
+
+
+def _generate(patch: Patch) -> str:
+    if patch.fix:
+        return f"this package's own, route {patch.route}"
+    objection = why_not_generate(patch.view, patch.route, {})
+    if objection is not None:
+        return f"PEFT's own, the prompt in each row ({objection})"
+    return "PEFT's own, behind a prompt that is computed once and kept"
 
 
 def _defects(patch: Patch) -> list[str]:

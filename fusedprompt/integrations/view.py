@@ -25,13 +25,23 @@ class PeftView:
 
     def __init__(self, model: Any, backend: str, route: str) -> None:
         self.model, self.backend, self.route = model, backend, route
-        self.prompt_cache = PromptCache()
+        self._prompt_cache, self._settings = PromptCache(), dict[str, dict[str, Any]]()
 
     @classmethod
     def of(cls, model: Any, backend: str, route: str) -> PromptModel:
         view: Any = cls(model, backend, route)
         prompt_model: PromptModel = view
         return prompt_model
+
+    @property
+    def prompt_cache(self) -> PromptCache:
+        """Without the active adapter's entry if its configuration has changed: `inference_mode` alone makes another
+        prompt of the same weights."""
+        name, settings = self.active_adapter, dict(vars(self.model.active_peft_config))
+        if self._settings.get(name) != settings:
+            self._prompt_cache.clear(name)
+            self._settings[name] = settings
+        return self._prompt_cache
 
     @property
     def base_model(self) -> Any:

@@ -1,0 +1,141 @@
+"""PEFT's `generate` with a prompt that the base model's cache holds already.
+
+PEFT's own code runs: in the first step it puts the prompt's rows in front of the text's, and ones in front of the mask.
+Here that step gets a prompt of no rows, and a cache with the prompt's keys and values. Prompt, padding and text have
+the positions that PEFT gives them, so the results are PEFT's, padded or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..ops._backend import AUTO, BackendUnavailable
+from ..prompt_cache import prompt_states
+from ..sharing import SHARED, SPLICE, keeps_all, why_not_length, why_not_model
+from .encoders import why_not_adapter
+
+if TYPE_CHECKING:
+    from ..model import PromptModel
+    from .peft import Patch
+
+# What PEFT's generate passes on, or its configurations hold, and what it needs the virtual tokens for.
+_COVERING = ("output_attentions", "output_hidden_states")
+_OTHER_STEPS = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+
+
+@dataclass
+class Generation:
+    """A running call of `generate`.
+
+    objection: why its prompt is not shared, or None.
+    without_prompt: PEFT asks for the prompt of a step whose cache holds it.
+    """
+
+    patch: Patch
+    objection: str | None
+    without_prompt: bool = False
+
+
+_running: ContextVar[Generation | None] = ContextVar("fusedprompt_generation", default=None)
+
+
+@contextlib.contextmanager
+def generating(patch: Patch, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Around a call of PEFT's generate.
+
+    Raises:
+        BackendUnavailable: route "shared" was asked for, and cannot run.
+    """
+    objection = why_not_generate(patch.view, patch.route, kwargs)
+    if objection is not None:
+        _refuse(patch, objection)
+    token = _running.set(Generation(patch, objection))
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def without_prompt(patch: Patch) -> bool:
+    """Whether PEFT asks now for the prompt of a step whose cache holds it."""
+    running = _running.get()
+    return running is not None and running.patch is patch and running.without_prompt
+
+
+def why_not_generate(view: PromptModel, route: str, kwargs: dict[str, Any]) -> str | None:
+    """An objection to sharing the active adapter's prompt in this call of generate, or None."""
+    objection = why_not_adapter(view.model.active_peft_config)
+    if objection is not None:
+        return objection
+    if route == SPLICE:
+        return "route 'splice' was asked for"
+    assert view.active_adapter is not None
+    objection = why_not_model(view, view.active_adapter)
+    if objection is not None:
+        return objection
+    base = view.base_model
+    if route == AUTO:
+        device, dtype = base.device.type, base.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        if dtype not in (torch.float32, torch.float64):
+            return f"in {dtype} rounding may choose other tokens (route='shared' does not mind)"
+    for name in (*_COVERING, *_OTHER_STEPS):
+        sources = (kwargs.get("generation_config"), base.generation_config, base.config)
+        if kwargs.get(name) or any(getattr(source, name, None) for source in sources):
+            return f"{name} concerns the virtual tokens"
+    return None
+
+
+def prepare(patch: Patch, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's `prepare_inputs_for_generation`, with a filled cache in place of the prompt where nothing objects."""
+    running, cache = _running.get(), kwargs.get("past_key_values")
+    ids: Any = args[0] if args else kwargs.get("input_ids")
+    serves = running is not None and running.patch is patch and running.objection is None
+    layers = _fresh_layers(patch, cache, ids) if serves else None
+    if layers is None:
+        inputs: dict[str, Any] = original(*args, **kwargs)
+        return inputs
+    assert running is not None
+    running.without_prompt = True
+    try:
+        inputs = original(*args, **kwargs)
+    finally:
+        running.without_prompt = False
+    assert inputs["past_key_values"] is cache and inputs["inputs_embeds"].shape[:2] == ids.shape
+    cache.layers = layers
+    return inputs
+
+
+def _fresh_layers(patch: Patch, cache: Any, ids: Any) -> Any:
+    """Layers that hold the prompt, for a cache that this step begins; None if the cache cannot take them."""
+    from transformers import DynamicCache
+
+    if cache is not None and cache.get_seq_length():
+        return None  # a later step, or a conversation that goes on: PEFT adds no prompt
+    objection = None
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or not all(map(keeps_all, cache.layers)):
+        objection = f"the cache is {'not used' if cache is None else 'a ' + type(cache).__name__}"
+    elif ids is None or not ids.shape[1]:
+        objection = "there are no input_ids"
+    else:
+        objection = why_not_length(patch.view, ids.shape[1])
+    if objection is None:
+        try:
+            return prompt_states(patch.view, all_logits=False).for_rows(ids.shape[0]).layers
+        except BackendUnavailable as error:  # found out from the base model's answer
+            objection = str(error)
+    _refuse(patch, objection)
+    return None
+
+
+def _refuse(patch: Patch, objection: str) -> None:
+    if patch.route == SHARED:
+        raise BackendUnavailable(f"route 'shared' cannot run: {objection}")
+    patch.generated_alone.add(objection)
