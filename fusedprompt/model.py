@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, heads, modules, saving
-from .base_model import BaseFacts, cache_length, check_base_model, device_of
-from .config import PromptLearningConfig, TaskType, as_config
+from . import checkpoint, heads, saving
+from .adapters import PromptAdapters
+from .base_model import cache_length
+from .config import TaskType
 from .explanation import explain
 from .generation import generate
 from .ops._backend import AUTO
-from .prompt_cache import PromptCache
-from .sharing import SharingFacts, checked_route
+from .sharing import checked_route
 from .tasks import FORWARD, TENSORS, Batch, continue_from_cache
 
 
@@ -49,49 +48,21 @@ def get_prompt_model(
     return model
 
 
-class PromptModel(nn.Module):
+class PromptModel(PromptAdapters):
     """A frozen base model and its prompt adapters.
 
     Called like the base model; attributes that it lacks are the base model's. Outputs are PEFT's (`PeftModelFor...`)
-    except where docs/peft-differences.md says otherwise.
+    except where docs/peft-differences.md says otherwise. The adapters' side is `PromptAdapters`.
 
     Attributes:
-        base_model: the transformers model.
-        prompt_encoder: `nn.ModuleDict`, adapter name to the module that owns its parameters.
-        peft_config: adapter name to its resolved configuration.
-        prompt_start: adapter name to the number of tokens before its prompt.
-        active_adapter: the adapter in use.
         route: "shared" runs the prompt through the base model once and lets every row of text read its keys and values,
             "splice" runs it once per row, "auto" shares where that is exact and pays. docs/routes.md says when.
-        prompt_cache: prompts' keys and values for calls that train nothing.
     """
 
     def __init__(self, base_model: nn.Module, route: str = AUTO) -> None:
         """Without adapters, the base model as it is; see `get_prompt_model`."""
-        super().__init__()
-        if isinstance(base_model, PromptModel):
-            raise TypeError(
-                "base_model: expected a transformers model, got a PromptModel; add_adapter adds prompts to it"
-            )
-        self.base_model: Any = check_base_model(base_model)
-        self.facts = BaseFacts.of(base_model)
-        self.sharing = SharingFacts.of(base_model, self.facts)
+        super().__init__(base_model)
         self.route = route
-        self.prompt_cache = PromptCache()
-        self.prompt_encoder = nn.ModuleDict()
-        self.peft_config: dict[str, PromptLearningConfig] = {}
-        self.active_adapter: str | None = None
-        self._disabled = False
-        self.prompt_start: dict[str, int] = {}
-        self.train(base_model.training)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model, name)
 
     @property
     def route(self) -> str:
@@ -101,173 +72,6 @@ class PromptModel(nn.Module):
     @route.setter
     def route(self, route: str) -> None:
         self._route = checked_route(route)
-
-    # Adapters
-
-    @property
-    def active_config(self) -> PromptLearningConfig:
-        """The active adapter's configuration."""
-        if self.active_adapter is None:
-            raise ValueError("active_adapter: expected an adapter, but the last one was deleted")
-        return self.peft_config[self.active_adapter]
-
-    @property
-    def active_start(self) -> int:
-        """Tokens of each row that stay before the active adapter's prompt."""
-        return self.prompt_start[self.active_adapter] if self.active_adapter is not None else 0
-
-    def add_adapter(self, adapter_name: str, config: Any, prompt_start: int = 0) -> None:
-        """Add an untrained adapter; `set_adapter` makes it the active one. Nothing changes if this raises.
-
-        Args:
-            config, prompt_start: as in `get_prompt_model`.
-
-        Raises:
-            ValueError: the name is taken or cannot name a module, or a field of `config` breaks its rule.
-        """
-        if isinstance(prompt_start, bool) or not isinstance(prompt_start, int) or prompt_start < 0:
-            raise ValueError(f"prompt_start: expected an int >= 0, got {prompt_start!r}")
-        self._install(adapter_name, self._resolve(as_config(config)), prompt_start)
-        self.set_adapter(self.active_adapter or adapter_name)
-
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Use one adapter. Its parameters require gradients (unless it is for inference), the others' do not."""
-        self._check_known(adapter_name)
-        self.active_adapter = adapter_name
-        for name, encoder in self.prompt_encoder.items():
-            trains = name == adapter_name and not inference_mode and not self.peft_config[name].inference_mode
-            encoder.requires_grad_(trains)
-            if isinstance(encoder, modules.CPTEmbedding):
-                encoder.embedding.requires_grad_(False)
-        for _, saved in heads.saved_modules(self.base_model):
-            for name, module in saved.modules_to_save.items():
-                trains = name == adapter_name and not inference_mode and not self.peft_config[name].inference_mode
-                module.requires_grad_(trains)
-        self._use_heads()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was the active one, the first that is left takes its place, or none."""
-        self._check_known(adapter_name)
-        self._remove(adapter_name)
-        if self.active_adapter == adapter_name:
-            self.active_adapter = None
-            if self.peft_config:
-                self.set_adapter(next(iter(self.peft_config)))
-
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within the block this is the base model as it was, heads included."""
-        before, self._disabled = self._disabled, True
-        self._use_heads()
-        try:
-            yield
-        finally:
-            self._disabled = before
-            self._use_heads()
-
-    def get_base_model(self) -> nn.Module:
-        """The base model."""
-        model: nn.Module = self.base_model
-        return model
-
-    def _check_known(self, adapter_name: str) -> None:
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"adapter_name: expected one of {sorted(self.peft_config)}, got {adapter_name!r}")
-
-    def _resolve(self, config: PromptLearningConfig) -> PromptLearningConfig:
-        if config.task_type is None:
-            raise ValueError(f"task_type: expected one of {', '.join(task.value for task in TaskType)}, got None")
-        name = config.base_model_name_or_path or self.base_model.__dict__.get("name_or_path") or None
-        own_heads = heads.TASK_HEADS.get(TaskType(config.task_type), ())
-        saved = [*(config.modules_to_save or []), *own_heads]
-        # The table's width, where it is not the hidden size (OPT-350m projects between them).
-        width = getattr(self.word_embeddings, "embedding_dim", None)
-        resolved = config.resolved(
-            self.base_model.config,
-            token_dim=config.token_dim or width,
-            base_model_name_or_path=name,
-            modules_to_save=list(dict.fromkeys(saved)) or None,
-        )
-        if width is not None and resolved.token_dim != width:
-            raise ValueError(f"token_dim: expected the width of the word embeddings, {width}, got {resolved.token_dim}")
-        return resolved
-
-    def _install(
-        self,
-        adapter_name: str,
-        config: PromptLearningConfig,
-        prompt_start: int,
-        encoder: modules.PromptModule | None = None,
-    ) -> None:
-        if adapter_name in self.peft_config:
-            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
-        if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-            raise ValueError(f"adapter_name: expected a non-empty name without dots, got {adapter_name!r}")
-        own_heads = heads.TASK_HEADS.get(TaskType(config.task_type), ())
-        try:
-            encoder = encoder or modules.build(config, self.word_embeddings)
-            encoder.train(self.training)
-            self.prompt_encoder[adapter_name] = encoder.to(self.prompt_device)
-            self.peft_config[adapter_name] = config
-            self.prompt_start[adapter_name] = prompt_start
-            names = config.modules_to_save or []
-            heads.add_copies(self.base_model, adapter_name, names, [name for name in names if name not in own_heads])
-        except BaseException:
-            self._remove(adapter_name)
-            raise
-        if len(self.peft_config) == 1:
-            self.base_model.requires_grad_(False)
-
-    def _remove(self, adapter_name: str) -> None:
-        self.prompt_cache.clear(adapter_name)
-        self.peft_config.pop(adapter_name, None)
-        self.prompt_start.pop(adapter_name, None)
-        if adapter_name in self.prompt_encoder:
-            del self.prompt_encoder[adapter_name]
-        heads.remove_copies(self.base_model, adapter_name)
-
-    def _use_heads(self) -> None:
-        for _, saved in heads.saved_modules(self.base_model):
-            saved.active = None if self._disabled else self.active_adapter
-
-    # The prompt
-
-    @property
-    def word_embeddings(self) -> nn.Module:
-        """The base model's input embedding."""
-        module: nn.Module = self.base_model.get_input_embeddings()
-        return module
-
-    @property
-    def prompt_device(self) -> torch.device:
-        """Where the input embedding is."""
-        return device_of(self.word_embeddings)
-
-    def prompt_rows_count(self) -> int:
-        """P: prompt rows that stand before the tokens."""
-        count = self.active_config.num_virtual_tokens
-        assert count is not None
-        return count
-
-    def prompt_rows(self) -> Tensor:
-        """The active adapter's prompt, (P, D). An encoder-decoder's table holds rows for its decoder too; they wait."""
-        encoder: Any = self.prompt_encoder[self.active_adapter]  # type: ignore[index]
-        rows: Tensor = encoder()
-        count = self.prompt_rows_count()
-        return rows if rows.shape[0] == count else rows[:count]
-
-    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """The whole prompt table (R, D) as it is saved: computed in eval mode, so that no dropout is saved with it."""
-        self._check_known(adapter_name)
-        encoder: Any = self.prompt_encoder[adapter_name]
-        training = encoder.training
-        encoder.eval()
-        try:
-            with torch.no_grad():
-                prompt: Tensor = encoder.encode().detach().cpu()
-        finally:
-            encoder.train(training)
-        return prompt
 
     # Running
 
