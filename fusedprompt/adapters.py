@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,18 +79,27 @@ class PromptAdapters(nn.Module):
         self._install(adapter_name, self._resolve(as_config(config)), prompt_start)
         self.set_adapter(self.active_adapter or adapter_name)
 
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Use one adapter. Its parameters require gradients (unless it is for inference), the others' do not."""
-        self._check_known(adapter_name)
-        self.active_adapter = adapter_name
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Use one adapter. Its parameters require gradients (unless it is for inference), the others' do not.
+
+        Args:
+            adapter_name: or several, to be trained together in batches with `adapter_names`; the first is the active
+                one. The parameters of all of them require gradients.
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        if not names:
+            raise ValueError("adapter_name: expected a name, or several, got none")
+        for name in names:
+            self._check_known(name)
+        self.active_adapter = names[0]
         for name, encoder in self.prompt_encoder.items():
-            trains = name == adapter_name and not inference_mode and not self.peft_config[name].inference_mode
+            trains = name in names and not inference_mode and not self.peft_config[name].inference_mode
             encoder.requires_grad_(trains)
             if isinstance(encoder, modules.CPTEmbedding):
                 encoder.embedding.requires_grad_(False)
         for _, saved in heads.saved_modules(self.base_model):
             for name, module in saved.modules_to_save.items():
-                trains = name == adapter_name and not inference_mode and not self.peft_config[name].inference_mode
+                trains = name in names and not inference_mode and not self.peft_config[name].inference_mode
                 module.requires_grad_(trains)
         self._use_heads()
 
@@ -175,6 +184,10 @@ class PromptAdapters(nn.Module):
             del self.prompt_encoder[adapter_name]
         heads.remove_copies(self.base_model, adapter_name)
 
+    def heads_for_rows(self, names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
+        """Within it, each row of a batch goes through the heads of its own adapter; see `heads.for_rows`."""
+        return heads.for_rows(self.base_model, names)
+
     def _use_heads(self) -> None:
         for _, saved in heads.saved_modules(self.base_model):
             saved.active = None if self._disabled else self.active_adapter
@@ -192,17 +205,20 @@ class PromptAdapters(nn.Module):
         """Where the input embedding is."""
         return device_of(self.word_embeddings)
 
-    def prompt_rows_count(self) -> int:
-        """P: prompt rows that stand before the tokens."""
-        count = self.active_config.num_virtual_tokens
-        assert count is not None
-        return count
+    def prompt_rows_count(self, adapter_name: str | None = None) -> int:
+        """P: prompt rows of an adapter, the active one by default."""
+        config = self.active_config if adapter_name is None else self.peft_config[adapter_name]
+        assert config.num_virtual_tokens is not None
+        return config.num_virtual_tokens
 
-    def prompt_rows(self) -> Tensor:
-        """The active adapter's prompt, (P, D). An encoder-decoder's table holds rows for its decoder too; they wait."""
-        encoder: Any = self.prompt_encoder[self.active_adapter]  # type: ignore[index]
+    def prompt_rows(self, adapter_name: str | None = None) -> Tensor:
+        """An adapter's prompt, (P, D), the active one's by default.
+
+        An encoder-decoder's table holds rows for its decoder too; they wait.
+        """
+        encoder: Any = self.prompt_encoder[adapter_name or self.active_adapter]  # type: ignore[index]
         rows: Tensor = encoder()
-        count = self.prompt_rows_count()
+        count = self.prompt_rows_count(adapter_name)
         return rows if rows.shape[0] == count else rows[:count]
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:

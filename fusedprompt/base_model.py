@@ -119,3 +119,8 @@ def cache_length(past_key_values: Any) -> int:
 
 def device_of(embeddings: nn.Module) -> torch.device:
     return next(embeddings.parameters()).device
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor made on the host, on a device, without waiting for the device."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -18,6 +18,7 @@ from .base_model import cache_length
 from .config import CPTConfig, TaskType
 from .deferred import replaced
 from .layout import IGNORE_INDEX, Layout
+from .mixed import Mixture
 from .ops._backend import AUTO, BackendUnavailable
 from .ops.cpt.reference import is_label
 from .prompt_cache import is_kept, prompt_states
@@ -48,6 +49,7 @@ class Batch:
     others: dict[str, Any] = field(default_factory=dict)
     route: str = AUTO
     logits: str = "full"
+    mixture: Mixture | None = None
 
     @property
     def tokens(self) -> Tensor:
@@ -60,6 +62,16 @@ class Batch:
     def shape(self) -> tuple[int, int]:
         """(B, T)."""
         return self.tokens.shape[0], self.tokens.shape[1]
+
+    def adapters(self, model: PromptModel) -> tuple[str, ...]:
+        """The distinct adapters of the batch's rows."""
+        if self.mixture is not None:
+            return self.mixture.adapters
+        return () if model.active_adapter is None else (model.active_adapter,)
+
+    def prompt_length(self, model: PromptModel) -> int:
+        """N: columns that prompts take in the output."""
+        return model.prompt_rows_count() if self.mixture is None else self.mixture.longest
 
 
 def splice(model: PromptModel, batch: Batch, labels: Tensor | None = None, pool_last: bool = False) -> SplicedInputs:
@@ -97,11 +109,11 @@ def share(model: PromptModel, batch: Batch, all_logits: bool, wait: bool = False
         return None
     objection = why_not_batch(model, batch)
     hidden = batch.others.get("output_hidden_states", model.base_model.config.output_hidden_states)
-    kept = objection is None and is_kept(model)
+    kept = objection is None and is_kept(model, batch.mixture)
     if not choose(batch.route, objection, why_not_worth(model, batch, kept)):
         return None
     try:
-        return prompt_states(model, all_logits=all_logits, hidden_states=bool(hidden), wait=wait)
+        return prompt_states(model, all_logits=all_logits, hidden_states=bool(hidden), wait=wait, mixture=batch.mixture)
     except BackendUnavailable:  # found out from the base model's answer
         if batch.route == SHARED:
             raise
