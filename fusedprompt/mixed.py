@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base_model import BaseFacts, to_device
-from .config import CPTConfig, TaskType
+from .config import TaskType
 from .layout import IGNORE_INDEX, Layout, count_padding, may_be_padded
 
 if TYPE_CHECKING:
@@ -225,4 +225,5 @@ def arrange(
 
 def is_context_aware(model: PromptModel, mixture: Mixture) -> bool:
     """Whether an adapter is CPT's, whose loss is its own."""
-    return any(isinstance(model.peft_config[name], CPTConfig) for name in mixture.adapters)
+    methods = [model.peft_config[name].peft_type for name in mixture.adapters]
+    return any(getattr(method, "value", method) == "CPT" for method in methods)
