@@ -19,7 +19,7 @@ from .base_model import cache_length
 from .layout import Layout
 from .ops._backend import BackendUnavailable
 from .prompt_cache import prompt_states
-from .routes import SplicedInputs, choose_layout, splice_route
+from .routes import SplicedInputs, Turn, choose_layout, place, splice_route
 from .shared import PromptStates, prompt_first
 from .sharing import SHARED, SPLICE, choose, why_not_length, why_not_model
 
@@ -32,6 +32,9 @@ def generate(model: PromptModel, inputs: Tensor | None, route: str, **kwargs: An
     if inputs is not None and kwargs.get("input_ids") is not None:
         raise ValueError("inputs, input_ids: expected one of the two, got both")
     kwargs.pop("token_type_ids", None)
+    slots = kwargs.pop("slots", None)
+    if slots is not None:
+        return _placed(model, inputs, Layout.from_slots(slots, model.prompt_rows_count()), route, kwargs)
     if model.facts.encoder_decoder:
         return _encoder_decoder(model, inputs, kwargs)
     return _decoder(model, inputs, route, kwargs)
@@ -81,21 +84,70 @@ def _decoder(model: PromptModel, inputs: Tensor | None, route: str, kwargs: dict
     spliced = _splice(model, ids if embeds is None else None, embeds, mask, position_ids, in_front)
     if position_ids is None:
         spliced.arguments.pop("position_ids", None)  # transformers counts them from the mask, at every step
+    return _run_decoder(model, ids, embeds, spliced, states, kwargs)
+
+
+def _run_decoder(
+    model: PromptModel,
+    ids: Tensor | None,
+    embeds: Tensor | None,
+    spliced: SplicedInputs,
+    states: PromptStates | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    """The base model's `generate` on a batch whose prompt is in its place, or in `states`."""
+    base: Any = model.base_model
     if kwargs.get("assistant_model") is not None or _option(base, kwargs, "prompt_lookup_num_tokens"):
-        return _assisted(model, ids if embeds is None else None, mask, spliced.layout, states, kwargs)
+        return _assisted(model, ids if embeds is None else None, spliced, states, kwargs)
     if kwargs.get("use_cache") is False:
         warnings.warn(
             "use_cache=False is ignored: transformers generates from embeddings only with a cache. The result is the "
             "same.",
-            stacklevel=4,
+            stacklevel=5,
         )
         kwargs["use_cache"] = True
     if states is not None:
         # transformers skips as many of the embeddings as the cache holds: the prompt's.
         copies = max(int(_option(base, kwargs, name) or 1) for name in ("num_beams", "num_return_sequences"))
-        length = model.prompt_rows_count() + tokens.shape[1] + _most_new_tokens(base, kwargs)
-        kwargs["past_key_values"] = _filled_cache(base, states, tokens.shape[0] * copies, length, kwargs)
+        size, length = spliced.arguments["inputs_embeds"].shape[:2]
+        kwargs["past_key_values"] = _filled_cache(
+            base, states, size * copies, length + _most_new_tokens(base, kwargs), kwargs
+        )
     return base.generate(input_ids=ids, **spliced.arguments, **kwargs)
+
+
+def _placed(model: PromptModel, inputs: Tensor | None, layout: Layout, route: str, kwargs: dict[str, Any]) -> Any:
+    """Generate behind rows whose layout is given. Padding at the right is moved to the left, as decoders need it."""
+    choose(route, "the slots say where each prompt row goes" if route == SHARED else None, None)
+    ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+    embeds, mask = kwargs.pop("inputs_embeds", None), kwargs.pop("attention_mask", None)
+    tokens = ids if ids is not None else embeds
+    if tokens is None:
+        raise ValueError("input_ids: expected input_ids or inputs_embeds with slots, got neither")
+    decoder = not model.facts.encoder_decoder
+    assert layout.slots is not None
+    if cache_length(kwargs.get("past_key_values")):
+        raise ValueError("slots: expected None for tokens that follow a cache, in which the prompt stands already")
+    position_ids = kwargs.pop("position_ids", None)
+    if mask is None:
+        mask = torch.ones_like(layout.slots)
+    spliced = place(
+        model.facts,
+        model.word_embeddings,
+        model.prompt_rows(),
+        layout,
+        input_ids=ids if embeds is None else None,
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=position_ids,
+        turn=Turn.LAST_TO_END if decoder else None,
+    )
+    if not decoder:
+        return model.base_model.generate(**spliced.arguments, **kwargs)
+    _count_new_tokens(model.base_model, tokens.shape[1], kwargs)
+    if position_ids is None:
+        spliced.arguments.pop("position_ids", None)  # transformers counts them from the mask, at every step
+    return _run_decoder(model, ids, embeds, spliced, None, kwargs)
 
 
 def _share(
@@ -197,8 +249,7 @@ def _splice(
 def _assisted(
     model: PromptModel,
     ids: Tensor | None,
-    mask: Tensor | None,
-    layout: Layout,
+    spliced: SplicedInputs,
     states: PromptStates | None,
     kwargs: dict[str, Any],
 ) -> Any:
@@ -211,15 +262,16 @@ def _assisted(
         raise ValueError("input_ids: expected ids for assisted decoding, got only inputs_embeds")
     base: Any = model.base_model
     rows, thread = model.prompt_rows(), threading.get_ident()
-    if mask is None:
-        mask = torch.ones_like(ids)
-    wide_mask = layout.fill(mask, 1)
+    layout, wide_mask = spliced.layout, spliced.arguments.get("attention_mask")
+    if wide_mask is None:
+        wide_mask = layout.fill(torch.ones_like(ids), 1)
     columns = torch.arange(wide_mask.shape[1], device=ids.device).expand(ids.shape[0], -1)
     # Slots over the wide ids: every column is itself, but for the prompt's.
     prompt_slots = layout.slots if layout.slots is not None else ~columns
     slots = torch.where(layout.fill(torch.zeros_like(ids), 1) > 0, prompt_slots, columns)
-    first = ids.gather(1, (mask != 0).to(torch.int8).argmax(1, keepdim=True))
-    wide_ids = torch.where(slots < 0, first, layout.fill(ids, 0))
+    wide_ids = layout.fill(ids, 0)
+    first = wide_ids.gather(1, ((wide_mask != 0) & (slots >= 0)).to(torch.int8).argmax(1, keepdim=True))
+    wide_ids = torch.where(slots < 0, first, wide_ids)
 
     def embed_prompt(_: Any, args: tuple[Any, ...], call: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         cache: Any = call.get("past_key_values")

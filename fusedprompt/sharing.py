@@ -139,6 +139,8 @@ def why_not_batch(model: PromptModel, batch: Batch) -> str | None:
     if objection is not None:
         return objection
     (size, length), others = batch.shape, batch.others
+    if batch.layout is not None:
+        return "the slots say where each prompt row goes, and it is not in front of all text"
     if not size or not length:
         return "the batch has no tokens"
     for name, value in others.items():
