@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,11 +47,8 @@ class SavedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.rows is not None:
-            return call_by_rows(self._of_adapter, self.rows, args, kwargs)
+            return call_by_rows(self, self.rows, args, kwargs)
         return self.current(*args, **kwargs)
-
-    def _of_adapter(self, name: str) -> nn.Module:
-        return self.modules_to_save[name] if name in self.modules_to_save else self.original_module
 
     def __getattr__(self, name: str) -> Any:
         # transformers reads attributes of its heads, such as `weight` or `out_features`.
@@ -81,15 +78,17 @@ def for_rows(base: nn.Module, names: Sequence[str] | None) -> Iterator[None]:
             stand_in.rows = rows
 
 
-def call_by_rows(
-    module_of: Callable[[str], nn.Module], names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Call each distinct module on its own rows of the arguments, and put the rows together again."""
+def call_by_rows(stand_in: Any, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call each adapter's copy on its own rows of the arguments, and put the rows together again.
+
+    stand_in: a `SavedModule`, or PEFT's `ModulesToSaveWrapper`.
+    """
+    copies_of = dict(stand_in.modules_to_save.items())
     rows_of: dict[nn.Module, list[int]] = {}
     size = next(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     copies = size // max(len(names), 1)
     for row in range(size):
-        rows_of.setdefault(module_of(names[row // copies]), []).append(row)
+        rows_of.setdefault(copies_of.get(names[row // copies], stand_in.original_module), []).append(row)
     if len(rows_of) == 1:
         return next(iter(rows_of))(*args, **kwargs)
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from .base_model import BaseFacts, to_device
 from .config import TaskType
 from .layout import IGNORE_INDEX, Layout, count_padding, may_be_padded
+from .routes import SplicedInputs, check_length, place
 
 if TYPE_CHECKING:
     from .model import PromptModel
@@ -146,7 +147,6 @@ class Arrangement:
     padding: (B,) int64: padding tokens of the text before each row's own; None if there are none.
     lead: (B,) int64: padding positions before the row, those of the prompt included, in a causal model; else None.
     is_filler: (B, N + T): padding that is no token; None without.
-    turn: (B,) int64: by how many places tokens were rotated to the left; None for none.
     """
 
     layout: Layout
@@ -174,12 +174,13 @@ class Arrangement:
             return filled
         return filled.scatter(1, self.lead.clamp(max=filled.shape[1] - 1).unsqueeze(1), IGNORE_INDEX)
 
-    def position_ids(self) -> Tensor | None:
-        """Position ids (B, N + T) that do not count padding; None where the base model's own do that."""
-        if self.lead is None or (self.padding is None and self.is_filler is None):
-            return None
-        position = torch.arange(self.layout.output_length(0), device=self.lead.device) - self.lead.unsqueeze(1)
-        return position.clamp(min=0) + self.first_position
+    def position_ids(self) -> Tensor:
+        """Position ids (B, N + T) that do not count padding in front."""
+        size, length = self.layout.slots.shape  # type: ignore[union-attr]
+        position = torch.arange(length, device=self.layout.slots.device)  # type: ignore[union-attr]
+        if self.lead is None:
+            return position.expand(size, -1) + self.first_position
+        return (position - self.lead.unsqueeze(1)).clamp(min=0) + self.first_position
 
 
 def arrange(
@@ -223,7 +224,60 @@ def arrange(
     return Arrangement(Layout.from_slots(slots, table_rows), padding, lead, is_filler, facts.first_position)
 
 
-def is_context_aware(model: PromptModel, mixture: Mixture) -> bool:
+def splice_mixture(
+    model: PromptModel,
+    mixture: Mixture,
+    *,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    pool_last: bool = False,
+) -> SplicedInputs:
+    """`routes.splice_route` for rows of different adapters. Fields are those of the tokens, (B, T)."""
+    tokens = input_ids if input_ids is not None else inputs_embeds
+    if tokens is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("You have to provide either input_ids or inputs_embeds, and not both")
+    size, length = tokens.shape[:2]
+    if attention_mask is not None and tuple(attention_mask.shape) != (size, length):
+        raise ValueError(f"attention_mask: expected shape (B, T) = {(size, length)}, got {tuple(attention_mask.shape)}")
+    check_length(model.facts, mixture.longest, length)
+    if any(mixture.starts) and position_ids is not None:
+        raise ValueError(f"position_ids: expected None with prompt_start > 0, got {tuple(position_ids.shape)}")
+    arranged = arrange(mixture, model.facts, tokens, attention_mask, pool_last)
+    layout, mask = arranged.layout, arranged.mask(attention_mask, tokens)
+    if position_ids is not None:
+        moved = position_ids.expand(size, length) + mixture.count.unsqueeze(1)
+        firsts = torch.cat([torch.arange(count, device=tokens.device) for count in (*mixture.counts, 1)])
+        position_ids = layout.fill_rows(moved, (firsts + model.facts.first_position).to(moved.dtype))
+    elif mask is not None and model.facts.takes_position_ids:
+        position_ids = arranged.position_ids()
+    return place(
+        model.facts,
+        model.word_embeddings,
+        mixture.table(mixture.encode(model), model.active_config.token_dim or 0),
+        layout,
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        attention_mask=mask,
+        labels=None if labels is None else arranged.labels(labels, mixture.task is TaskType.CAUSAL_LM),
+        position_ids=position_ids,
+        token_type_ids=None if token_type_ids is None else layout.fill(token_type_ids, 0),
+    )
+
+
+def is_context_aware(model: PromptModel, adapter_name: str) -> bool:
     """Whether an adapter is CPT's, whose loss is its own."""
-    methods = [model.peft_config[name].peft_type for name in mixture.adapters]
-    return any(getattr(method, "value", method) == "CPT" for method in methods)
+    method = model.peft_config[adapter_name].peft_type
+    return bool(getattr(method, "value", method) == "CPT")
+
+
+def refuse_cache(adapter_names: Sequence[str] | None) -> None:
+    """For a call with a cache that is not empty."""
+    if adapter_names is not None:
+        raise ValueError(
+            "adapter_names: expected None for tokens that follow a cache, in which the prompts stand already; call the "
+            "base model with the mask of all columns"
+        )

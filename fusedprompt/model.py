@@ -16,7 +16,9 @@ from .base_model import cache_length
 from .config import TaskType
 from .explanation import explain
 from .generation import generate
+from .mixed import Mixture, refuse_cache
 from .ops._backend import AUTO
+from .packing import use_slots
 from .sharing import checked_route
 from .tasks import FORWARD, TENSORS, Batch, continue_from_cache
 
@@ -87,6 +89,9 @@ class PromptModel(PromptAdapters):
         *,
         route: str | None = None,
         logits: str = "full",
+        slots: Tensor | None = None,
+        pool_index: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the base model on prompt and tokens.
@@ -100,6 +105,14 @@ class PromptModel(PromptAdapters):
             past_key_values: a cache; one that is not empty holds the prompt already.
             route: "auto", "shared" or "splice", instead of the model's own.
             logits: of a language model: "full" for (B, P + T, V), "text" for (B, T, V) without the prompt's.
+            slots: (B, S) int64, to say where everything goes: ~r for prompt row r, t >= 0 for token t; for padding
+                either. attention_mask, labels per token, position_ids, token_type_ids and input_type_mask are then
+                those of the output, (B, S); input_ids stay (B, T), and answers to questions count tokens.
+            pool_index: (B,) int64, with slots: the columns that a sequence classifier reads, where they are not its
+                usual ones (the last that is not padding in a decoder, the first in an encoder).
+            adapter_names: the adapter of each row, "__base__" for none, instead of the active one for all; their
+                prompts may differ in length. The loss is the mean over the whole batch. With slots: the adapters whose
+                prompts, one after another, the slots refer to.
             kwargs: for the base model (and `input_type_mask` (B, T) for CPT).
 
         Returns:
@@ -108,29 +121,33 @@ class PromptModel(PromptAdapters):
 
         Raises:
             BackendUnavailable: route "shared" was asked for by name and cannot run; the message says why.
+            ValueError: `slots` or a tensor that goes with them has the wrong shape, dtype or (on a CPU) values.
         """
-        _refuse_adapter_names(kwargs)
         route = self.route if route is None else checked_route(route)
         tensors = (input_ids, inputs_embeds, attention_mask, labels, position_ids, token_type_ids)
         if self._disabled or self.active_adapter is None:
+            _refuse_slots(slots, "a model without a prompt")
+            _refuse_adapter_names(adapter_names)
             given = {name: value for name, value in zip(TENSORS, tensors) if value is not None}
             if past_key_values is not None:
                 given["past_key_values"] = past_key_values
             return self.base_model(**given, **kwargs)
-        self._check_logits(logits)
         batch = Batch(*tensors, kwargs, route, logits)
+        task = TaskType(self.active_config.task_type)
+        if slots is not None:
+            use_slots(self, batch, slots, pool_index, adapter_names)
+        elif adapter_names is not None:
+            batch.mixture = Mixture.of(self, adapter_names, batch.tokens)
+            task = batch.mixture.task
+        _check_logits(logits, task)
         if past_key_values is not None:
             if not self.facts.encoder_decoder and cache_length(past_key_values) > 0:
+                _refuse_slots(slots, "tokens that follow a cache, in which the prompt stands already")
+                refuse_cache(adapter_names)
                 return continue_from_cache(self, batch, past_key_values)
             kwargs["past_key_values"] = past_key_values
-        return FORWARD[TaskType(self.active_config.task_type)](self, batch)
-
-    def _check_logits(self, logits: str) -> None:
-        if logits not in ("full", "text"):
-            raise ValueError(f"logits: expected 'full' or 'text', got {logits!r}")
-        task = TaskType(self.active_config.task_type)
-        if logits == "text" and task is not TaskType.CAUSAL_LM:
-            raise ValueError(f"logits: expected 'full' for task {task.value}, got {logits!r}")
+        with self.heads_for_rows(None if batch.mixture is None else batch.mixture.names):
+            return FORWARD[task](self, batch)
 
     def generate(self, inputs: Tensor | None = None, *, route: str | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, with the prompt in front.
@@ -138,13 +155,16 @@ class PromptModel(PromptAdapters):
         Args:
             inputs: (B, T) ids, as `input_ids`; or pass `inputs_embeds` (B, T, D), and get only the new tokens.
             route: "auto", "shared" or "splice", instead of the model's own.
-            kwargs: every argument of transformers' `generate`. `max_length` counts text only.
+            kwargs: every argument of transformers' `generate`. `max_length` counts text only. `slots` (B, S) as in
+                `forward`, and then `attention_mask` and `position_ids` (B, S). `adapter_names` as in `forward`: the
+                adapter of each row.
 
         Returns:
             What `generate` returns: for decoders, ids of text and new tokens, without the prompt.
         """
-        _refuse_adapter_names(kwargs)
         if self._disabled or self.active_adapter is None:
+            _refuse_slots(kwargs.get("slots"), "a model without a prompt")
+            _refuse_adapter_names(kwargs.get("adapter_names"))
             return self.base_model.generate(inputs, **kwargs)
         with torch.no_grad():  # as transformers does: nothing here is to be trained
             return generate(self, inputs, self.route if route is None else checked_route(route), **kwargs)
@@ -163,7 +183,8 @@ class PromptModel(PromptAdapters):
         """How each adapter's prompt is computed and reaches the base model, and why so, a line each.
 
         Args:
-            batch: arguments of a forward call. With them, what would be done with this batch and the active adapter.
+            batch: arguments of a forward call. With them, what would be done with this batch and the active adapter,
+                and a picture of its first row: P a prompt row, t a token, A an anchor, · padding.
         """
         return explain(self, batch)
 
@@ -230,10 +251,18 @@ class PromptModel(PromptAdapters):
         self.set_adapter(self.active_adapter or adapter_name)
 
 
-def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
-    """Base models with **kwargs would swallow this PEFT argument, and every row would get the active prompt."""
-    if kwargs.get("adapter_names") is not None:
-        raise ValueError(
-            f"adapter_names: expected None, because all rows of a batch use the active adapter (set_adapter), got "
-            f"{kwargs['adapter_names']!r}"
-        )
+def _refuse_slots(slots: Tensor | None, place: str) -> None:
+    if slots is not None:
+        raise ValueError(f"slots: expected None for {place}, got a tensor of shape {tuple(slots.shape)}")
+
+
+def _refuse_adapter_names(names: Sequence[str] | None) -> None:
+    if names is not None:
+        raise ValueError(f"adapter_names: expected None where adapters are disabled or there is none, got {names!r}")
+
+
+def _check_logits(logits: str, task: TaskType) -> None:
+    if logits not in ("full", "text"):
+        raise ValueError(f"logits: expected 'full' or 'text', got {logits!r}")
+    if logits == "text" and task is not TaskType.CAUSAL_LM:
+        raise ValueError(f"logits: expected 'full' for task {task.value}, got {logits!r}")

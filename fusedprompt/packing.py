@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from .config import TaskType
-from .layout import IGNORE_INDEX
-from .mixed import BASE
+from .layout import IGNORE_INDEX, Layout
+from .mixed import BASE, is_context_aware
 
 if TYPE_CHECKING:
     from .model import PromptModel
+    from .tasks import Batch
 
 _FLASH = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -87,7 +88,11 @@ class PackingCollator:
         reason = None if dtype is None else why_not_apart(model, dtype)
         if reason is not None:
             raise ValueError(f"model: expected one that can keep packed examples apart, but {reason}")
-        rows = {name: model.prompt_rows_count(name) for name in model.peft_config if not model.prompt_start[name]}
+        rows = {
+            name: model.prompt_rows_count(name)
+            for name in model.peft_config
+            if not model.prompt_start[name] and not is_context_aware(model, name)
+        }
         assert model.active_adapter is not None
         return cls(rows, model.active_adapter, max_length, pad_token_id, model.facts.first_position, dtype)
 
@@ -108,8 +113,10 @@ class PackingCollator:
         first, total = {BASE: 0}, 0
         for name in table:
             first[name], total = total, total + known[name]
-        pieces = [self._piece(index, example, known[name], first[name]) for index, (example, name) in
-                  enumerate(zip(examples, names))]
+        pieces = [
+            self._piece(index, example, known[name], first[name])
+            for index, (example, name) in enumerate(zip(examples, names))
+        ]
         packed = self._join(self._rows(pieces))
         if table != [self.adapter]:
             packed["adapter_names"] = table
@@ -122,7 +129,9 @@ class PackingCollator:
         if ids.dim() != 1 or not len(ids):
             raise ValueError(f"examples[{index}]['input_ids']: expected shape (T,), T >= 1, got {tuple(ids.shape)}")
         if labels.shape != ids.shape:
-            raise ValueError(f"examples[{index}]['labels']: expected shape {tuple(ids.shape)}, got {tuple(labels.shape)}")
+            raise ValueError(
+                f"examples[{index}]['labels']: expected shape {tuple(ids.shape)}, got {tuple(labels.shape)}"
+            )
         if self.max_length is not None and rows + len(ids) > self.max_length:
             raise ValueError(
                 f"examples[{index}]: expected at most max_length = {self.max_length} columns, "
@@ -160,11 +169,15 @@ class PackingCollator:
             positions = [torch.arange(piece.columns) + self.first_position for piece in full]
             fields["position_ids"].append(torch.cat(positions))
             unlabelled = [torch.full((piece.rows,), IGNORE_INDEX) for piece in full]
-            fields["labels"].append(torch.cat([part for pair in zip(unlabelled, (p.labels for p in full)) for part in pair]))
+            fields["labels"].append(
+                torch.cat([part for pair in zip(unlabelled, (p.labels for p in full)) for part in pair])
+            )
             lengths += [piece.columns for piece in full]
         tokens = max(len(ids) for ids in fields["input_ids"])
         # Rows with fewer tokens have more prompts: no slot refers to what is added here.
-        ids = [torch.nn.functional.pad(own, (0, tokens - len(own)), value=self.pad_token_id) for own in fields["input_ids"]]
+        ids = [
+            torch.nn.functional.pad(own, (0, tokens - len(own)), value=self.pad_token_id) for own in fields["input_ids"]
+        ]
         packed: dict[str, Any] = {name: torch.stack(values) for name, values in {**fields, "input_ids": ids}.items()}
         ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         packed.update(zip(_FLASH, (ends, ends, max(lengths), max(lengths))))
@@ -202,6 +215,30 @@ def block_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
     column = torch.arange(position_ids.shape[1], device=position_ids.device)
     sees = (example.unsqueeze(2) == example.unsqueeze(1)) & (column.unsqueeze(1) >= column)
     return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def use_slots(
+    model: PromptModel, batch: Batch, slots: Tensor, pool_index: Tensor | None, adapter_names: Sequence[str] | None
+) -> None:
+    """Give a batch the layout that its caller says: slots into the active adapter's prompt, or into several.
+
+    Raises:
+        ValueError: unknown adapters, or such whose heads cannot be told apart within a row.
+    """
+    rows = model.prompt_rows_count()
+    if adapter_names is not None:
+        for name in adapter_names:
+            if name not in model.peft_config:
+                raise ValueError(f"adapter_names: expected names among {[*model.peft_config]} with slots, got {name!r}")
+            if model.peft_config[name].modules_to_save and [*adapter_names] != [model.active_adapter]:
+                raise ValueError(f"adapter_names: expected adapters without modules_to_save with slots, got {name!r}")
+        batch.table = tuple(adapter_names)
+        rows = sum(model.prompt_rows_count(name) for name in adapter_names)
+    batch.layout, batch.pool_index = Layout.from_slots(slots, rows), pool_index
+    mask = batch.attention_mask
+    if mask is not None and mask.dim() == 4:  # block-diagonal: it is the base model's own business
+        batch.others["attention_mask"], batch.attention_mask = mask, None
+    flash_arguments(model.base_model, batch.others)
 
 
 def flash_arguments(base: Any, others: dict[str, Any]) -> None:

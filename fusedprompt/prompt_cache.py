@@ -131,7 +131,7 @@ def prompt_states(
     wait: bool = False,
     mixture: Mixture | None = None,
 ) -> PromptStates:
-    """The active prompt's states, or those of a mixture: kept ones where that is allowed, else from a pass of their own.
+    """The active prompt's states, or a mixture's: kept ones where that is allowed, else from a pass of their own.
 
     wait: a pass of their own may leave logits of all virtual tokens until they are read.
     """

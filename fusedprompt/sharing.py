@@ -141,6 +141,8 @@ def why_not_batch(model: PromptModel, batch: Batch) -> str | None:
     if objection is not None:
         return objection
     (size, length), others = batch.shape, batch.others
+    if batch.layout is not None:
+        return "the slots say where each prompt row goes, and it is not in front of all text"
     if not size or not length:
         return "the batch has no tokens"
     for name, value in others.items():
@@ -165,9 +167,7 @@ def why_not_length(model: PromptModel, total: int) -> str | None:
     return None
 
 
-def cost_rule(
-    rows: int, size: int, length: int, kept: bool, device: str = "cpu", prompts: int = 1
-) -> str | None:
+def cost_rule(rows: int, size: int, length: int, kept: bool, device: str = "cpu", prompts: int = 1) -> str | None:
     """The cost rule: why `auto` leaves a batch (size, length) to splice, though sharing would be exact; or None.
 
     A pass of the prompt's own reads the base model's weights once more. On a CPU that costs as much as 20 to 28 tokens

@@ -165,7 +165,7 @@ def is_label(code: int) -> bool:
 
 
 def prompt_rows(model: Any, adapter_name: str | None = None) -> Tensor:
-    """An adapter's whole prompt (R, D), hooks of the encoder and of its embedding included; the active one's by default."""
+    """An adapter's (the active one's) whole prompt (R, D), hooks of the encoder and of its embedding included."""
     name = adapter_name or model.active_adapter
     config, encoder = model.peft_config[name], model.prompt_encoder[name]
     table = encoder.embedding

@@ -47,8 +47,4 @@ def heads_for_rows(base: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 def _forward(wrapper: Any, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-    def module_of(name: str) -> nn.Module:
-        module: nn.Module = wrapper.modules_to_save[name] if name in wrapper.modules_to_save else wrapper.original_module
-        return module
-
-    return call_by_rows(module_of, names, args, kwargs)
+    return call_by_rows(wrapper, names, args, kwargs)
