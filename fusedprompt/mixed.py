@@ -97,10 +97,10 @@ class Mixture:
         """Each adapter's prompt (P, D), in fp32 or its own dtype."""
         return [model.prompt_rows(name) for name in self.adapters]
 
-    def table(self, prompts: Sequence[Tensor], width: int) -> Tensor:
+    def table(self, prompts: Sequence[Tensor], word_embeddings: Any) -> Tensor:
         """(R + 1, D): all prompts, one after another, and a row of zeros, which pads."""
-        zeros = prompts[0].new_zeros(1, width) if prompts else self.rows.new_zeros(1, width, dtype=torch.float32)
-        return torch.cat([*prompts, zeros])
+        like = prompts[0] if prompts else word_embeddings.weight
+        return torch.cat([*prompts, like.new_zeros(1, like.shape[1])])
 
     def stack(self, prompts: Sequence[Tensor]) -> Tensor:
         """(A, N, ...): all prompts, the shorter ones padded by zeros in front."""
@@ -111,7 +111,7 @@ class Mixture:
     def unstack(self, stacked: Tensor) -> Tensor:
         """(A, N, X) as the rows of a table (R + 1, X)."""
         longest = self.longest
-        return self.table([values[longest - n :] for values, n in zip(stacked, self.counts)], stacked.shape[-1])
+        return self.table([values[longest - n :] for values, n in zip(stacked, self.counts)], None)
 
     def stack_mask(self, device: torch.device) -> Tensor | None:
         """(A, N) int64: 1 at the prompt rows of a stack; None if there is nothing else."""
@@ -257,7 +257,7 @@ def splice_mixture(
     return place(
         model.facts,
         model.word_embeddings,
-        mixture.table(mixture.encode(model), model.active_config.token_dim or 0),
+        mixture.table(mixture.encode(model), model.word_embeddings),
         layout,
         input_ids=input_ids,
         inputs_embeds=inputs_embeds,

@@ -172,8 +172,7 @@ def causal_lm(model: PromptModel, batch: Batch) -> Any:
     several = batch.mixture is not None or batch.table is not None
     if several and batch.labels is not None and any(is_context_aware(model, name) for name in batch.adapters(model)):
         raise ValueError("labels: expected None with adapter_names of CPT, whose loss weighs a batch of its own prompt")
-    config = model.active_config
-    if isinstance(config, CPTConfig) and not several:
+    if not several and isinstance(config := model.active_config, CPTConfig):
         return _context_aware(model, config, batch)
     states = share(model, batch, all_logits=batch.logits == "full", wait=may_wait(model, batch.labels))
     if states is not None:

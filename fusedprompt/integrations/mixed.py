@@ -7,25 +7,37 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from .. import generation
+from ..base_model import cache_length
 from ..heads import call_by_rows
-from .encoders import why_not_adapter
+from ..mixed import Mixture, refuse_cache
+from ..tasks import FORWARD, TENSORS, Batch
 
 if TYPE_CHECKING:
     from ..model import PromptModel
 
 
-def check_methods(view: PromptModel, names: Sequence[str]) -> None:
-    """Refuse adapters whose method is left to PEFT.
+def forward(view: PromptModel, given: dict[str, Any]) -> Any:
+    """A forward call with `adapter_names`: this package's own, with padding where it changes nothing."""
+    names = given.pop("adapter_names")
+    given.pop("task_ids", None)
+    tensors: dict[str, Any] = {name: given.pop(name, None) for name in TENSORS}
+    batch = Batch(**tensors, others=given, route=view.route)
+    if cache_length(given.get("past_key_values")):
+        refuse_cache(names)
+    batch.mixture = Mixture.of(view, names, batch.tokens)
+    with view.heads_for_rows(names):
+        return FORWARD[batch.mixture.task](view, batch)
 
-    Raises:
-        ValueError: one of them is named.
-    """
-    for name in dict.fromkeys(names):
-        reason = why_not_adapter(view.peft_config[name]) if name in view.peft_config else None
-        if reason is not None:
-            raise ValueError(f"adapter_names: expected adapters that are served here, got {name!r}: {reason}")
+
+def generate(view: PromptModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`generate` with `adapter_names`."""
+    kwargs.pop("task_ids", None)
+    with torch.no_grad():
+        return generation.generate(view, args[0] if args else kwargs.pop("inputs", None), view.route, **kwargs)
 
 
 @contextlib.contextmanager

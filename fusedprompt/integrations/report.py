@@ -85,8 +85,8 @@ def report(patch: Patch) -> str:
         objection = why_not_adapter(config) or why_not_encoder(model.prompt_encoder[name], config)
         if objection is not None:
             left[f"{'adapter' if why_not_adapter(config) else 'encoder of'} {name}"] = objection
-    if "generate" not in patch.replaced and hasattr(model.base_model, "generate"):
-        left["generate"] = "PEFT's own; its prompt comes from the encoder above"
+    if not patch.fix and hasattr(model.base_model, "generate"):
+        left["generate"] = "PEFT's own, but with adapter_names; its prompt comes from the encoder above"
     alone = [f"  {part}: {reason}" for part, reason in left.items()]
     alone += [f"  calls that went to PEFT: {reason}" for reason in sorted(patch.refused)]
     lines += ["left alone:", *alone] if alone else []
