@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from .model import PromptModel, get_prompt_model
     from .modules import CPTEmbedding, PromptEmbedding, PromptEncoder
     from .ops import BackendUnavailable, explain, use_backend
+    from .packing import PackingCollator, pack
 
 _MODULE_OF = {
     "BackendUnavailable": "ops",
     "CPTConfig": "config",
     "CPTEmbedding": "modules",
     "Layout": "layout",
+    "PackingCollator": "packing",
     "PeftType": "config",
     "PromptEmbedding": "modules",
     "PromptEncoder": "modules",
@@ -47,6 +49,7 @@ _MODULE_OF = {
     "apply": "integrations.peft",
     "explain": "ops",
     "get_prompt_model": "model",
+    "pack": "packing",
     "use_backend": "ops",
 }
 
@@ -55,6 +58,7 @@ __all__ = [
     "CPTConfig",
     "CPTEmbedding",
     "Layout",
+    "PackingCollator",
     "PeftType",
     "PromptEmbedding",
     "PromptEncoder",
@@ -70,6 +74,7 @@ __all__ = [
     "explain",
     "get_prompt_model",
     "ops",
+    "pack",
     "use_backend",
 ]
 

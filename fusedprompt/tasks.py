@@ -79,6 +79,17 @@ class Batch:
             return self.table
         return () if model.active_adapter is None else (model.active_adapter,)
 
+    def prompts(self, model: PromptModel) -> Tensor:
+        """(R, D): the table that the slots of a given layout refer to."""
+        if self.table is None:
+            return model.prompt_rows()
+        rows = [model.prompt_rows(name) for name in self.table]
+        return (
+            torch.cat(rows)
+            if rows
+            else self.tokens.new_zeros(0, model.active_config.token_dim or 0, dtype=torch.float32)
+        )
+
     def prompt_length(self, model: PromptModel) -> int:
         """N: columns that prompts take in the output."""
         return model.prompt_rows_count() if self.mixture is None else self.mixture.longest
@@ -111,11 +122,10 @@ def splice(
             pool_last=pool_last,
         )
     if batch.layout is not None:
-        names = (None,) if batch.table is None else batch.table
         return place(
             model.facts,
             model.word_embeddings,
-            torch.cat([model.prompt_rows(name) for name in names]) if len(names) != 1 else model.prompt_rows(names[0]),
+            batch.prompts(model),
             batch.layout,
             input_ids=batch.input_ids,
             inputs_embeds=batch.inputs_embeds,
