@@ -83,12 +83,8 @@ class Batch:
         """(R, D): the table that the slots of a given layout refer to."""
         if self.table is None:
             return model.prompt_rows()
-        rows = [model.prompt_rows(name) for name in self.table]
-        return (
-            torch.cat(rows)
-            if rows
-            else self.tokens.new_zeros(0, model.active_config.token_dim or 0, dtype=torch.float32)
-        )
+        none = torch.empty(0, model.active_config.token_dim or 0, device=self.tokens.device)
+        return torch.cat([none, *(model.prompt_rows(name) for name in self.table)])
 
     def prompt_length(self, model: PromptModel) -> int:
         """N: columns that prompts take in the output."""

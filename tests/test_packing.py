@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import fusedprompt
 from fusedprompt.packing import block_mask
 from models import ours, tokens
-from test_mixed import BASE, assert_close, gradients, mixed
+from test_mixed import BASE, assert_close, drawn_model, gradients
 from test_mixed import alone as of_adapter
 from tolerance import examples, one_thread
 
@@ -94,10 +94,7 @@ def test_drawn_packs_of_several_adapters_are_as_if_alone(drawn: list[tuple[str, 
     if all(name == BASE and length == 1 for name, length in drawn):
         drawn.append(("long", 2))
     texts = [example(length, seed) for seed, (_, length) in enumerate(drawn)]
-    check(MODEL, texts, [name for name, _ in drawn], max_length=max_length)
-
-
-MODEL = mixed("Llama")
+    check(drawn_model(), texts, [name for name, _ in drawn], max_length=max_length)
 
 
 def test_labels_of_the_caller_count_and_nothing_is_predicted_across_borders() -> None:
@@ -174,5 +171,5 @@ def test_wrong_examples_are_named() -> None:
             fusedprompt.pack(model, texts, **options)
     with pytest.raises(ValueError, match="expected a causal language model to pack examples for, got task SEQ_CLS"):
         fusedprompt.pack(ours("Llama", "SEQ_CLS"), [example(2, 0)])
-    with pytest.raises(ValueError, match="adapter_names: expected names among .* with slots, got 'other'"):
+    with pytest.raises(ValueError, match=r"adapter_names: expected names among .* with slots, got 'other'"):
         model(**{**fusedprompt.pack(model, [example(2, 0)]), "adapter_names": ["other"]})
