@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .model import PromptModel, get_prompt_model
     from .modules import CPTEmbedding, PromptEmbedding, PromptEncoder
     from .ops import BackendUnavailable, explain, use_backend
+    from .rendering import TemplateCollator
+    from .template import Template
 
 _MODULE_OF = {
     "BackendUnavailable": "ops",
@@ -44,6 +46,8 @@ _MODULE_OF = {
     "PromptTuningConfig": "config",
     "PromptTuningInit": "config",
     "TaskType": "config",
+    "Template": "template",
+    "TemplateCollator": "rendering",
     "apply": "integrations.peft",
     "explain": "ops",
     "get_prompt_model": "model",
@@ -65,6 +69,8 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "Template",
+    "TemplateCollator",
     "__version__",
     "apply",
     "explain",
