@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .config import TaskType
 from .layout import IGNORE_INDEX, Layout, count_padding
-from .template import Field, Mask, Prompt, Separator, Template
+from .template import Anchor, Field, Mask, Prompt, Separator, Template
 
 if TYPE_CHECKING:
     from .model import PromptModel
@@ -132,6 +132,31 @@ class _Plan:
     steps: Tensor
     token_types: Tensor
     labels: Tensor
+
+
+def anchor_slots(template: Template, slots: Sequence[int], mask: Sequence[float] | None) -> set[int]:
+    """Which slots of a row are anchors or mask tokens: rows of the table, or tokens of a batch that was rendered.
+
+    Of tokens only their number is known, so that texts beside each other, with no prompt between, have none.
+    """
+    anchors: set[int] = set()
+    real = [slot for slot, kept in zip(slots, mask or [1] * len(slots)) if kept]
+    rows = template.num_prompt_rows
+    runs = [list(run) for is_prompt, run in itertools.groupby(real, lambda slot: -rows <= slot < 0) if not is_prompt]
+    prompts = itertools.groupby(pieces_of(template), lambda piece: piece.row is not None and piece.row < rows)
+    groups = [list(group) for is_prompt, group in prompts if not is_prompt]
+    for run, group in zip(runs, groups):
+        texts = sum(piece.field is not None for piece in group)
+        text = len(run) - sum(piece.length for piece in group)
+        if len(runs) != len(groups) or texts > 1:
+            continue
+        place = 0
+        for piece in group:
+            length = text if piece.field is not None else piece.length
+            if piece.part >= 0 and isinstance(template.parts[piece.part], Anchor | Mask):
+                anchors.update(run[place : place + length])
+            place += length
+    return anchors
 
 
 @functools.lru_cache(maxsize=64)

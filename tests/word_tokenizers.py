@@ -6,7 +6,23 @@ from typing import Any
 
 from models import VOCAB
 
-WORDS = ["paris", "rome", "france", "italy", "is", "the", "capital", "of", "a", "big", "city", "no", "yes", "cats", "purr"]
+WORDS = [
+    "paris",
+    "rome",
+    "france",
+    "italy",
+    "is",
+    "the",
+    "capital",
+    "of",
+    "a",
+    "big",
+    "city",
+    "no",
+    "yes",
+    "cats",
+    "purr",
+]
 # Ids of the special tokens; models.PAD and models.EOS are 0 and 1.
 _SPECIALS = {
     "bert": ["[PAD]", "[EOS]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
