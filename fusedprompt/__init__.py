@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .modules import CPTEmbedding, PromptEmbedding, PromptEncoder
     from .ops import BackendUnavailable, explain, use_backend
     from .packing import PackingCollator, pack
+    from .rendering import TemplateCollator
+    from .template import Template
 
 _MODULE_OF = {
     "BackendUnavailable": "ops",
@@ -46,6 +48,8 @@ _MODULE_OF = {
     "PromptTuningConfig": "config",
     "PromptTuningInit": "config",
     "TaskType": "config",
+    "Template": "template",
+    "TemplateCollator": "rendering",
     "apply": "integrations.peft",
     "explain": "ops",
     "get_prompt_model": "model",
@@ -69,6 +73,8 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "Template",
+    "TemplateCollator",
     "__version__",
     "apply",
     "explain",

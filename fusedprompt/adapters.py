@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from . import heads, modules
 from .base_model import BaseFacts, check_base_model, device_of
 from .config import PromptLearningConfig, TaskType, as_config
+from .placing import table_ids
 from .prompt_cache import PromptCache
 from .sharing import SharingFacts
+from .template import Template
 
 
 class PromptAdapters(nn.Module):
@@ -24,6 +27,7 @@ class PromptAdapters(nn.Module):
         prompt_encoder: `nn.ModuleDict`, adapter name to the module that owns its parameters.
         peft_config: adapter name to its resolved configuration.
         prompt_start: adapter name to the number of tokens before its prompt.
+        templates: adapter name to its template, of those that have one.
         active_adapter: the adapter in use.
         prompt_cache: prompts' keys and values for calls that train nothing.
     """
@@ -43,6 +47,7 @@ class PromptAdapters(nn.Module):
         self.active_adapter: str | None = None
         self._disabled = False
         self.prompt_start: dict[str, int] = {}
+        self.templates: dict[str, Template] = {}
         self.train(base_model.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -65,18 +70,35 @@ class PromptAdapters(nn.Module):
         """Tokens of each row that stay before the active adapter's prompt."""
         return self.prompt_start[self.active_adapter] if self.active_adapter is not None else 0
 
-    def add_adapter(self, adapter_name: str, config: Any, prompt_start: int = 0) -> None:
+    @property
+    def active_template(self) -> Template | None:
+        """The active adapter's template, unless that is the plain prefix."""
+        return None if self.active_adapter is None else self.template_of(self.active_adapter)
+
+    def template_of(self, adapter_name: str) -> Template | None:
+        """An adapter's template, unless that is the plain prefix."""
+        template = self.templates.get(adapter_name)
+        return None if template is None or template.is_plain_prefix else template
+
+    def add_adapter(
+        self, adapter_name: str, config: Any, prompt_start: int = 0, template: Template | str | None = None
+    ) -> None:
         """Add an untrained adapter; `set_adapter` makes it the active one. Nothing changes if this raises.
 
         Args:
-            config, prompt_start: as in `get_prompt_model`.
+            config, prompt_start, template: as in `get_prompt_model`.
 
         Raises:
             ValueError: the name is taken or cannot name a module, or a field of `config` breaks its rule.
         """
         if isinstance(prompt_start, bool) or not isinstance(prompt_start, int) or prompt_start < 0:
             raise ValueError(f"prompt_start: expected an int >= 0, got {prompt_start!r}")
-        self._install(adapter_name, self._resolve(as_config(config)), prompt_start)
+        resolved = self._resolve(as_config(config))
+        if isinstance(template, str):
+            template = Template.parse(template)
+        if template is not None:
+            self._check_template(template, resolved, prompt_start)
+        self._install(adapter_name, resolved, prompt_start, template=template)
         self.set_adapter(self.active_adapter or adapter_name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -150,12 +172,22 @@ class PromptAdapters(nn.Module):
             raise ValueError(f"token_dim: expected the width of the word embeddings, {width}, got {resolved.token_dim}")
         return resolved
 
+    def _check_template(self, template: Any, config: PromptLearningConfig, prompt_start: int) -> None:
+        if not isinstance(template, Template):
+            raise TypeError(f"template: expected a fusedprompt.Template or a string, got {type(template).__name__}")
+        if prompt_start:
+            raise ValueError(f"prompt_start: expected 0 with a template, which says all, got {prompt_start}")
+        assert config.num_virtual_tokens is not None
+        vocabulary = getattr(self.word_embeddings, "num_embeddings", None)
+        template.check(config.num_virtual_tokens, self.facts.position_limit, vocabulary)
+
     def _install(
         self,
         adapter_name: str,
         config: PromptLearningConfig,
         prompt_start: int,
         encoder: modules.PromptModule | None = None,
+        template: Template | None = None,
     ) -> None:
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
@@ -168,6 +200,8 @@ class PromptAdapters(nn.Module):
             self.prompt_encoder[adapter_name] = encoder.to(self.prompt_device)
             self.peft_config[adapter_name] = config
             self.prompt_start[adapter_name] = prompt_start
+            if template is not None:
+                self.templates[adapter_name] = template
             names = config.modules_to_save or []
             heads.add_copies(self.base_model, adapter_name, names, [name for name in names if name not in own_heads])
         except BaseException:
@@ -180,6 +214,7 @@ class PromptAdapters(nn.Module):
         self.prompt_cache.clear(adapter_name)
         self.peft_config.pop(adapter_name, None)
         self.prompt_start.pop(adapter_name, None)
+        self.templates.pop(adapter_name, None)
         if adapter_name in self.prompt_encoder:
             del self.prompt_encoder[adapter_name]
         heads.remove_copies(self.base_model, adapter_name)
@@ -221,6 +256,21 @@ class PromptAdapters(nn.Module):
         count = self.prompt_rows_count(adapter_name)
         return rows if rows.shape[0] == count else rows[:count]
 
+    def table_rows_count(self, adapter_name: str | None = None) -> int:
+        """R: rows of `prompt_table`."""
+        template = self.active_template if adapter_name is None else self.template_of(adapter_name)
+        return self.prompt_rows_count(adapter_name) + (0 if template is None else len(table_ids(template)))
+
+    def prompt_table(self, adapter_name: str | None = None) -> Tensor:
+        """What an adapter's slots refer to, (R, D): its prompt, then its template's constant tokens."""
+        rows = self.prompt_rows(adapter_name)
+        template = self.active_template if adapter_name is None else self.template_of(adapter_name)
+        ids = [] if template is None else table_ids(template)
+        if not ids:
+            return rows
+        constants = self.word_embeddings(_constant(tuple(ids), self.prompt_device))
+        return torch.cat((rows, constants.to(rows.dtype)))
+
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """The whole prompt table (R, D) as it is saved: computed in eval mode, so that no dropout is saved with it."""
         self._check_known(adapter_name)
@@ -233,3 +283,9 @@ class PromptAdapters(nn.Module):
         finally:
             encoder.train(training)
         return prompt
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Ids on a device, copied there once."""
+    return torch.tensor(ids, device=device)

@@ -14,6 +14,7 @@ from .config import (
 )
 from .layout import Layout
 from .picture import join_symbols, row_symbols
+from .placing import anchor_slots, with_slots
 from .prompt_cache import is_kept
 from .routes import choose_layout
 from .sharing import SHARED, SPLICE, why_not_batch, why_not_model, why_not_worth
@@ -62,12 +63,14 @@ def _of_batch(model: PromptModel, given: dict[str, Any]) -> str:
     """The route, and the first row's layout as a picture."""
     if model.active_adapter is None:
         return "no prompt: the model has no adapter"
-    route = given.pop("route", None) or model.route
+    route, fields = given.pop("route", None) or model.route, given.pop("fields", None)
     others = {name: value for name, value in given.items() if name not in (*TENSORS, "logits", "slots", "pool_index")}
     tensors: dict[str, Any] = {name: given.get(name) for name in TENSORS}
     batch = Batch(**tensors, others=others)
     if given.get("slots") is not None:
-        batch.layout = Layout.from_slots(given["slots"], model.prompt_rows_count())
+        batch.layout = Layout.from_slots(given["slots"], model.table_rows_count())
+    elif model.active_template is not None:
+        with_slots(model, model.active_template, batch, fields)
     lines = [_route_of_batch(model, batch, route)]
     if batch.shape[0]:
         lines.append(f"row 0: {_picture(model, batch)}")
@@ -92,4 +95,7 @@ def _picture(model: PromptModel, batch: Batch) -> str:
         mask = None if mask is None else layout.fill(mask, 1)
     rows, length = layout.num_prompt_rows, batch.shape[1]
     slots = [*range(-1, -rows - 1, -1), *range(length)] if layout.slots is None else layout.slots[0].tolist()
-    return join_symbols(row_symbols(slots, None if mask is None else mask[0].tolist()))
+    real = None if mask is None else mask[0].tolist()
+    anchors = () if model.active_template is None else anchor_slots(model.active_template, slots, real)
+    count = model.prompt_rows_count()  # a table's further rows are a template's constant tokens
+    return join_symbols(row_symbols(slots, real, anchors, lambda row: "P" if row < count else "t"))

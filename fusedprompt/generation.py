@@ -21,10 +21,13 @@ from .base_model import cache_length
 from .layout import Layout
 from .mixed import Mixture, refuse_cache, splice_mixture
 from .ops._backend import BackendUnavailable
+from .placing import with_slots
 from .prompt_cache import prompt_states
 from .routes import SplicedInputs, Turn, choose_layout, place, splice_route
 from .shared import PromptStates, prompt_first
 from .sharing import SHARED, SPLICE, choose, why_not_length, why_not_model
+from .tasks import Batch
+from .template import Template
 
 if TYPE_CHECKING:
     from .model import PromptModel
@@ -39,7 +42,7 @@ def generate(model: PromptModel, inputs: Tensor | None, route: str, **kwargs: An
     if slots is not None and names is not None:
         raise ValueError("adapter_names: expected None with slots, got both")
     if slots is not None:
-        return _placed(model, inputs, Layout.from_slots(slots, model.prompt_rows_count()), route, kwargs)
+        return _placed(model, inputs, Layout.from_slots(slots, model.table_rows_count()), route, kwargs)
     if names is not None:
         _refuse_mixed(model, kwargs)
     with model.heads_for_rows(names):
@@ -141,6 +144,32 @@ def _run_decoder(
     return base.generate(input_ids=ids, **spliced.arguments, **kwargs)
 
 
+def place_template(
+    model: PromptModel, template: Template, inputs: Tensor | None, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of `generate` with the slots that the active adapter's template gives them."""
+    if cache_length(kwargs.get("past_key_values")):
+        raise ValueError(
+            f"past_key_values: expected an empty cache with the template {str(template)!r}: what follows a cache is "
+            "not put into the template again"
+        )
+    kwargs = dict(kwargs)
+    fields = kwargs.pop("fields", None)
+    names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+    tensors: dict[str, Any] = {name: kwargs.pop(name, None) for name in names}
+    if inputs is not None:
+        tensors["input_ids"] = inputs
+    if tensors["input_ids"] is None and tensors["inputs_embeds"] is None and fields is None:
+        raise ValueError(f"input_ids: expected input_ids, inputs_embeds or fields for the template {str(template)!r}")
+    if tensors["attention_mask"] is None and tensors["input_ids"] is not None:
+        tensors["attention_mask"] = _infer_mask(model, tensors["input_ids"], kwargs)
+    batch = Batch(**tensors)
+    with_slots(model, template, batch, fields)
+    assert batch.layout is not None
+    placed = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
+    return {**kwargs, **placed, "slots": batch.layout.slots}
+
+
 def _placed(model: PromptModel, inputs: Tensor | None, layout: Layout, route: str, kwargs: dict[str, Any]) -> Any:
     """Generate behind rows whose layout is given. Padding at the right is moved to the left, as decoders need it."""
     choose(route, "the slots say where each prompt row goes" if route == SHARED else None, None)
@@ -159,7 +188,7 @@ def _placed(model: PromptModel, inputs: Tensor | None, layout: Layout, route: st
     spliced = place(
         model.facts,
         model.word_embeddings,
-        model.prompt_rows(),
+        model.prompt_table(),
         layout,
         input_ids=ids if embeds is None else None,
         inputs_embeds=embeds,
@@ -270,10 +299,16 @@ def _splice(
         wide_mask = mixture.prompt_first_mask(mask, embeds.shape[1])
         if wide_mask is not None:
             arguments["attention_mask"] = wide_mask
-        return SplicedInputs(Layout.prefix(mixture.longest), arguments)
+        return SplicedInputs(embeds[0, :0], Layout.prefix(mixture.longest), arguments)
     if mixture is not None:
         return splice_mixture(
-            model, mixture, input_ids=ids, inputs_embeds=embeds, attention_mask=mask, position_ids=positions
+            model,
+            mixture,
+            input_ids=ids,
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            pool_last=model.facts.causal,
         )
     rows = model.prompt_rows()
     spliced = splice_route(
@@ -306,7 +341,7 @@ def _assisted(
     if ids is None:
         raise ValueError("input_ids: expected ids for assisted decoding, got only inputs_embeds")
     base: Any = model.base_model
-    rows, thread = model.prompt_rows(), threading.get_ident()
+    rows, thread = spliced.prompt, threading.get_ident()
     layout, wide_mask = spliced.layout, spliced.arguments.get("attention_mask")
     if wide_mask is None:
         wide_mask = layout.fill(torch.ones_like(ids), 1)

@@ -100,8 +100,12 @@ class Layout:
         return torch.where(self.slots < 0, rows[(~self.slots).clamp(min=0)], self.fill(values, 0))
 
     def overwrite_rows(self, values: Tensor, rows: Tensor) -> Tensor:
-        """Values of the output (B, S), with `rows[r]` where it is prompt row r; `rows` is (R,) in values' dtype."""
+        """Values of the output (B, S), with `rows[r]` where it is prompt row r, and 0 at rows behind them.
+
+        `rows` is (P,) in values' dtype, with P at most R.
+        """
         assert self.slots is not None
+        rows = F.pad(rows, (0, self.num_prompt_rows - rows.shape[0]))
         return torch.where(self.slots < 0, rows[(~self.slots).clamp(min=0)], values)
 
     def position_ids(self, values: Tensor, first: int = 0) -> Tensor:

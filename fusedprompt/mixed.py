@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from .base_model import BaseFacts, to_device
 from .config import TaskType
 from .layout import IGNORE_INDEX, Layout, count_padding, may_be_padded
-from .routes import SplicedInputs, check_length, place
+from .routes import SplicedInputs, Turn, check_length, place
 
 if TYPE_CHECKING:
     from .model import PromptModel
+    from .template import Template
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
 
@@ -31,6 +32,8 @@ class Mixture:
 
     names: one per row, BASE for none. adapters: the distinct ones, in the order of their first row.
     counts, starts: each adapter's prompt rows, and the tokens that stay before them.
+    templates: each adapter's template, or None.
+    table_rows: R, rows of all their tables: prompts and what templates add to them.
     task: the adapters' task; the active adapter's if no row has one.
     rows: (4, B) int64: each row's adapter (0 without one), its number of prompt rows (0), the first of them in the
         table (0), and its start (0).
@@ -40,6 +43,8 @@ class Mixture:
     adapters: tuple[str, ...]
     counts: tuple[int, ...]
     starts: tuple[int, ...]
+    templates: tuple[Template | None, ...]
+    table_rows: int
     task: TaskType
     rows: Tensor
 
@@ -66,12 +71,26 @@ class Mixture:
             raise ValueError(f"adapter_names: expected adapters of one task type, got {tasks}")
         counts = tuple(model.prompt_rows_count(name) for name in adapters)
         starts = tuple(model.prompt_start[name] for name in adapters)
-        firsts = [sum(counts[:index]) for index in range(len(counts))]
+        sizes = [model.table_rows_count(name) for name in adapters]
+        firsts = [sum(sizes[:index]) for index in range(len(sizes))]
         of_adapter = {name: row for name, *row in zip(adapters, range(len(adapters)), counts, firsts, starts)}
         rows = torch.tensor([of_adapter.get(name, (0, 0, 0, 0)) for name in names], dtype=torch.int64)
         rows = rows.view(-1, 4).T.contiguous()
         task = TaskType(configs[0].task_type)
-        return cls(tuple(names), adapters, counts, starts, task, to_device(rows, tokens.device))
+        templates = tuple(model.template_of(name) for name in adapters)
+        device_rows = to_device(rows, tokens.device)
+        return cls(tuple(names), adapters, counts, starts, templates, sum(sizes), task, device_rows)
+
+    def part(self, rows: Sequence[int]) -> Mixture:
+        """Some rows of the batch alone, with the same table."""
+        names = tuple(self.names[row] for row in rows)
+        kept = [index for index, name in enumerate(self.adapters) if name in names]
+        own = (
+            [values[index] for index in kept] for values in (self.adapters, self.counts, self.starts, self.templates)
+        )
+        device_rows = self.rows.index_select(1, to_device(torch.tensor(rows), self.rows.device))
+        adapters, counts, starts, templates = (tuple(values) for values in own)
+        return Mixture(names, adapters, counts, starts, templates, self.table_rows, self.task, device_rows)  # type: ignore[arg-type]
 
     @property
     def which(self) -> Tensor:
@@ -94,8 +113,8 @@ class Mixture:
         return len(set(self.counts)) <= 1 and (BASE not in self.names or not self.counts)
 
     def encode(self, model: PromptModel) -> list[Tensor]:
-        """Each adapter's prompt (P, D), in fp32 or its own dtype."""
-        return [model.prompt_rows(name) for name in self.adapters]
+        """Each adapter's table: its prompt (P, D), and what its template adds."""
+        return [model.prompt_table(name) for name in self.adapters]
 
     def table(self, prompts: Sequence[Tensor], word_embeddings: Any) -> Tensor:
         """(R + 1, D): all prompts, one after another, and a row of zeros, which pads."""
@@ -215,7 +234,7 @@ def arrange(
     if shift is not None and length:
         token = (token + shift.unsqueeze(1)).remainder(length)
     slots = torch.where(is_prompt, ~(prompt_row + first), token)
-    table_rows = sum(mixture.counts) + 1
+    table_rows = mixture.table_rows + 1
     if is_filler is not None:
         slots = slots.masked_fill(is_filler, -table_rows)
     lead = None
@@ -243,17 +262,32 @@ def splice_mixture(
     size, length = tokens.shape[:2]
     if attention_mask is not None and tuple(attention_mask.shape) != (size, length):
         raise ValueError(f"attention_mask: expected shape (B, T) = {(size, length)}, got {tuple(attention_mask.shape)}")
-    check_length(model.facts, mixture.longest, length)
-    if any(mixture.starts) and position_ids is not None:
-        raise ValueError(f"position_ids: expected None with prompt_start > 0, got {tuple(position_ids.shape)}")
-    arranged = arrange(mixture, model.facts, tokens, attention_mask, pool_last)
-    layout, mask = arranged.layout, arranged.mask(attention_mask, tokens)
-    if position_ids is not None:
-        moved = position_ids.expand(size, length) + mixture.count.unsqueeze(1)
-        firsts = torch.cat([torch.arange(count, device=tokens.device) for count in (*mixture.counts, 1)])
-        position_ids = layout.fill_rows(moved, (firsts + model.facts.first_position).to(moved.dtype))
-    elif mask is not None and model.facts.takes_position_ids:
-        position_ids = arranged.position_ids()
+    if position_ids is not None and (any(mixture.starts) or any(mixture.templates)):
+        raise ValueError(f"position_ids: expected None with prompts inside of text, got {tuple(position_ids.shape)}")
+    next_token = mixture.task is TaskType.CAUSAL_LM
+    turn = None
+    if any(mixture.templates):
+        from .mixed_templates import arrange_templates
+
+        given = Fields(tokens, attention_mask, labels, token_type_ids)
+        layout, fields = arrange_templates(model, mixture, given, next_token)
+        attention_mask, labels, token_type_ids = fields.attention_mask, fields.labels, fields.token_type_ids
+        if not model.facts.causal:
+            turn = Turn.FIRST_TO_START
+        elif pool_last:
+            turn = Turn.LAST_TO_END
+    else:
+        check_length(model.facts, mixture.longest, length)
+        arranged = arrange(mixture, model.facts, tokens, attention_mask, pool_last)
+        layout, attention_mask = arranged.layout, arranged.mask(attention_mask, tokens)
+        if position_ids is not None:
+            moved = position_ids.expand(size, length) + mixture.count.unsqueeze(1)
+            firsts = torch.cat([torch.arange(count, device=tokens.device) for count in (*mixture.counts, 1)])
+            position_ids = layout.fill_rows(moved, (firsts + model.facts.first_position).to(moved.dtype))
+        elif attention_mask is not None and model.facts.takes_position_ids:
+            position_ids = arranged.position_ids()
+        labels = None if labels is None else arranged.labels(labels, next_token)
+        token_type_ids = None if token_type_ids is None else layout.fill(token_type_ids, 0)
     return place(
         model.facts,
         model.word_embeddings,
@@ -261,11 +295,21 @@ def splice_mixture(
         layout,
         input_ids=input_ids,
         inputs_embeds=inputs_embeds,
-        attention_mask=mask,
-        labels=None if labels is None else arranged.labels(labels, mixture.task is TaskType.CAUSAL_LM),
+        attention_mask=attention_mask,
+        labels=labels,
         position_ids=position_ids,
-        token_type_ids=None if token_type_ids is None else layout.fill(token_type_ids, 0),
+        token_type_ids=token_type_ids,
+        turn=turn,
     )
+
+
+class Fields(NamedTuple):
+    """What goes with the tokens of a batch: (B, T), or (B, S) where prompts are in their places."""
+
+    tokens: Tensor
+    attention_mask: Tensor | None
+    labels: Tensor | None
+    token_type_ids: Tensor | None
 
 
 def is_context_aware(model: PromptModel, adapter_name: str) -> bool:

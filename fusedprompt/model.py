@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from .adapters import PromptAdapters
 from .base_model import cache_length
 from .config import TaskType
 from .explanation import explain
-from .generation import generate
+from .generation import generate, place_template
 from .mixed import Mixture, refuse_cache
 from .ops._backend import AUTO
 from .packing import use_slots
+from .placing import with_slots
 from .sharing import checked_route
 from .tasks import FORWARD, TENSORS, Batch, continue_from_cache
+from .template import Template
 
 
 def get_prompt_model(
@@ -29,6 +31,7 @@ def get_prompt_model(
     adapter_name: str = "default",
     prompt_start: int = 0,
     route: str = AUTO,
+    template: Template | str | None = None,
 ) -> PromptModel:
     """Freeze a transformers model and put a trainable prompt in front of its input; PEFT's `get_peft_model`.
 
@@ -39,6 +42,9 @@ def get_prompt_model(
         prompt_start: how many tokens of each row stay before the prompt. PEFT's place is 0; 1 keeps BERT's [CLS] first,
             where its pooler looks. PEFT cannot load adapters with another place, and warns of the key in their file.
         route: how prompts reach the base model: "auto", "shared" or "splice"; see `PromptModel`.
+        template: where the prompt's rows stand in a sequence, and what stands between them, as a `Template` or its
+            string form; None is PEFT's place. It is saved with the adapter. PEFT cannot load adapters with a template
+            that is not the plain prefix `[prompt N] [text]`, and their files tell it so.
 
     Raises:
         TypeError, ValueError: the model or a field of the configuration is not what it must be.
@@ -46,7 +52,7 @@ def get_prompt_model(
     if config is None:
         raise TypeError("config: expected a prompt-learning configuration, got None")
     model = PromptModel(base_model, route)
-    model.add_adapter(adapter_name, config, prompt_start)
+    model.add_adapter(adapter_name, config, prompt_start, template)
     return model
 
 
@@ -91,6 +97,7 @@ class PromptModel(PromptAdapters):
         logits: str = "full",
         slots: Tensor | None = None,
         pool_index: Tensor | None = None,
+        fields: Mapping[str, Any] | None = None,
         adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -100,7 +107,8 @@ class PromptModel(PromptAdapters):
             input_ids: (B, T) ids, or inputs_embeds: (B, T, D).
             attention_mask: (B, T), without the prompt. Rows may be padded on either side, or not at all, with the same
                 result.
-            labels: as the base model takes them, for the tokens alone.
+            labels: as the base model takes them, for the tokens alone. Those of a template's mask tokens may be given
+                alone, as (B,) or (B, masks).
             position_ids: (B, T) or (1, T), without the prompt; they are moved behind it.
             past_key_values: a cache; one that is not empty holds the prompt already.
             route: "auto", "shared" or "splice", instead of the model's own.
@@ -110,9 +118,11 @@ class PromptModel(PromptAdapters):
                 those of the output, (B, S); input_ids stay (B, T), and answers to questions count tokens.
             pool_index: (B,) int64, with slots: the columns that a sequence classifier reads, where they are not its
                 usual ones (the last that is not padding in a decoder, the first in an encoder).
+            fields: instead of input_ids, ids (B, T) without special tokens for each field of the adapter's template, or
+                pairs of ids and mask. Labels per token are then a mapping too.
             adapter_names: the adapter of each row, "__base__" for none, instead of the active one for all; their
-                prompts may differ in length. The loss is the mean over the whole batch. With slots: the adapters whose
-                prompts, one after another, the slots refer to.
+                prompts and templates may differ. The loss is the mean over the whole batch. With slots: the adapters
+                whose prompts, one after another, the slots refer to.
             kwargs: for the base model (and `input_type_mask` (B, T) for CPT).
 
         Returns:
@@ -134,9 +144,12 @@ class PromptModel(PromptAdapters):
             return self.base_model(**given, **kwargs)
         batch = Batch(*tensors, kwargs, route, logits)
         task = TaskType(self.active_config.task_type)
+        batch.pool_index = pool_index
         if slots is not None:
-            use_slots(self, batch, slots, pool_index, adapter_names)
+            _refuse_fields(fields, "with slots, which are of a batch that is complete")
+            use_slots(self, batch, slots, adapter_names)
         elif adapter_names is not None:
+            _refuse_fields(fields, "with adapter_names, whose templates may have others")
             batch.mixture = Mixture.of(self, adapter_names, batch.tokens)
             task = batch.mixture.task
         _check_logits(logits, task)
@@ -146,6 +159,10 @@ class PromptModel(PromptAdapters):
                 refuse_cache(adapter_names)
                 return continue_from_cache(self, batch, past_key_values)
             kwargs["past_key_values"] = past_key_values
+        if batch.layout is None and batch.mixture is None and self.active_template is not None:
+            with_slots(self, self.active_template, batch, fields)
+        else:
+            _refuse_fields(fields, "for an adapter without a template of several parts")
         with self.heads_for_rows(None if batch.mixture is None else batch.mixture.names):
             return FORWARD[task](self, batch)
 
@@ -166,6 +183,10 @@ class PromptModel(PromptAdapters):
             _refuse_slots(kwargs.get("slots"), "a model without a prompt")
             _refuse_adapter_names(kwargs.get("adapter_names"))
             return self.base_model.generate(inputs, **kwargs)
+        template = self.active_template
+        if template is not None and kwargs.get("slots") is None and kwargs.get("adapter_names") is None:
+            inputs, kwargs = None, place_template(self, template, inputs, kwargs)
+        _refuse_fields(kwargs.get("fields"), "for an adapter without a template of several parts")
         with torch.no_grad():  # as transformers does: nothing here is to be trained
             return generate(self, inputs, self.route if route is None else checked_route(route), **kwargs)
 
@@ -244,11 +265,16 @@ class PromptModel(PromptAdapters):
         loaded = saving.load(self, checkpoint.find_folder(path) / (subfolder or ""), is_trainable)
         if adapter_name in self.peft_config:
             self._remove(adapter_name)
-        self._install(adapter_name, loaded.config, loaded.prompt_start, loaded.encoder)
+        self._install(adapter_name, loaded.config, loaded.prompt_start, loaded.encoder, loaded.template)
         with torch.no_grad():
             for key, parameter in heads.tensors(self.base_model, adapter_name).items():
                 parameter.copy_(loaded.head_tensors[key])
         self.set_adapter(self.active_adapter or adapter_name)
+
+
+def _refuse_fields(fields: Any, case: str) -> None:
+    if fields is not None:
+        raise ValueError(f"fields: expected None {case}, got {sorted(fields)}")
 
 
 def _refuse_slots(slots: Tensor | None, place: str) -> None:

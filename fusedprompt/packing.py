@@ -91,7 +91,7 @@ class PackingCollator:
         rows = {
             name: model.prompt_rows_count(name)
             for name in model.peft_config
-            if not model.prompt_start[name] and not is_context_aware(model, name)
+            if not (model.prompt_start[name] or model.template_of(name) or is_context_aware(model, name))
         }
         assert model.active_adapter is not None
         return cls(rows, model.active_adapter, max_length, pad_token_id, model.facts.first_position, dtype)
@@ -217,15 +217,13 @@ def block_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min).unsqueeze(1)
 
 
-def use_slots(
-    model: PromptModel, batch: Batch, slots: Tensor, pool_index: Tensor | None, adapter_names: Sequence[str] | None
-) -> None:
+def use_slots(model: PromptModel, batch: Batch, slots: Tensor, adapter_names: Sequence[str] | None) -> None:
     """Give a batch the layout that its caller says: slots into the active adapter's prompt, or into several.
 
     Raises:
         ValueError: unknown adapters, or such whose heads cannot be told apart within a row.
     """
-    rows = model.prompt_rows_count()
+    rows = model.table_rows_count()
     if adapter_names is not None:
         for name in adapter_names:
             if name not in model.peft_config:
@@ -233,8 +231,8 @@ def use_slots(
             if model.peft_config[name].modules_to_save and [*adapter_names] != [model.active_adapter]:
                 raise ValueError(f"adapter_names: expected adapters without modules_to_save with slots, got {name!r}")
         batch.table = tuple(adapter_names)
-        rows = sum(model.prompt_rows_count(name) for name in adapter_names)
-    batch.layout, batch.pool_index = Layout.from_slots(slots, rows), pool_index
+        rows = sum(model.table_rows_count(name) for name in adapter_names)
+    batch.layout = Layout.from_slots(slots, rows)
     mask = batch.attention_mask
     if mask is not None and mask.dim() == 4:  # block-diagonal: it is the base model's own business
         batch.others["attention_mask"], batch.attention_mask = mask, None

@@ -20,10 +20,10 @@ def row_symbols(
     Args:
         slots: the row's slots.
         mask: the row's attention mask; 0 is padding.
-        anchors: tokens (slots >= 0) that are anchors.
+        anchors: slots, of tokens or of rows of the table, that are anchors.
         letter: the symbol of a prompt row, for tables that hold the prompts of several adapters.
     """
-    symbols = [letter(~slot) if slot < 0 else "A" if slot in anchors else "t" for slot in slots]
+    symbols = ["A" if slot in anchors else letter(~slot) if slot < 0 else "t" for slot in slots]
     if mask is None:
         return symbols
     return [symbol if real else PADDING for symbol, real in zip(symbols, mask)]

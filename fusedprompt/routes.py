@@ -20,9 +20,10 @@ from .ops.splice import SplicedBatch
 class SplicedInputs:
     """A batch with its prompt in place.
 
-    layout: where every row came from. arguments: keyword arguments for the base model.
+    prompt: (R, D) and layout: where every row came from. arguments: keyword arguments for the base model.
     """
 
+    prompt: Tensor
     layout: Layout
     arguments: dict[str, Any]
 
@@ -80,7 +81,7 @@ def splice_route(
         position_ids = padding_positions(layout, padding, length, facts.first_position)
     if token_type_ids is not None:
         token_type_ids = layout.fill(token_type_ids, 0)
-    return _call(facts, layout, filled, position_ids, token_type_ids)
+    return _call(facts, prompt, layout, filled, position_ids, token_type_ids)
 
 
 def place(
@@ -127,7 +128,7 @@ def place(
         fields = {name: None if field is None else field.gather(1, columns) for name, field in fields.items()}
     filled = _fill(word_embeddings, prompt, layout, input_ids, inputs_embeds)
     filled = filled._replace(attention_mask=fields["attention_mask"], labels=fields["labels"])
-    return _call(facts, layout, filled, fields["position_ids"], fields["token_type_ids"])
+    return _call(facts, prompt, layout, filled, fields["position_ids"], fields["token_type_ids"])
 
 
 def _turned_columns(
@@ -181,6 +182,7 @@ def _fill(
 
 def _call(
     facts: BaseFacts,
+    prompt: Tensor,
     layout: Layout,
     filled: SplicedBatch,
     position_ids: Tensor | None,
@@ -198,7 +200,7 @@ def _call(
     if token_type_ids is not None:
         _require(facts.takes_token_type_ids, "token_type_ids")
         arguments["token_type_ids"] = token_type_ids
-    return SplicedInputs(layout, arguments)
+    return SplicedInputs(prompt, layout, arguments)
 
 
 def check_placed(

@@ -120,6 +120,8 @@ def why_not_model(model: PromptModel, *adapter_names: str) -> str | None:
         task = TaskType(model.peft_config[name].task_type)
         if task not in (TaskType.CAUSAL_LM, TaskType.SEQ_CLS):
             return f"it serves CAUSAL_LM and SEQ_CLS, and the adapter's task is {task.value}"
+        if model.template_of(name) is not None:
+            return "the adapter's template does not put the whole prompt in front"
         if model.prompt_start[name]:
             return f"the prompt stands behind {model.prompt_start[name]} tokens of text (prompt_start)"
     noise = active_noise(model.base_model)

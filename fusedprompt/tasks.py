@@ -82,9 +82,9 @@ class Batch:
     def prompts(self, model: PromptModel) -> Tensor:
         """(R, D): the table that the slots of a given layout refer to."""
         if self.table is None:
-            return model.prompt_rows()
+            return model.prompt_table()
         none = torch.empty(0, model.active_config.token_dim or 0, device=self.tokens.device)
-        return torch.cat([none, *(model.prompt_rows(name) for name in self.table)])
+        return torch.cat([none, *(model.prompt_table(name) for name in self.table)])
 
     def prompt_length(self, model: PromptModel) -> int:
         """N: columns that prompts take in the output."""
@@ -234,9 +234,13 @@ def _context_loss(
     token_types = token_types.to(device=labels.device, dtype=labels.dtype)
     offset = -(-max(config.cpt_tokens_type_mask) // 4) * 4
     token_types = torch.where(token_types > 0, token_types + offset, token_types)
-    fill_rows = layout.fill_rows if batch.layout is None else layout.overwrite_rows
-    all_types = fill_rows(token_types, labels.new_tensor(config.cpt_tokens_type_mask))
-    all_labels = fill_rows(labels, labels.new_tensor(config.cpt_token_ids))
+    context_types = labels.new_tensor(config.cpt_tokens_type_mask)
+    context_labels = labels.new_tensor(config.cpt_token_ids)
+    if batch.layout is None:
+        all_types, all_labels = layout.fill_rows(token_types, context_types), layout.fill_rows(labels, context_labels)
+    else:
+        all_types = layout.overwrite_rows(token_types, context_types)
+        all_labels = layout.overwrite_rows(labels, context_labels)
     if batch.layout is not None and batch.attention_mask is not None:
         # Prompt rows may stand for padding.
         all_types = all_types.masked_fill(_unpredicted(batch.attention_mask) | (batch.attention_mask == 0), 0)

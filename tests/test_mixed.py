@@ -361,6 +361,65 @@ def test_samples_are_the_same_on_both_routes_and_static_caches_serve() -> None:
     assert torch.equal(*greedy)
 
 
+# Templates
+
+TEMPLATES = {"around": "[prompt 3] [text] [prompt 2]", "anchored": "[text] [prompt 2] [anchor 7 8] [prompt 1]"}
+
+
+def templated(family: str, task: str = "CAUSAL_LM") -> Any:
+    model = mixed(family, task, adapters=("short", "again"))
+    for name, template in TEMPLATES.items():
+        kind, fields = config_fields("MLP", task, 5 if name == "around" else 3)
+        model.add_adapter(name, getattr(fusedprompt, kind)(**fields), template=template)
+    model.set_adapter(["short", "again", *TEMPLATES])
+    return model.eval()
+
+
+@pytest.mark.parametrize("padding", ["whole", "right", "left", "both"])
+def test_rows_of_templates_are_as_if_alone(padding: str) -> None:
+    model, names = templated("Llama"), ["around", BASE, "anchored", "short", "anchored"]
+    ids, mask = padded(*PADDED[padding])
+    labels = ids.masked_fill(mask == 0, -100)
+    given = {} if padding == "whole" else {"attention_mask": mask}
+    model.zero_grad()
+    output = model(input_ids=ids, labels=labels, adapter_names=names, logits="text", **given)
+    output.loss.backward()
+    found = {"loss": output.loss.detach(), **gradients(model)}
+    model.zero_grad()
+    losses, count = [], 0
+    for row, name in enumerate(names):
+        text = ids[row : row + 1, mask[row] != 0]
+        own = alone(model, name, input_ids=text, labels=text, **({} if name == BASE else {"logits": "text"}))
+        torch.testing.assert_close(output.logits[row][mask[row] != 0], own.logits[0], rtol=1e-4, atol=1e-4)
+        predicted = text.shape[1] - (name in (BASE, "anchored"))  # nothing stands before a text in front
+        if predicted:
+            losses.append(own.loss * predicted)
+        count += predicted
+    loss = torch.stack(losses).sum() / count
+    loss.backward()
+    assert_close(found, {"loss": loss.detach(), **gradients(model)}, 1e-4)
+
+
+def test_sequences_in_templates_are_classified_as_if_alone() -> None:
+    for family in ("Bert", "Llama"):
+        model, names = templated(family, "SEQ_CLS"), ["around", BASE, "anchored", "short", "anchored"]
+        ids, mask = padded(*PADDED["both"])
+        found = model(input_ids=ids, attention_mask=mask, adapter_names=names).logits
+        for row, name in enumerate(names):
+            own = alone(model, name, input_ids=ids[row : row + 1, mask[row] != 0]).logits[0]
+            torch.testing.assert_close(found[row], own, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_templates_are_continued_as_if_alone() -> None:
+    model, names = templated("Llama"), ["around", BASE, "anchored", "short", "anchored"]
+    ids, mask = padded(*PADDED["left"])
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    together = model.generate(input_ids=ids, attention_mask=mask, adapter_names=names, **options)
+    for row, name in enumerate(names):
+        own = alone_generate(model, name, ids[row : row + 1, mask[row] != 0], **options)
+        assert together[row, -4:].tolist() == own[0, -4:].tolist(), name
+
+
 # Training, settings, errors
 
 

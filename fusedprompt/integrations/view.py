@@ -91,5 +91,14 @@ class PeftView:
         count = self.prompt_rows_count(adapter_name)
         return rows if rows.shape[0] == count else rows[:count]
 
+    def template_of(self, adapter_name: str) -> None:
+        return None
+
+    def prompt_table(self, adapter_name: str | None = None) -> Tensor:
+        return self.prompt_rows(adapter_name)
+
+    def table_rows_count(self, adapter_name: str | None = None) -> int:
+        return self.prompt_rows_count(adapter_name)
+
     def heads_for_rows(self, names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if names is None else heads_for_rows(self.base_model, names)
