@@ -28,12 +28,16 @@ if TYPE_CHECKING:
     from .model import PromptModel, get_prompt_model
     from .modules import CPTEmbedding, PromptEmbedding, PromptEncoder
     from .ops import BackendUnavailable, explain, use_backend
+    from .packing import PackingCollator, pack
+    from .rendering import TemplateCollator
+    from .template import Template
 
 _MODULE_OF = {
     "BackendUnavailable": "ops",
     "CPTConfig": "config",
     "CPTEmbedding": "modules",
     "Layout": "layout",
+    "PackingCollator": "packing",
     "PeftType": "config",
     "PromptEmbedding": "modules",
     "PromptEncoder": "modules",
@@ -44,9 +48,12 @@ _MODULE_OF = {
     "PromptTuningConfig": "config",
     "PromptTuningInit": "config",
     "TaskType": "config",
+    "Template": "template",
+    "TemplateCollator": "rendering",
     "apply": "integrations.peft",
     "explain": "ops",
     "get_prompt_model": "model",
+    "pack": "packing",
     "use_backend": "ops",
 }
 
@@ -55,6 +62,7 @@ __all__ = [
     "CPTConfig",
     "CPTEmbedding",
     "Layout",
+    "PackingCollator",
     "PeftType",
     "PromptEmbedding",
     "PromptEncoder",
@@ -65,11 +73,14 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "Template",
+    "TemplateCollator",
     "__version__",
     "apply",
     "explain",
     "get_prompt_model",
     "ops",
+    "pack",
     "use_backend",
 ]
 

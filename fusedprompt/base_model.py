@@ -121,3 +121,8 @@ def device_of(embeddings: nn.Module) -> torch.device:
     """Where an embedding is. torch.ao's quantised ones have no parameters, and run on CPUs alone."""
     weight = next(embeddings.parameters(), None)
     return torch.device("cpu") if weight is None else weight.device
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor made on the host, on a device, without waiting for the device."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

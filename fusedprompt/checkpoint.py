@@ -2,7 +2,8 @@
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`, which PEFT reads and writes too, and for adapters
 that can be trained further `prompt_encoder.safetensors`, which PEFT ignores: it keeps only what the encoder computed,
-so training cannot be resumed from its files (huggingface/peft#1607).
+so training cannot be resumed from its files (huggingface/peft#1607). Adapters with a template have it in
+`prompt_template.json`.
 
 Writes are atomic. All files of an adapter are written to a hidden folder, which is then renamed: that rename is the one
 moment at which the new adapter replaces the old. A process that dies before it leaves the old adapter whole; after it,
@@ -25,6 +26,7 @@ from torch import Tensor
 
 ADAPTER_NAME = "adapter_model.safetensors"
 ENCODER_NAME = "prompt_encoder.safetensors"
+TEMPLATE_NAME = "prompt_template.json"
 PROMPT_KEY = "prompt_embeddings"
 _COMMITTED = ".fusedprompt-committed"
 
@@ -152,8 +154,10 @@ def save_adapter(
     config_name: str,
     adapter: Mapping[str, Tensor],
     encoder: Mapping[str, Tensor] | None,
+    template_json: str | None = None,
 ) -> None:
-    """Write one adapter: configuration, PEFT's tensors, and the encoder's own parameters if it is to be trained on."""
+    """Write one adapter: configuration, PEFT's tensors, the encoder's own parameters if it is to be trained on, and the
+    template if it has one."""
     from safetensors.torch import save_file
 
     def on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -162,13 +166,16 @@ def save_adapter(
 
     with atomic_writes(folder) as stage:
         (stage / config_name).write_text(config_json)
+        if template_json is not None:
+            (stage / TEMPLATE_NAME).write_text(template_json)
         save_file(on_disk(adapter), str(stage / ADAPTER_NAME), metadata={"format": "pt"})
         if encoder is not None:
             metadata = {"format": "pt", "prompt_sha256": fingerprint(adapter[PROMPT_KEY])}
             save_file(on_disk(encoder), str(stage / ENCODER_NAME), metadata=metadata)
-    if encoder is None:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(Path(folder, ENCODER_NAME))  # belongs to an adapter that this one replaced
+    for name, given in ((ENCODER_NAME, encoder), (TEMPLATE_NAME, template_json)):
+        if given is None:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(Path(folder, name))  # belongs to an adapter that this one replaced
 
 
 def read_encoder(folder: PathLike, prompt: Tensor) -> tuple[Path, dict[str, Tensor]] | None:
@@ -212,7 +219,7 @@ def find_folder(path: PathLike, **download: Any) -> Path:
         raise FileNotFoundError(f"path: expected the folder of an adapter, got {name!r}, which does not exist")
     from huggingface_hub import snapshot_download
 
-    patterns = ["adapter_config.json", ADAPTER_NAME, ENCODER_NAME]
+    patterns = ["adapter_config.json", ADAPTER_NAME, ENCODER_NAME, TEMPLATE_NAME]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, **download))
     except (OSError, ValueError) as error:

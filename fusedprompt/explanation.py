@@ -5,8 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import ops
-from .config import CPTConfig, PromptEncoderConfig, PromptEncoderReparameterizationType, PromptLearningConfig
+from .config import (
+    CPTConfig,
+    PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
+    PromptLearningConfig,
+    TaskType,
+)
+from .layout import Layout
+from .picture import join_symbols, row_symbols
+from .placing import anchor_slots, with_slots
 from .prompt_cache import is_kept
+from .routes import choose_layout
 from .sharing import SHARED, SPLICE, why_not_batch, why_not_model, why_not_worth
 from .tasks import TENSORS, Batch
 
@@ -17,7 +27,7 @@ if TYPE_CHECKING:
 def explain(model: PromptModel, given: dict[str, Any]) -> str:
     """See `PromptModel.explain`. given: arguments of a forward call, or nothing."""
     if given:
-        return _route_of_batch(model, given)
+        return _of_batch(model, given)
     lines = []
     for name, config in model.peft_config.items():
         active = ", active" if name == model.active_adapter else ""
@@ -49,13 +59,25 @@ def _route_of_model(model: PromptModel, adapter_name: str) -> str:
     return f"route {'shared, which cannot run' if model.route == SHARED else 'splice'} ({objection})"
 
 
-def _route_of_batch(model: PromptModel, given: dict[str, Any]) -> str:
-    route = given.pop("route", None) or model.route
-    others = {name: value for name, value in given.items() if name not in (*TENSORS, "logits")}
-    tensors: dict[str, Any] = {name: given.get(name) for name in TENSORS}
-    batch = Batch(**tensors, others=others)
+def _of_batch(model: PromptModel, given: dict[str, Any]) -> str:
+    """The route, and the first row's layout as a picture."""
     if model.active_adapter is None:
         return "no prompt: the model has no adapter"
+    route, fields = given.pop("route", None) or model.route, given.pop("fields", None)
+    others = {name: value for name, value in given.items() if name not in (*TENSORS, "logits", "slots", "pool_index")}
+    tensors: dict[str, Any] = {name: given.get(name) for name in TENSORS}
+    batch = Batch(**tensors, others=others)
+    if given.get("slots") is not None:
+        batch.layout = Layout.from_slots(given["slots"], model.table_rows_count())
+    elif model.active_template is not None:
+        with_slots(model, model.active_template, batch, fields)
+    lines = [_route_of_batch(model, batch, route)]
+    if batch.shape[0]:
+        lines.append(f"row 0: {_picture(model, batch)}")
+    return "\n".join(lines)
+
+
+def _route_of_batch(model: PromptModel, batch: Batch, route: str) -> str:
     if route == SPLICE:
         return "route splice: it was asked for"
     objection = why_not_batch(model, batch)
@@ -63,3 +85,17 @@ def _route_of_batch(model: PromptModel, given: dict[str, Any]) -> str:
         return f"route {'shared, which cannot run' if route == SHARED else 'splice'}: {objection}"
     not_worth = None if route == SHARED else why_not_worth(model, batch, is_kept(model))
     return "route shared" if not_worth is None else f"route splice: {not_worth}"
+
+
+def _picture(model: PromptModel, batch: Batch) -> str:
+    layout, mask = batch.layout, batch.attention_mask
+    if layout is None:
+        rows, pool_last = model.prompt_rows_count(), model.active_config.task_type is TaskType.SEQ_CLS
+        layout, _ = choose_layout(model.facts, rows, batch.tokens, mask, pool_last, model.active_start)
+        mask = None if mask is None else layout.fill(mask, 1)
+    rows, length = layout.num_prompt_rows, batch.shape[1]
+    slots = [*range(-1, -rows - 1, -1), *range(length)] if layout.slots is None else layout.slots[0].tolist()
+    real = None if mask is None else mask[0].tolist()
+    anchors = () if model.active_template is None else anchor_slots(model.active_template, slots, real)
+    count = model.prompt_rows_count()  # a table's further rows are a template's constant tokens
+    return join_symbols(row_symbols(slots, real, anchors, lambda row: "P" if row < count else "t"))

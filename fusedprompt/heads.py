@@ -6,12 +6,15 @@ The names in memory are those of PEFT's `ModulesToSaveWrapper`: `<path>.original
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .base_model import to_device
 from .config import TaskType
 
 # Heads that transformers initialises at random, so that a prompt alone cannot learn the task.
@@ -23,13 +26,17 @@ TASK_HEADS = {
 
 
 class SavedModule(nn.Module):
-    """Stands in for a module of the base model; calls the active adapter's copy of it, or the original."""
+    """Stands in for a module of the base model; calls the active adapter's copy of it, or the original.
+
+    rows: the adapter of each row of a batch, if they differ; see `for_rows`.
+    """
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.original_module = original
         self.modules_to_save = nn.ModuleDict()
         self.active: str | None = None
+        self.rows: Sequence[str] | None = None
 
     @property
     def current(self) -> nn.Module:
@@ -39,6 +46,8 @@ class SavedModule(nn.Module):
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.rows is not None:
+            return call_by_rows(self, self.rows, args, kwargs)
         return self.current(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -46,9 +55,56 @@ class SavedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("original_module", "modules_to_save", "active"):
+            if name in ("original_module", "modules_to_save", "active", "rows"):
                 raise
             return getattr(self.current, name)
+
+
+@contextlib.contextmanager
+def for_rows(base: nn.Module, names: Sequence[str] | None) -> Iterator[None]:
+    """Within the block each row of a batch goes through the copies of the adapter that `names` has for it.
+
+    A name without a copy, such as `__base__`, has the original. A batch of k times as many rows has each k times, as
+    beam search does. None: as outside.
+    """
+    found = [stand_in for _, stand_in in saved_modules(base)] if names is not None else []
+    before = [stand_in.rows for stand_in in found]
+    for stand_in in found:
+        stand_in.rows = names
+    try:
+        yield
+    finally:
+        for stand_in, rows in zip(found, before):
+            stand_in.rows = rows
+
+
+def call_by_rows(stand_in: Any, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call each adapter's copy on its own rows of the arguments, and put the rows together again.
+
+    stand_in: a `SavedModule`, or PEFT's `ModulesToSaveWrapper`.
+    """
+    copies_of = dict(stand_in.modules_to_save.items())
+    rows_of: dict[nn.Module, list[int]] = {}
+    size = next(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    copies = size // max(len(names), 1)
+    for row in range(size):
+        rows_of.setdefault(copies_of.get(names[row // copies], stand_in.original_module), []).append(row)
+    if len(rows_of) == 1:
+        return next(iter(rows_of))(*args, **kwargs)
+
+    def part(value: Any, rows: Tensor) -> Any:
+        return value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
+
+    order = [row for rows in rows_of.values() for row in rows]
+    device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    back = to_device(torch.tensor(order).argsort(), device)
+    results = []
+    for module, numbers in rows_of.items():
+        rows = to_device(torch.tensor(numbers), device)
+        results.append(module(*(part(v, rows) for v in args), **{k: part(v, rows) for k, v in kwargs.items()}))
+    if isinstance(results[0], Tensor):
+        return torch.cat(results)[back]
+    return tuple(torch.cat(parts)[back] if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*results))
 
 
 def saved_modules(base: nn.Module) -> Iterator[tuple[str, SavedModule]]:

@@ -31,6 +31,18 @@ class Layout:
         if isinstance(count, bool) or count < 0:
             raise ValueError(f"num_prompt_rows: expected an int >= 0, got {count!r}")
 
+    def __repr__(self) -> str:
+        """With the first row as a picture: P a prompt row, t a token."""
+        from .picture import join_symbols, row_symbols
+
+        count = self.num_prompt_rows
+        if self.slots is None:
+            return " ".join((f"Layout.prefix({count}):", join_symbols(["P"] * count), "t ..."))
+        text = f"Layout(num_prompt_rows={count}, slots={tuple(self.slots.shape)})"
+        if type(self.slots) is not Tensor or self.slots.device.type == "meta" or not self.slots.numel():
+            return text
+        return f"{text}: {join_symbols(row_symbols(self.slots[0].tolist()))}"
+
     @classmethod
     def prefix(cls, num_prompt_rows: int) -> Layout:
         """All prompt rows, then the tokens: what PEFT builds by concatenation."""
@@ -87,6 +99,15 @@ class Layout:
             return self.fill(values, 0)
         return torch.where(self.slots < 0, rows[(~self.slots).clamp(min=0)], self.fill(values, 0))
 
+    def overwrite_rows(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Values of the output (B, S), with `rows[r]` where it is prompt row r, and 0 at rows behind them.
+
+        `rows` is (P,) in values' dtype, with P at most R.
+        """
+        assert self.slots is not None
+        rows = F.pad(rows, (0, self.num_prompt_rows - rows.shape[0]))
+        return torch.where(self.slots < 0, rows[(~self.slots).clamp(min=0)], values)
+
     def position_ids(self, values: Tensor, first: int = 0) -> Tensor:
         """Position ids of the caller's tokens (B, T), moved behind the prompt, which counts first ... first + P-1."""
         moved = self.fill(values + self.num_prompt_rows, 0)
@@ -96,13 +117,19 @@ class Layout:
             return moved
         return torch.where(self.slots < 0, ~self.slots + first, moved)
 
-    def token_positions(self, batch: int, length: int, device: torch.device) -> Tensor:
-        """Where each token went, (B, T) int64: the inverse of the slots. Tokens that went nowhere give 0."""
+    def token_positions(self, batch: int, length: int, device: torch.device, mask: Tensor | None = None) -> Tensor:
+        """Where each token went, (B, T) int64: the inverse of the slots. Tokens that went nowhere give 0.
+
+        mask: (B, S) attention mask of a layout whose padding may refer to tokens that stand elsewhere too; those count.
+        """
         if self.slots is None:
             return torch.arange(self.num_prompt_rows, self.num_prompt_rows + length, device=device).expand(batch, -1)
         positions = torch.arange(self.slots.shape[1], device=device).expand(batch, -1)
         target = torch.where(self.slots < 0, length, self.slots)  # prompt rows go to a spare last column
-        return self.slots.new_zeros(batch, length + 1).scatter_(1, target, positions)[:, :length]
+        found = self.slots.new_zeros(batch, length + 1).scatter_(1, target, positions)
+        if mask is not None:
+            found.scatter_(1, torch.where(mask == 0, length, target), positions)
+        return found[:, :length]
 
 
 def count_padding(attention_mask: Tensor) -> tuple[Tensor, Tensor]:

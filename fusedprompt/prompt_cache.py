@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from .mixed import Mixture
 from .shared import PromptStates, run_prompt
 from .sharing import active_noise
 from .stamp import Stamp, stamp
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Entry:
-    stamp: Stamp
+    base: Stamp
+    own: Stamp
     states: PromptStates
     all_logits: bool
     bytes: int
@@ -64,25 +66,41 @@ class PromptCache:
             self._entries.pop(str(adapter_name), None)
 
     def get(
-        self, adapter_name: str, base: nn.Module, encoder: nn.Module, all_logits: bool, make: Callable[[], PromptStates]
-    ) -> PromptStates:
-        """The adapter's entry, made by `make()` without gradients if there is none that still holds.
+        self,
+        base: nn.Module,
+        encoders: Mapping[str, nn.Module],
+        all_logits: bool,
+        make: Callable[[str], PromptStates],
+    ) -> list[PromptStates]:
+        """The entries of adapters, made by `make(name)` without gradients where there is none that still holds.
 
-        all_logits: the entry must have every virtual token's logits.
+        all_logits: the entries must have every virtual token's logits.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            now = stamp(base, encoder)
-            entry = self._entries.pop(adapter_name, None)
-            usable = entry is not None and (entry.all_logits or not all_logits)
-            if entry is None or not usable or now is None or not entry.stamp.matches(now):
-                states = make()
-                if now is None:
-                    return states
-                entry = _Entry(now, states, all_logits, _size(states))
-            self._entries[adapter_name] = entry
+            now, found = stamp(base), []
+            unchanged: list[Stamp] = []  # stamps of the base model that hold: entries made in one call have the same
+            for name, encoder in encoders.items():
+                own, entry = stamp(encoder), self._entries.pop(name, None)
+                if entry is not None and not (
+                    (entry.all_logits or not all_logits)
+                    and now is not None
+                    and own is not None
+                    and (any(entry.base is one for one in unchanged) or entry.base.matches(now))
+                    and entry.own.matches(own)
+                ):
+                    entry = None
+                if entry is None:
+                    states = make(name)
+                    if now is None or own is None:
+                        found.append(states)
+                        continue
+                    entry = _Entry(now, own, states, all_logits, _size(states))
+                unchanged.append(entry.base)
+                found.append(entry.states)
+                self._entries[name] = entry
             while self.nbytes() > self.max_bytes:
                 self._entries.popitem(last=False)
-            return entry.states
+            return found
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled model starts with an empty cache: locks and weak references stay with the original."""
@@ -92,13 +110,16 @@ class PromptCache:
         self.__init__(state["max_bytes"])  # type: ignore[misc]
 
 
-def is_kept(model: PromptModel) -> bool:
-    """Whether the active prompt's states may come from the cache: nothing is trained, random or watched."""
-    assert model.active_adapter is not None
-    encoder = model.prompt_encoder[model.active_adapter]
-    if torch.compiler.is_compiling() or active_noise(encoder) is not None or _is_watched(encoder):
+def is_kept(model: PromptModel, mixture: Mixture | None = None) -> bool:
+    """Whether the prompts' states may come from the cache: nothing is trained, random or watched.
+
+    mixture: of which prompts, where not of the active one.
+    """
+    names = mixture.adapters if mixture is not None else (model.active_adapter,)
+    encoders = [model.prompt_encoder[name] for name in names if name is not None]
+    if torch.compiler.is_compiling() or any(active_noise(part) is not None or _is_watched(part) for part in encoders):
         return False
-    trained = (parameter.requires_grad for part in (encoder, model.base_model) for parameter in part.parameters())
+    trained = (parameter.requires_grad for part in (*encoders, model.base_model) for parameter in part.parameters())
     return not (torch.is_grad_enabled() and any(trained))
 
 
@@ -108,20 +129,31 @@ def _is_watched(encoder: nn.Module) -> bool:
 
 
 def prompt_states(
-    model: PromptModel, *, all_logits: bool, hidden_states: bool = False, wait: bool = False
+    model: PromptModel,
+    *,
+    all_logits: bool,
+    hidden_states: bool = False,
+    wait: bool = False,
+    mixture: Mixture | None = None,
 ) -> PromptStates:
-    """The active prompt's states: kept ones where that is allowed, else from a pass of their own.
+    """The active prompt's states, or a mixture's: kept ones where that is allowed, else from a pass of their own.
 
     wait: a pass of their own may leave logits of all virtual tokens until they are read.
     """
+    if hidden_states or not is_kept(model, mixture):
+        waits = all_logits and wait
+        return run_prompt(
+            model,
+            all_logits=all_logits and not waits,
+            hidden_states=hidden_states,
+            may_repeat=waits,
+            mixture=mixture,
+        )
+    names = mixture.adapters if mixture is not None else (model.active_adapter,)
 
-    def make() -> PromptStates:
-        return run_prompt(model, all_logits=all_logits, hidden_states=hidden_states)
+    def make(name: str) -> PromptStates:
+        return run_prompt(model, all_logits=all_logits, adapter_name=None if mixture is None else name)
 
-    if hidden_states or not is_kept(model):
-        if all_logits and wait:
-            return run_prompt(model, all_logits=False, hidden_states=hidden_states, may_repeat=True)
-        return make()
-    name = model.active_adapter
-    assert name is not None
-    return model.prompt_cache.get(name, model.base_model, model.prompt_encoder[name], all_logits, make)
+    encoders = {name: model.prompt_encoder[name] for name in names if name is not None}
+    states = model.prompt_cache.get(model.base_model, encoders, all_logits, make)
+    return states[0] if mixture is None else PromptStates.stacked(states, mixture)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +13,26 @@ from torch import Tensor, nn
 from . import ops
 from .base_model import BaseFacts, fusable_table
 from .layout import Layout, count_padding, may_be_padded
+from .ops.splice import SplicedBatch
 
 
 @dataclass
 class SplicedInputs:
     """A batch with its prompt in place.
 
-    layout: where every row came from. arguments: keyword arguments for the base model.
+    prompt: (R, D) and layout: where every row came from. arguments: keyword arguments for the base model.
     """
 
+    prompt: Tensor
     layout: Layout
     arguments: dict[str, Any]
+
+
+class Turn(enum.Enum):
+    """Which column of a row a base model reads: its last, or its first. Padding goes to the other end."""
+
+    LAST_TO_END = enum.auto()
+    FIRST_TO_START = enum.auto()
 
 
 def splice_route(
@@ -63,10 +74,102 @@ def splice_route(
     if start and position_ids is not None:
         raise ValueError(f"position_ids: expected None with prompt_start = {start}, got {tuple(position_ids.shape)}")
     layout, padding = choose_layout(facts, prompt.shape[0], tokens, attention_mask, pool_last, start)
+    filled = _fill(word_embeddings, prompt, layout, input_ids, inputs_embeds, attention_mask, labels)
+    if position_ids is not None:
+        position_ids = layout.position_ids(position_ids.expand(batch, length), facts.first_position)
+    elif padding is not None and facts.takes_position_ids:
+        position_ids = padding_positions(layout, padding, length, facts.first_position)
+    if token_type_ids is not None:
+        token_type_ids = layout.fill(token_type_ids, 0)
+    return _call(facts, prompt, layout, filled, position_ids, token_type_ids)
+
+
+def place(
+    facts: BaseFacts,
+    word_embeddings: nn.Module,
+    prompt: Tensor,
+    layout: Layout,
+    *,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    turn: Turn | None = None,
+    pool_index: Tensor | None = None,
+) -> SplicedInputs:
+    """`splice_route` for a layout that is given: prompt rows (R, D) and tokens (B, T) go where its slots say.
+
+    Args:
+        attention_mask, labels, position_ids, token_type_ids: of the output, (B, S), or None.
+        turn: which column of each row must come to an end of it, or None.
+        pool_index: (B,) the columns that are read, where they are not the last or first that the mask leaves.
+
+    Returns:
+        As `splice_route`; position ids that were not given are counted from a mask that was.
+    """
+    assert layout.slots is not None
+    if pool_index is not None and attention_mask is None:
+        attention_mask = torch.ones_like(layout.slots)
+    fields = {
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "position_ids": position_ids,
+        "token_type_ids": token_type_ids,
+    }
+    check_placed(facts, layout, input_ids if input_ids is not None else inputs_embeds, fields, pool_index)
+    if position_ids is None and attention_mask is not None and facts.takes_position_ids:
+        counted = (attention_mask != 0).cumsum(1) - 1
+        fields["position_ids"] = counted.clamp(min=0) + facts.first_position
+    columns = None if turn is None else _turned_columns(turn, layout.slots, fields, pool_index)
+    if columns is not None:
+        layout = Layout(layout.num_prompt_rows, layout.slots.gather(1, columns))
+        fields = {name: None if field is None else field.gather(1, columns) for name, field in fields.items()}
+    filled = _fill(word_embeddings, prompt, layout, input_ids, inputs_embeds)
+    filled = filled._replace(attention_mask=fields["attention_mask"], labels=fields["labels"])
+    return _call(facts, prompt, layout, filled, fields["position_ids"], fields["token_type_ids"])
+
+
+def _turned_columns(
+    turn: Turn, slots: Tensor, fields: dict[str, Tensor | None], pool_index: Tensor | None
+) -> Tensor | None:
+    """(B, S) int64: each row's columns, rotated so that padding (or what stands behind the pooled column) is at the
+    other end; None where nothing moves. A mask then covers what has come before the row's first column."""
+    length, mask = slots.shape[1], fields["attention_mask"]
+    column = torch.arange(length, device=slots.device)
+    if pool_index is None:
+        if not may_be_padded(mask, -1 if turn is Turn.LAST_TO_END else 0):
+            return None
+        assert mask is not None
+        left, right = count_padding(mask)
+        begin = length - right if turn is Turn.LAST_TO_END else left
+    elif turn is Turn.LAST_TO_END:
+        real = column <= pool_index.unsqueeze(1)
+        assert mask is not None
+        fields["attention_mask"] = mask * real.to(mask.dtype)
+        begin = pool_index + 1
+    else:
+        begin = pool_index
+    return (column + begin.unsqueeze(1)).remainder(length)
+
+
+def _fill(
+    word_embeddings: nn.Module,
+    prompt: Tensor,
+    layout: Layout,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> SplicedBatch:
+    """The batch of embeddings, and the tokens' mask and labels carried along."""
     table = fusable_table(word_embeddings) if input_ids is not None else None
     if input_ids is not None and table is None:
         inputs_embeds = word_embeddings(input_ids)
-    spliced = ops.splice_batch(
+    tokens = input_ids if input_ids is not None else inputs_embeds
+    assert tokens is not None
+    return ops.splice_batch(
         prompt.to(tokens.device),
         layout,
         input_ids=None if table is None else input_ids,
@@ -75,20 +178,75 @@ def splice_route(
         attention_mask=attention_mask,
         labels=labels,
     )
-    arguments: dict[str, Any] = {"inputs_embeds": spliced.inputs_embeds}
-    if attention_mask is not None:
-        arguments["attention_mask"] = spliced.attention_mask
-    if labels is not None:
-        arguments["labels"] = spliced.labels
+
+
+def _call(
+    facts: BaseFacts,
+    prompt: Tensor,
+    layout: Layout,
+    filled: SplicedBatch,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+) -> SplicedInputs:
+    """What the base model is called with: fields (B, S) that are there, and that it takes."""
+    arguments: dict[str, Any] = {"inputs_embeds": filled.inputs_embeds}
+    if filled.attention_mask is not None:
+        arguments["attention_mask"] = filled.attention_mask
+    if filled.labels is not None:
+        arguments["labels"] = filled.labels
     if position_ids is not None:
         _require(facts.takes_position_ids, "position_ids")
-        arguments["position_ids"] = layout.position_ids(position_ids.expand(batch, length), facts.first_position)
-    elif padding is not None and facts.takes_position_ids:
-        arguments["position_ids"] = padding_positions(layout, padding, length, facts.first_position)
+        arguments["position_ids"] = position_ids
     if token_type_ids is not None:
         _require(facts.takes_token_type_ids, "token_type_ids")
-        arguments["token_type_ids"] = layout.fill(token_type_ids, 0)
-    return SplicedInputs(layout, arguments)
+        arguments["token_type_ids"] = token_type_ids
+    return SplicedInputs(prompt, layout, arguments)
+
+
+def check_placed(
+    facts: BaseFacts,
+    layout: Layout,
+    tokens: Tensor | None,
+    fields: Mapping[str, Tensor | None],
+    pool_index: Tensor | None = None,
+) -> None:
+    """Refuse slots that do not fit the tokens, fields that do not fit the slots, and rows longer than a position table.
+
+    Values are looked at on a CPU only: elsewhere the host would wait for the device.
+    """
+    slots = layout.slots
+    assert slots is not None
+    if tokens is None:
+        raise ValueError("You have to provide either input_ids or inputs_embeds")
+    if slots.shape[0] != tokens.shape[0]:
+        raise ValueError(f"slots: expected shape (B, S) with B = {tokens.shape[0]}, got {tuple(slots.shape)}")
+    for name, field in fields.items():
+        if field is not None and field.shape != slots.shape:
+            raise ValueError(f"{name}: expected the shape of slots, {tuple(slots.shape)}, got {tuple(field.shape)}")
+    mask, limit, longest = fields.get("attention_mask"), facts.position_limit, slots.shape[1]
+    looks = slots.device.type == "cpu" and not torch.compiler.is_compiling() and slots.numel() > 0
+    if pool_index is not None and tuple(pool_index.shape) != (slots.shape[0],):
+        raise ValueError(f"pool_index: expected shape (B,) = ({slots.shape[0]},), got {tuple(pool_index.shape)}")
+    if looks:
+        low, high = (int(end) for end in torch.aminmax(slots))
+        if low < -layout.num_prompt_rows or high >= tokens.shape[1]:
+            raise ValueError(
+                f"slots: expected values from -{layout.num_prompt_rows} (prompt rows) to {tokens.shape[1] - 1} "
+                f"(tokens), got {low if low < -layout.num_prompt_rows else high}"
+            )
+    if limit is None or longest <= limit:
+        return
+    positions = fields.get("position_ids")
+    if mask is not None or positions is not None:
+        if not looks:
+            return
+        longest = int((mask != 0).sum(1).max()) if mask is not None else longest
+        if positions is not None:  # they may begin anew within a row
+            longest = min(longest, int(positions.max()) - facts.first_position + 1)
+    if longest > limit:
+        raise ValueError(
+            f"slots: expected at most the base model's {limit} positions in a row, got {longest} without padding"
+        )
 
 
 def check_length(facts: BaseFacts, num_prompt_rows: int, length: int) -> None:

@@ -19,12 +19,22 @@ from .config import (
     PromptTuningInit,
     format_json,
 )
+from .template import Template
 
 if TYPE_CHECKING:
     from .model import PromptModel
 
 # Beside PEFT's fields in adapter_config.json, and only where the prompt is not at PEFT's place: PEFT warns of it.
 PROMPT_START_KEY = "fusedprompt_prompt_start"
+
+
+# For adapters whose template is not the plain prefix: the field that PEFT dispatches on says why it cannot load them,
+# and the true value stands under a key of our own.
+PEFT_TYPE_KEY = "fusedprompt_peft_type"
+
+
+def _refusal(template: Template) -> str:
+    return f"a fusedprompt adapter with the template {template}, while PEFT only puts prompts in front of a text"
 
 
 @dataclass
@@ -35,6 +45,7 @@ class LoadedAdapter:
     prompt_start: int
     encoder: modules.PromptModule
     head_tensors: dict[str, Tensor]
+    template: Template | None
 
 
 def save(model: PromptModel, adapter_name: str, folder: Path) -> None:
@@ -49,15 +60,23 @@ def save(model: PromptModel, adapter_name: str, folder: Path) -> None:
     fields = config.to_dict()
     if model.prompt_start[adapter_name]:
         fields[PROMPT_START_KEY] = model.prompt_start[adapter_name]
-    checkpoint.save_adapter(folder, format_json(fields), CONFIG_NAME, tensors, encoder)
+    template = model.templates.get(adapter_name)
+    if template is not None and not template.is_plain_prefix:
+        fields[PEFT_TYPE_KEY], fields["peft_type"] = fields["peft_type"], _refusal(template)
+    text = None if template is None else template.to_json()
+    checkpoint.save_adapter(folder, format_json(fields), CONFIG_NAME, tensors, encoder, text)
 
 
 def load(model: PromptModel, folder: Path, is_trainable: bool) -> LoadedAdapter:
     """Read an adapter from a folder and check every tensor against a model, which is not changed."""
     fields = checkpoint.read_json(folder / CONFIG_NAME)
     prompt_start = int(fields.pop(PROMPT_START_KEY, 0))
+    peft_type = fields.pop(PEFT_TYPE_KEY, None)
+    if peft_type is not None:
+        fields["peft_type"] = peft_type
     config = model._resolve(PromptLearningConfig.from_dict(fields, origin=str(folder / CONFIG_NAME)))
     config.inference_mode = not is_trainable
+    template = _load_template(model, folder, config, prompt_start, required=peft_type is not None)
     file = checkpoint.stored(folder, checkpoint.ADAPTER_NAME)
     tensors, _ = checkpoint.read_tensors(file)
     encoder = _build(model, config)
@@ -72,7 +91,26 @@ def load(model: PromptModel, folder: Path, is_trainable: bool) -> LoadedAdapter:
             encoder.embedding.weight.copy_(prompt)
         else:
             _load_encoder(encoder, config, folder, prompt)
-    return LoadedAdapter(config, prompt_start, encoder, tensors)
+    return LoadedAdapter(config, prompt_start, encoder, tensors, template)
+
+
+def _load_template(
+    model: PromptModel, folder: Path, config: PromptLearningConfig, prompt_start: int, required: bool
+) -> Template | None:
+    """The folder's template, checked against the model. One that is not required is the plain prefix, or left over."""
+    path = checkpoint.stored(folder, checkpoint.TEMPLATE_NAME)
+    if not path.is_file():
+        if required:
+            raise FileNotFoundError(f"{path}: no such file; {CONFIG_NAME} says that the adapter has a template")
+        return None
+    try:
+        template = Template.from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not required and not template.is_plain_prefix:
+        return None
+    model._check_template(template, config, prompt_start)
+    return template
 
 
 def _build(model: PromptModel, config: PromptLearningConfig) -> modules.PromptModule:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from .base_model import device_of
 from .deferred import defer, replaced
 from .layout import IGNORE_INDEX, Layout, count_padding, may_be_padded
 from .loss import summed_cross_entropy
+from .mixed import Mixture, arrange
 from .ops._backend import BackendUnavailable
 from .routes import check_length, choose_layout
 from .sharing import active_noise, keeps_all, transformers_model
@@ -34,28 +35,64 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptStates:
-    """What the base model made of the prompt at batch 1. Nothing in it is changed after it was made.
+    """What the base model made of the prompt at batch 1, or of A prompts. Nothing in it is changed after it was made.
 
     cache: keys and values of every layer, (1, heads, P, head width) each.
     logits: (1, P, V), or (1, 1, V) of the last virtual token alone; (1, C) for sequence classification.
     hidden_states: (1, P, D) of every layer, if they were asked for.
     all_logits: gives (1, P, V), from a second pass if need be.
+    mixture: None for one prompt. Of several, shapes begin with A, and shorter prompts are padded in front.
     """
 
     cache: Any
     logits: Tensor
     hidden_states: tuple[Tensor, ...] | None
     all_logits: Callable[[], Tensor]
+    mixture: Mixture | None = None
 
     def for_rows(self, size: int) -> Any:
-        """A cache of its own for `size` rows of text. Its tensors are views of these: no row has a copy."""
+        """A cache of its own for `size` rows of text. Of one prompt its tensors are views: no row has a copy."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in cache.layers:
-            layer.keys = layer.keys.expand(size, -1, -1, -1)
-            layer.values = layer.values.expand(size, -1, -1, -1)
+            layer.keys, layer.values = self._of_rows(layer.keys, size), self._of_rows(layer.values, size)
         cache.prompt_first = True
         return cache
+
+    def last_logits(self, size: int) -> Tensor:
+        """(size, V): logits of each row's last virtual token."""
+        return self._of_rows(self.logits[:, -1], size)
+
+    def table(self, values: Tensor) -> Tensor:
+        """(R, X): values (A, P, X) of the prompts as a table for the slots of a layout."""
+        return values[0] if self.mixture is None else self.mixture.unstack(values)
+
+    def _of_rows(self, values: Tensor, size: int) -> Tensor:
+        if self.mixture is None:
+            return values.expand(size, *values.shape[1:])
+        return self.mixture.take(values, size // len(self.mixture.names))
+
+    @classmethod
+    def stacked(cls, states: Sequence[PromptStates], mixture: Mixture) -> PromptStates:
+        """The states of each of a mixture's prompts, (1, ...), as one."""
+        cache = copy.copy(states[0].cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        for index, layer in enumerate(cache.layers):
+            own = [one.cache.layers[index] for one in states]
+            # Positions first: a stack pads its members' first dimension.
+            layer.keys, layer.values = (
+                mixture.stack([tensor[0].transpose(0, 1) for tensor in tensors]).transpose(1, 2)
+                for tensors in ([each.keys for each in own], [each.values for each in own])
+            )
+        if states[0].logits.dim() == 2:
+            logits = torch.cat([one.logits for one in states])
+        else:
+            logits = torch.cat([one.logits[:, -1:] for one in states])
+
+        def all_logits() -> Tensor:
+            return mixture.stack([one.all_logits()[0] for one in states])
+
+        return cls(cache, logits, None, all_logits, mixture)
 
 
 def prompt_first(cache: Any) -> bool:
@@ -64,9 +101,15 @@ def prompt_first(cache: Any) -> bool:
 
 
 def run_prompt(
-    model: PromptModel, *, all_logits: bool, hidden_states: bool = False, may_repeat: bool = False
+    model: PromptModel,
+    *,
+    all_logits: bool,
+    hidden_states: bool = False,
+    may_repeat: bool = False,
+    adapter_name: str | None = None,
+    mixture: Mixture | None = None,
 ) -> PromptStates:
-    """Run the active adapter's prompt through the base model.
+    """Run a prompt through the base model: the active adapter's by default, or all prompts of a mixture as one batch.
 
     all_logits: of every virtual token, and not of the last one alone, where the base model can leave out logits.
     may_repeat: without all logits, prepare for a second pass that gives them.
@@ -74,7 +117,7 @@ def run_prompt(
     Raises:
         BackendUnavailable: the base model answers with a cache that cannot be shared. `auto` will not try again.
     """
-    rows = model.prompt_rows()
+    rows = model.prompt_rows(adapter_name) if mixture is None else mixture.stack(mixture.encode(model))
     table: Any = getattr(model.word_embeddings, "weight", None)
     # Of a quantised module it is no plain tensor, or none at all.
     plain = isinstance(table, Tensor) and table.is_floating_point()
@@ -84,18 +127,27 @@ def run_prompt(
     if model.sharing.takes_logits_to_keep and not all_logits:
         # Not 1, which slices: the head's product with a slice of (1, P, D) copies its whole weight first in bf16, 23 %
         # of a step at D=3072, V=128256. A tensor of indices gathers.
-        options["logits_to_keep"] = torch.arange(rows.shape[0] - 1, rows.shape[0], device=device)
+        options["logits_to_keep"] = torch.arange(rows.shape[-2] - 1, rows.shape[-2], device=device)
     # A copy where it must outlive the optimizer's next step.
-    embeds = rows.to(device, dtype, copy=may_repeat).unsqueeze(0)
-    output = model.base_model(inputs_embeds=embeds, use_cache=True, return_dict=True, **options)
+    embeds = rows.to(device, dtype, copy=may_repeat)
+    arguments: dict[str, Any] = {"inputs_embeds": embeds.unsqueeze(0) if mixture is None else embeds}
+    mask = None if mixture is None else mixture.stack_mask(device)
+    if mask is not None:
+        arguments["attention_mask"] = mask
+        if model.facts.takes_position_ids:
+            arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + model.facts.first_position
+    names = (adapter_name,) if adapter_name is not None else None if mixture is None else mixture.adapters
+    with model.heads_for_rows(names):
+        output = model.base_model(**arguments, use_cache=True, return_dict=True, **options)
     layers = getattr(output.past_key_values, "layers", ())
-    if not layers or not all(keeps_all(layer) and layer.keys.shape[::2] == (1, rows.shape[0]) for layer in layers):
+    shape = torch.Size(arguments["inputs_embeds"].shape[:2])
+    if not layers or not all(keeps_all(layer) and layer.keys.shape[::2] == shape for layer in layers):
         reason = f"the base model answers with a {type(output.past_key_values).__name__} that does not hold the prompt"
         model.sharing = type(model.sharing)(reason)
         raise BackendUnavailable(f"route 'shared' cannot run: {reason}")
     logits: Tensor = output.logits
-    repeat = _all_logits(model.base_model, embeds) if may_repeat and "logits_to_keep" in options else lambda: logits
-    return PromptStates(output.past_key_values, logits, output.get("hidden_states"), repeat)
+    repeat = _all_logits(model, arguments, names) if may_repeat and "logits_to_keep" in options else lambda: logits
+    return PromptStates(output.past_key_values, logits, output.get("hidden_states"), repeat, mixture)
 
 
 def may_wait(model: PromptModel, labels: Tensor | None) -> bool:
@@ -117,20 +169,21 @@ def _has_transformers_loss(model: PromptModel) -> bool:
     return transformers_model(model.base_model).loss_function is ForCausalLMLoss
 
 
-def _all_logits(base: Any, embeds: Tensor) -> Callable[[], Tensor]:
+def _all_logits(model: PromptModel, arguments: dict[str, Any], names: Sequence[str] | None) -> Callable[[], Tensor]:
     """A function that runs the prompt once more, as it would run now."""
-    device = embeds.device.type
+    base: Any = model.base_model
+    device = arguments["inputs_embeds"].device.type
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     before = stamp(base)
 
     def repeat() -> Tensor:
-        with torch.autocast(device, dtype=dtype, enabled=enabled), _without_noise(base):
+        with torch.autocast(device, dtype=dtype, enabled=enabled), _without_noise(base), model.heads_for_rows(names):
             now = stamp(base)
             if before is not None and (now is None or not before.matches(now)):
                 raise RuntimeError(
                     "logits: expected to be read before the base model's weights change (none wait with logits='text')"
                 )
-            logits: Tensor = base(inputs_embeds=embeds, use_cache=False, return_dict=True).logits
+            logits: Tensor = base(**arguments, use_cache=False, return_dict=True).logits
         return logits
 
     return repeat
@@ -151,22 +204,25 @@ def _without_noise(base: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Text:
-    """The text's side of a batch: what the base model is called with, and where each row's text begins."""
+    """The text's side of a batch: what the base model is called with, and where each row's text begins.
+
+    has_prompt: (B,) bool, or None where every row has one.
+    """
 
     arguments: dict[str, Any]
     layout: Layout
     padding: Tensor | None
+    has_prompt: Tensor | None
 
 
 def _arrange(model: PromptModel, batch: Batch, pool_last: bool) -> _Text:
     """Text behind a prompt in the cache: mask and positions count the prompt, and padding changes nothing."""
-    facts, rows = model.facts, model.prompt_rows_count()
+    facts, rows, mixture = model.facts, batch.prompt_length(model), batch.mixture
     size, length = batch.shape
     check_length(facts, rows, length)
     mask, positions = batch.attention_mask, batch.position_ids
     if mask is not None and tuple(mask.shape) != (size, length):
         raise ValueError(f"attention_mask: expected shape (B, T) = {(size, length)}, got {tuple(mask.shape)}")
-    layout, padding = choose_layout(facts, rows, batch.tokens, mask, pool_last)
     ids, embeds = batch.input_ids, batch.inputs_embeds
     if ids is not None and embeds is not None:
         raise ValueError("You have to provide either input_ids or inputs_embeds, and not both")
@@ -178,20 +234,28 @@ def _arrange(model: PromptModel, batch: Batch, pool_last: bool) -> _Text:
         assert embeds is not None and turned.slots is not None
         embeds = embeds.gather(1, turned.slots.unsqueeze(-1).expand_as(embeds))
         mask = turned.fill(mask, 0)
-        assert padding is not None
-        layout = Layout.insert(rows, length, padding)  # of tokens that have been turned already
         positions = None if positions is None else turned.fill(positions.expand(size, length), 0)
+    behind: int | Tensor = rows
+    if mixture is None:
+        layout, padding = choose_layout(facts, rows, batch.tokens, mask)
+        wide_mask = None if mask is None else F.pad(mask, (rows, 0), value=1)
+    else:
+        arranged = arrange(mixture, facts, batch.tokens, mask)
+        layout, padding, behind = arranged.layout, arranged.padding, mixture.count.unsqueeze(1)
+        wide_mask = mixture.prompt_first_mask(mask, length)
     arguments: dict[str, Any] = {"inputs_embeds": embeds} if ids is None else {"input_ids": ids}
-    if mask is not None:
-        arguments["attention_mask"] = F.pad(mask, (rows, 0), value=1)
+    if wide_mask is not None:
+        arguments["attention_mask"] = wide_mask
     if positions is not None:
-        arguments["position_ids"] = positions.expand(size, length) + rows
-    elif padding is not None and facts.takes_position_ids:
-        text = torch.arange(length, device=padding.device) - padding.unsqueeze(1)
-        arguments["position_ids"] = text.clamp(min=0) + (rows + facts.first_position)
+        arguments["position_ids"] = positions.expand(size, length) + behind
+    elif facts.takes_position_ids and (padding is not None or not isinstance(behind, int)):
+        text = torch.arange(length, device=batch.tokens.device)
+        text = text.unsqueeze(0) if padding is None else text - padding.unsqueeze(1)
+        arguments["position_ids"] = text.clamp(min=0) + (behind + facts.first_position)
     if batch.token_type_ids is not None:
         arguments["token_type_ids"] = batch.token_type_ids
-    return _Text(arguments, layout, padding)
+    has_prompt = None if mixture is None or mixture.even else mixture.count > 0
+    return _Text(arguments, layout, padding, has_prompt)
 
 
 def run_text(model: PromptModel, batch: Batch, states: PromptStates, *, labels: Tensor | None, logits: str) -> Any:
@@ -239,7 +303,7 @@ def _loss(
     size, length, vocabulary = text_logits.shape
     if not _has_transformers_loss(model):
         # A loss of its own gets what it would get from splice.
-        logits = _join(text.layout, states.all_logits(), text_logits)
+        logits = _join(states, text.layout, states.all_logits(), text_logits)
         given = {} if counted is None else {"num_items_in_batch": counted}
         filled = text.layout.fill(labels, IGNORE_INDEX)
         loss: Tensor = transformers_model(model.base_model).loss_function(
@@ -254,12 +318,14 @@ def _loss(
         first = labels.gather(1, begin).squeeze(1)
         before_text = torch.arange(length, device=labels.device) == begin - 1
         following = following.masked_fill(before_text, IGNORE_INDEX)
+    if text.has_prompt is not None:
+        first = first.masked_fill(~text.has_prompt, IGNORE_INDEX)
     number = counted
     if number is None:
         number = (following != IGNORE_INDEX).sum() + (first != IGNORE_INDEX).sum()
     if isinstance(number, Tensor):
         number = number.to(text_logits.device)
-    from_prompt = states.logits[0, -1:].float().expand(size, -1)
+    from_prompt = states.last_logits(size).float()
     total = F.cross_entropy(from_prompt, first, ignore_index=IGNORE_INDEX, reduction="sum")
     total = total + summed_cross_entropy(text_logits.view(-1, vocabulary), following.flatten())
     mean: Tensor = total / number
@@ -275,15 +341,15 @@ def _with_prompt(output: Any, layout: Layout, states: PromptStates, full_logits:
     def finish() -> dict[str, Any]:
         fields: dict[str, Any] = {}
         if full_logits:
-            fields["logits"] = _join(layout, states.all_logits(), text_logits)
+            fields["logits"] = _join(states, layout, states.all_logits(), text_logits)
         if states.hidden_states is not None:
             pairs = zip(states.hidden_states, text_states)
-            fields["hidden_states"] = tuple(_join(layout, prompt, text) for prompt, text in pairs)
+            fields["hidden_states"] = tuple(_join(states, layout, prompt, text) for prompt, text in pairs)
         return fields
 
     return defer(output, finish)
 
 
-def _join(layout: Layout, prompt: Tensor, text: Tensor) -> Tensor:
-    """(1, P, X) of the prompt and (B, T, X) of the text as (B, P + T, X), in the order that splice gives them."""
-    return ops.splice(prompt[0], layout, inputs_embeds=text)
+def _join(states: PromptStates, layout: Layout, prompt: Tensor, text: Tensor) -> Tensor:
+    """(A, P, X) of the prompts and (B, T, X) of the text as (B, P + T, X), in the order that splice gives them."""
+    return ops.splice(states.table(prompt), layout, inputs_embeds=text)

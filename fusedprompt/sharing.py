@@ -113,15 +113,20 @@ def active_noise(module: nn.Module) -> str | None:
     return None
 
 
-def why_not_model(model: PromptModel, adapter_name: str) -> str | None:
-    """An objection to sharing an adapter's prompt, whatever the batch, or None."""
+def why_not_model(model: PromptModel, *adapter_names: str) -> str | None:
+    """An objection to sharing the prompts of adapters, whatever the batch, or None."""
     if model.sharing.objection is not None:
         return model.sharing.objection
-    task = TaskType(model.peft_config[adapter_name].task_type)
-    if task not in (TaskType.CAUSAL_LM, TaskType.SEQ_CLS):
-        return f"it serves CAUSAL_LM and SEQ_CLS, and the adapter's task is {task.value}"
-    if model.prompt_start[adapter_name]:
-        return f"the prompt stands behind {model.prompt_start[adapter_name]} tokens of text (prompt_start)"
+    if not adapter_names:
+        return "no row has a prompt"
+    for name in adapter_names:
+        task = TaskType(model.peft_config[name].task_type)
+        if task not in (TaskType.CAUSAL_LM, TaskType.SEQ_CLS):
+            return f"it serves CAUSAL_LM and SEQ_CLS, and the adapter's task is {task.value}"
+        if model.template_of(name) is not None:
+            return "the adapter's template does not put the whole prompt in front"
+        if model.prompt_start[name]:
+            return f"the prompt stands behind {model.prompt_start[name]} tokens of text (prompt_start)"
     noise = active_noise(model.base_model)
     if noise is not None:
         return f"the base model is in training mode with {noise}, which would be the same in every row"
@@ -136,12 +141,13 @@ def why_not_model(model: PromptModel, adapter_name: str) -> str | None:
 
 
 def why_not_batch(model: PromptModel, batch: Batch) -> str | None:
-    """An objection to this batch with the active adapter, or None."""
-    assert model.active_adapter is not None
-    objection = why_not_model(model, model.active_adapter)
+    """An objection to this batch with its adapters, or None."""
+    objection = why_not_model(model, *batch.adapters(model))
     if objection is not None:
         return objection
     (size, length), others = batch.shape, batch.others
+    if batch.layout is not None:
+        return "the slots say where each prompt row goes, and it is not in front of all text"
     if not size or not length:
         return "the batch has no tokens"
     for name, value in others.items():
@@ -149,23 +155,24 @@ def why_not_batch(model: PromptModel, batch: Batch) -> str | None:
             return f"{name} is an argument of the base model that would have to cover the virtual tokens"
     if batch.position_ids is not None and batch.attention_mask is None and others.get("use_cache") is False:
         return "position_ids without a mask and a cache may mean several texts in a row"
-    return why_not_length(model, length)
+    return why_not_length(model, batch.prompt_length(model) + length)
 
 
 def why_not_worth(model: PromptModel, batch: Batch, kept: bool) -> str | None:
     """What `cost_rule` says of a batch."""
-    return cost_rule(model.prompt_rows_count(), *batch.shape, kept, batch.tokens.device.type)
+    prompts = len(batch.adapters(model))
+    return cost_rule(batch.prompt_length(model), *batch.shape, kept, batch.tokens.device.type, prompts)
 
 
-def why_not_length(model: PromptModel, length: int) -> str | None:
-    """An objection to `length` tokens behind the prompt, generated ones included, or None."""
-    total, window = model.prompt_rows_count() + length, model.sharing.window
+def why_not_length(model: PromptModel, total: int) -> str | None:
+    """An objection to `total` positions, of prompt and text, generated ones included, or None."""
+    window = model.sharing.window
     if window is not None and total > window:
         return f"{total} positions do not fit into the base model's window of {window}"
     return None
 
 
-def cost_rule(rows: int, size: int, length: int, kept: bool, device: str = "cpu") -> str | None:
+def cost_rule(rows: int, size: int, length: int, kept: bool, device: str = "cpu", prompts: int = 1) -> str | None:
     """The cost rule: why `auto` leaves a batch (size, length) to splice, though sharing would be exact; or None.
 
     A pass of the prompt's own reads the base model's weights once more. On a CPU that costs as much as 20 to 28 tokens
@@ -174,10 +181,10 @@ def cost_rule(rows: int, size: int, length: int, kept: bool, device: str = "cpu"
     TB/s and 800 TFLOP/s; that has not been measured. A forward pass that trains nothing has no pass of the prompt's
     own, but joined logits cost up to 7 % of it.
 
-    kept: the prompt's keys and values are at hand, or will be for the next batch.
+    kept: the prompt's keys and values are at hand, or will be for the next batch. prompts: how many there are.
     """
     spliced = size * (rows + length)
-    saved = spliced - size * length - (0 if kept else rows)
+    saved = spliced - size * length - (0 if kept else prompts * rows)
     fewest, share = (16, 0.08) if kept else (64 if device == "cpu" else 256, 0.04)
     if saved < max(fewest, share * spliced):
         return f"sharing would save {saved} of {spliced} tokens, which is too few to pay"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -33,13 +32,13 @@ class Stamp:
         )
 
 
-def stamp(base: nn.Module, encoder: nn.Module | None = None) -> Stamp | None:
-    """The present state of all that a base model's results on a prompt depend on; None if that cannot be told.
+def stamp(module: nn.Module) -> Stamp | None:
+    """The present state of all that the results of a base model or an encoder depend on; None if that cannot be told.
 
     Every parameter and buffer counts by identity, memory, dtype, device and version. `parameter.data += ...`, as LoRA
     merges its weights, changes no version: so a few values of each are compared as well.
     """
-    tensors = [*_tensors(base), *(() if encoder is None else _tensors(encoder))]
+    tensors = [*module.parameters(), *module.buffers()]
     plain = (Tensor, nn.Parameter)
     if any((type(t) not in plain and is_traceable_wrapper_subclass(t)) or t.is_inference() for t in tensors):
         return None  # sharded or quantised outside of torch's own memory, or without versions
@@ -48,14 +47,11 @@ def stamp(base: nn.Module, encoder: nn.Module | None = None) -> Stamp | None:
     versions = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
     device = tensors[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    settings = (autocast, getattr(base.config, "_attn_implementation", None), *_switches(base))
+    attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    settings = (autocast, attention, *_switches(module))
     with torch.no_grad():
         samples = tuple(_samples(tensors))
     return Stamp(tuple(map(weakref.ref, tensors)), versions, settings, samples)
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    return chain(module.parameters(), module.buffers())
 
 
 def _switches(base: nn.Module) -> list[Any]:

@@ -18,10 +18,11 @@ from .base_model import cache_length
 from .config import CPTConfig, TaskType
 from .deferred import replaced
 from .layout import IGNORE_INDEX, Layout
+from .mixed import Mixture, is_context_aware, splice_mixture
 from .ops._backend import AUTO, BackendUnavailable
 from .ops.cpt.reference import is_label
 from .prompt_cache import is_kept, prompt_states
-from .routes import SplicedInputs, choose_layout, splice_route
+from .routes import SplicedInputs, Turn, choose_layout, place, splice_route
 from .shared import PromptStates, may_wait, prompt_first, run_classifier, run_text
 from .sharing import SHARED, SPLICE, choose, why_not_batch, why_not_worth
 
@@ -37,6 +38,11 @@ class Batch:
     """The arguments of a forward call that a prompt touches; the others go to the base model as they are.
 
     route: "auto", "shared" or "splice". logits: "full" or "text".
+    layout: where prompt rows and tokens go, with slots (B, S), if the caller says it. Mask, labels per token, position
+        ids and token types are then (B, S) too.
+    pool_index: (B,) with a layout: the columns that a sequence classifier reads.
+    table: with a layout: the adapters whose prompts, one after another, its slots refer to; None for the active one.
+    mixture: the adapter of each row, where they differ.
     """
 
     input_ids: Tensor | None = None
@@ -48,6 +54,10 @@ class Batch:
     others: dict[str, Any] = field(default_factory=dict)
     route: str = AUTO
     logits: str = "full"
+    layout: Layout | None = None
+    pool_index: Tensor | None = None
+    table: tuple[str, ...] | None = None
+    mixture: Mixture | None = None
 
     @property
     def tokens(self) -> Tensor:
@@ -61,15 +71,67 @@ class Batch:
         """(B, T)."""
         return self.tokens.shape[0], self.tokens.shape[1]
 
+    def adapters(self, model: PromptModel) -> tuple[str, ...]:
+        """The distinct adapters of the batch's rows."""
+        if self.mixture is not None:
+            return self.mixture.adapters
+        if self.table is not None:
+            return self.table
+        return () if model.active_adapter is None else (model.active_adapter,)
 
-def splice(model: PromptModel, batch: Batch, labels: Tensor | None = None, pool_last: bool = False) -> SplicedInputs:
-    """Put the active adapter's prompt into a batch.
+    def prompts(self, model: PromptModel) -> Tensor:
+        """(R, D): the table that the slots of a given layout refer to."""
+        if self.table is None:
+            return model.prompt_table()
+        none = torch.empty(0, model.active_config.token_dim or 0, device=self.tokens.device)
+        return torch.cat([none, *(model.prompt_table(name) for name in self.table)])
+
+    def prompt_length(self, model: PromptModel) -> int:
+        """N: columns that prompts take in the output."""
+        return model.prompt_rows_count() if self.mixture is None else self.mixture.longest
+
+
+def splice(
+    model: PromptModel,
+    batch: Batch,
+    labels: Tensor | None = None,
+    pool_last: bool = False,
+    turn: Turn | None = None,
+) -> SplicedInputs:
+    """Put the active adapter's prompt into a batch. pool_last, turn: see `splice_route`, and `place` for given layouts.
 
     Raises:
         BackendUnavailable: the caller insists on the shared route.
     """
     if batch.route == SHARED:
         choose(SHARED, why_not_batch(model, batch), None)
+    if batch.mixture is not None:
+        return splice_mixture(
+            model,
+            batch.mixture,
+            input_ids=batch.input_ids,
+            inputs_embeds=batch.inputs_embeds,
+            attention_mask=batch.attention_mask,
+            labels=labels,
+            position_ids=batch.position_ids,
+            token_type_ids=batch.token_type_ids,
+            pool_last=pool_last,
+        )
+    if batch.layout is not None:
+        return place(
+            model.facts,
+            model.word_embeddings,
+            batch.prompts(model),
+            batch.layout,
+            input_ids=batch.input_ids,
+            inputs_embeds=batch.inputs_embeds,
+            attention_mask=batch.attention_mask,
+            labels=labels,
+            position_ids=batch.position_ids,
+            token_type_ids=batch.token_type_ids,
+            turn=turn,
+            pool_index=batch.pool_index,
+        )
     return splice_route(
         model.facts,
         model.word_embeddings,
@@ -97,11 +159,11 @@ def share(model: PromptModel, batch: Batch, all_logits: bool, wait: bool = False
         return None
     objection = why_not_batch(model, batch)
     hidden = batch.others.get("output_hidden_states", model.base_model.config.output_hidden_states)
-    kept = objection is None and is_kept(model)
+    kept = objection is None and is_kept(model, batch.mixture)
     if not choose(batch.route, objection, why_not_worth(model, batch, kept)):
         return None
     try:
-        return prompt_states(model, all_logits=all_logits, hidden_states=bool(hidden), wait=wait)
+        return prompt_states(model, all_logits=all_logits, hidden_states=bool(hidden), wait=wait, mixture=batch.mixture)
     except BackendUnavailable:  # found out from the base model's answer
         if batch.route == SHARED:
             raise
@@ -110,18 +172,29 @@ def share(model: PromptModel, batch: Batch, all_logits: bool, wait: bool = False
 
 def causal_lm(model: PromptModel, batch: Batch) -> Any:
     """Language modelling: prompt rows have no labels. The output has the prompt's positions too, as PEFT's has."""
-    # Models that have token types here, such as GPT-2, embed them as words; PEFT drops them too.
-    batch.token_type_ids = None
-    config = model.active_config
-    if isinstance(config, CPTConfig):
+    if batch.layout is None or model.facts.causal:
+        # Decoders that have token types, such as GPT-2, embed them as words; PEFT drops them too.
+        batch.token_type_ids = None
+    several = batch.mixture is not None or batch.table is not None
+    if several and batch.labels is not None and any(is_context_aware(model, name) for name in batch.adapters(model)):
+        raise ValueError("labels: expected None with adapter_names of CPT, whose loss weighs a batch of its own prompt")
+    if not several and isinstance(config := model.active_config, CPTConfig):
         return _context_aware(model, config, batch)
     states = share(model, batch, all_logits=batch.logits == "full", wait=may_wait(model, batch.labels))
     if states is not None:
         return run_text(model, batch, states, labels=batch.labels, logits=batch.logits)
-    spliced = splice(model, batch, labels=batch.labels)
+    labels = batch.labels
+    if labels is not None and batch.layout is not None and batch.attention_mask is not None and model.facts.causal:
+        labels = labels.masked_fill(_unpredicted(batch.attention_mask), IGNORE_INDEX)
+    spliced = splice(model, batch, labels=labels)
     if batch.logits == "text":
         return _read_tokens(model, spliced.layout, batch, spliced.arguments, ("logits",))
     return model.base_model(**spliced.arguments, **batch.others)
+
+
+def _unpredicted(mask: Tensor) -> Tensor:
+    """(B, S) bool: the columns up to each row's first real one, which at most padding stands in front of."""
+    return (mask != 0).cumsum(1) <= 1
 
 
 def _context_aware(model: PromptModel, config: CPTConfig, batch: Batch) -> Any:
@@ -139,16 +212,18 @@ def _context_aware(model: PromptModel, config: CPTConfig, batch: Batch) -> Any:
         layout = spliced.layout
         output = model.base_model(**spliced.arguments, **batch.others, return_dict=True)
     if batch.labels is not None:
-        loss = _context_loss(config, layout, batch.labels, token_types, output.logits)
+        loss = _context_loss(config, layout, batch, token_types, output.logits)
         output = replaced(output, loss=loss)
     if batch.logits == "text":
-        output["logits"] = _at_tokens(output["logits"], layout, batch)
+        output["logits"] = _at_tokens(output["logits"], layout, batch, batch.attention_mask)
     return output.to_tuple() if as_dict is False else output
 
 
 def _context_loss(
-    config: CPTConfig, layout: Layout, labels: Tensor, token_types: Tensor | None, logits: Tensor
+    config: CPTConfig, layout: Layout, batch: Batch, token_types: Tensor | None, logits: Tensor
 ) -> Tensor:
+    labels = batch.labels
+    assert labels is not None
     assert config.cpt_token_ids is not None and config.cpt_tokens_type_mask is not None
     if token_types is None:
         token_types = torch.full_like(labels, 4)
@@ -160,8 +235,15 @@ def _context_loss(
     offset = -(-max(config.cpt_tokens_type_mask) // 4) * 4
     token_types = torch.where(token_types > 0, token_types + offset, token_types)
     context_types = labels.new_tensor(config.cpt_tokens_type_mask)
-    all_types = layout.fill_rows(token_types, context_types)
-    all_labels = layout.fill_rows(labels, labels.new_tensor(config.cpt_token_ids))
+    context_labels = labels.new_tensor(config.cpt_token_ids)
+    if batch.layout is None:
+        all_types, all_labels = layout.fill_rows(token_types, context_types), layout.fill_rows(labels, context_labels)
+    else:
+        all_types = layout.overwrite_rows(token_types, context_types)
+        all_labels = layout.overwrite_rows(labels, context_labels)
+    if batch.layout is not None and batch.attention_mask is not None:
+        # Prompt rows may stand for padding.
+        all_types = all_types.masked_fill(_unpredicted(batch.attention_mask) | (batch.attention_mask == 0), 0)
     all_labels = torch.where(is_label(all_types), all_labels, IGNORE_INDEX)
     decay = config.opt_loss_decay_factor if config.opt_weighted_loss_type == "decay" else 1.0
     return ops.cpt_loss(logits, all_labels, all_types, decay=1.0 if decay is None else decay)
@@ -170,11 +252,13 @@ def _context_loss(
 def seq_2_seq_lm(model: PromptModel, batch: Batch) -> Any:
     """The prompt goes to the encoder; labels belong to the decoder and stay."""
     batch.token_type_ids = None
+    if batch.others.get("encoder_outputs") is not None and batch.mixture is not None:
+        raise ValueError("adapter_names: expected None with encoder_outputs, in which the prompts stand already")
     if batch.others.get("encoder_outputs") is not None:
         # The encoder has run already, with the prompt: its mask must cover the prompt's rows.
         mask = batch.attention_mask
         length = batch.others["encoder_outputs"][0].shape[1]
-        if mask is not None and mask.shape[1] != length:
+        if mask is not None and mask.shape[1] != length and batch.layout is None:
             rows = model.prompt_rows().shape[0]
             mask = choose_layout(model.facts, rows, mask, mask, start=model.active_start)[0].fill(mask, 1)
         return model.base_model(attention_mask=mask, labels=batch.labels, **batch.others)
@@ -188,22 +272,29 @@ def seq_cls(model: PromptModel, batch: Batch) -> Any:
     states = share(model, batch, all_logits=False)
     if states is not None:
         return run_classifier(model, batch, states)
-    spliced = splice(model, batch, pool_last=True)
+    turn = Turn.LAST_TO_END if model.facts.causal else Turn.FIRST_TO_START
+    spliced = splice(model, batch, pool_last=True, turn=turn)
     return model.base_model(**spliced.arguments, labels=batch.labels, **batch.others)
 
 
+def _turn_of_encoder(model: PromptModel) -> Turn | None:
+    """An encoder that numbers positions by itself must find its padding last."""
+    return None if model.facts.causal or model.facts.takes_position_ids else Turn.FIRST_TO_START
+
+
 def token_cls(model: PromptModel, batch: Batch) -> Any:
-    """Labels are per token; the logits are those of the tokens, so that they line up with the labels."""
-    spliced = splice(model, batch, labels=batch.labels)
+    """The logits are those of the tokens. So are the labels, except that with a given layout they are of the output."""
+    spliced = splice(model, batch, labels=batch.labels, turn=_turn_of_encoder(model))
     return _read_tokens(model, spliced.layout, batch, spliced.arguments, ("logits",))
 
 
 def question_answering(model: PromptModel, batch: Batch) -> Any:
     """Answer positions count tokens: they move with the tokens, and the logits are the tokens' own."""
-    spliced = splice(model, batch)
+    spliced = splice(model, batch, turn=_turn_of_encoder(model))
     arguments = spliced.arguments
     size, length = batch.shape
-    positions = spliced.layout.token_positions(size, length, batch.tokens.device)
+    mask = None if batch.layout is None else arguments.get("attention_mask")
+    positions = spliced.layout.token_positions(size, length, batch.tokens.device, mask)
     total = spliced.layout.output_length(length)
     for name in ("start_positions", "end_positions"):
         given = batch.others.pop(name, None)
@@ -228,16 +319,16 @@ def _read_tokens(
     as_dict = batch.others.pop("return_dict", None)
     output = model.base_model(**arguments, **batch.others, return_dict=True)
     for name in names:
-        output[name] = _at_tokens(output[name], layout, batch)
+        output[name] = _at_tokens(output[name], layout, batch, arguments.get("attention_mask"))
     return output.to_tuple() if as_dict is False else output
 
 
-def _at_tokens(values: Tensor, layout: Layout, batch: Batch) -> Tensor:
-    """(B, T, X): the rows of (B, S, X) values that belong to the tokens."""
+def _at_tokens(values: Tensor, layout: Layout, batch: Batch, mask: Tensor | None) -> Tensor:
+    """(B, T, X): the rows of (B, S, X) values that belong to the tokens. mask: (B, S)."""
     size, length = batch.shape
     if layout.slots is None:
         return values[:, layout.num_prompt_rows :]
-    positions = layout.token_positions(size, length, values.device)
+    positions = layout.token_positions(size, length, values.device, None if batch.layout is None else mask)
     return values[torch.arange(size, device=values.device).unsqueeze(1), positions]
 
 

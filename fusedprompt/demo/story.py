@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import PromptEncoderConfig, PromptModel, get_prompt_model
-from . import report, timing
+from . import report, timing, together
 from .training import Curve, train
 from .words import END, PAD, TASKS, VOCABULARY, Task, Words, exact_match, lines, load_words, rewrite_words
 
@@ -39,6 +39,8 @@ class Settings:
     prompt_batch: int = 64
     prompt_rate: float = 1e-2
     prompt_check_every: int = 10
+    together_steps: int = 400
+    together_batch: int = 128
     enough_percent: float = 99.0
     timing_rounds: int = 100
     examples: int = 5
@@ -58,6 +60,8 @@ QUICK = Settings(
     prompt_steps=12,
     prompt_batch=16,
     prompt_check_every=4,
+    together_steps=4,
+    together_batch=16,
     timing_rounds=5,
 )
 
@@ -118,6 +122,9 @@ def tell(settings: Settings, output: Path, task: Task, seed: int, device: torch.
     for kind in ("MLP", "LSTM"):
         prompts[kind], curves[kind] = learn_prompt(settings, kind, words, task, output, seed, device)
     report.print_prompts(prompts, before, with_tag[task.name])
+    trained, fresh = fresh_base(output, device), fresh_base(output, device)
+    all_tasks, _ = together.learn_all(settings, trained, fresh, words, output, seed, device)
+    print(together.describe(all_tasks))
     report.draw_story(output / "curves.png", pretraining, curves, task.name, before, with_tag[task.name])
     return {
         "mode": "story",
@@ -130,6 +137,7 @@ def tell(settings: Settings, output: Path, task: Task, seed: int, device: torch.
         "exact_match_with_tag": with_tag,
         "exact_match_without_tag": before,
         "prompts": prompts,
+        "together": all_tasks,
         "total_seconds": time.perf_counter() - start,
     }
 

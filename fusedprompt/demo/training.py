@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,7 @@ def train(
     check: Callable[[], float],
     check_every: int,
     enough: float = math.inf,
+    adapter_names: Sequence[str] | None = None,
 ) -> Curve:
     """Train those parameters of a model that require gradients, and leave it in eval mode.
 
@@ -53,6 +54,7 @@ def train(
         learning_rate: the highest; it rises over the first tenth of the steps and falls to zero along a cosine.
         check: called every `check_every` steps, before the first, and after the last.
         enough: stop when two checks in a row reach this.
+        adapter_names: the adapter of each row of the data; None for a model that has one for all.
     """
     from tqdm import tqdm
 
@@ -70,8 +72,10 @@ def train(
         for step in range(1, steps + 1):
             start = time.perf_counter()
             model.train()
-            rows = torch.randint(count, (batch_size,), generator=generator).to(data["input_ids"].device)
-            loss = model(**{name: tensor[rows] for name, tensor in data.items()}).loss
+            drawn = torch.randint(count, (batch_size,), generator=generator)
+            rows = drawn.to(data["input_ids"].device)
+            names = {} if adapter_names is None else {"adapter_names": [adapter_names[row] for row in drawn.tolist()]}
+            loss = model(**{name: tensor[rows] for name, tensor in data.items()}, **names).loss
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -112,13 +112,16 @@ def lines(words: Sequence[str], task: Task, tagged: bool) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
 
 
-def rewrite_words(model: torch.nn.Module, words: Sequence[str], task: Task, tagged: bool) -> list[str]:
+def rewrite_words(
+    model: torch.nn.Module, words: Sequence[str], task: Task, tagged: bool, adapter_names: Sequence[str] | None = None
+) -> list[str]:
     """What the model makes of each word, decoded greedily in one batch.
 
     Args:
         model: anything with transformers' `generate`.
         task: decides the tag, where there is one.
         tagged: begin each line with the tag.
+        adapter_names: the adapter of each word; None for a model that has one for all.
     """
     questions = [_question(word, task, tagged) for word in words]
     width = max(map(len, questions))
@@ -127,6 +130,7 @@ def rewrite_words(model: torch.nn.Module, words: Sequence[str], task: Task, tagg
     ids = torch.tensor(rows, device=next(model.parameters()).device)
     was_training = model.training
     model.eval()
+    names = {} if adapter_names is None else {"adapter_names": list(adapter_names)}
     output = model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=(ids != PAD).long(),
@@ -134,6 +138,7 @@ def rewrite_words(model: torch.nn.Module, words: Sequence[str], task: Task, tagg
         do_sample=False,
         eos_token_id=END,
         pad_token_id=PAD,
+        **names,
     )
     model.train(was_training)
     answers = [bytes(row).split(bytes([END]))[0] for row in output[:, width:].tolist()]

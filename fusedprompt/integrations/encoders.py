@@ -179,11 +179,12 @@ def is_label(code: int) -> bool:
     return code > 0 and code % 4 == 0
 
 
-def prompt_rows(model: Any) -> Tensor:
-    """The active adapter's whole prompt (R, D), hooks of the encoder and of its embedding included."""
-    config, encoder = model.active_peft_config, model.prompt_encoder[model.active_adapter]
+def prompt_rows(model: Any, adapter_name: str | None = None) -> Tensor:
+    """An adapter's (the active one's) whole prompt (R, D), hooks of the encoder and of its embedding included."""
+    name = adapter_name or model.active_adapter
+    config, encoder = model.peft_config[name], model.prompt_encoder[name]
     table = encoder.embedding
-    indices = model.prompt_tokens[model.active_adapter].unsqueeze(0).to(next(table.parameters()).device)
+    indices = model.prompt_tokens[name].unsqueeze(0).to(next(table.parameters()).device)
     # A shard of ZeRO-3 is there only while its module runs: even a table that is the prompt is called.
     rows: Tensor = table(indices) if config.inference_mode else encode(encoder, config, indices)
     return rows[0]

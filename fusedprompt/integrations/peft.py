@@ -20,6 +20,7 @@ from .. import generation
 from ..ops import explain
 from ..ops._backend import AUTO, NAMES, BackendUnavailable
 from ..sharing import SHARED, checked_route, why_not_model
+from . import mixed
 from .calls import TASKS, Task, bind, run, run_fixed, why_not_call
 from .encoders import encode, prompt_rows, using, why_not_adapter
 from .prefill import generating, prepare, without_prompt
@@ -178,10 +179,12 @@ class Patch:
         names = ["get_prompt", "get_prompt_embedding_to_save"]
         if self.task is not None:
             names.insert(0, "forward")
+        if hasattr(type(self.model), "generate"):
+            names.append("generate")
         if self.fix:
-            names += ["load_adapter", *(["generate"] if hasattr(type(self.model), "generate") else [])]
+            names.append("load_adapter")
         elif self.task is not None and self.task.generates and _generates_as_peft(self.model):
-            names += ["generate", "prepare_inputs_for_generation"]
+            names.append("prepare_inputs_for_generation")
         for name in names if served else ():
             self.replaced[name] = vars(self.model).get(name)
         self.model.__dict__[_PATCH] = self
@@ -195,6 +198,8 @@ class Patch:
         assert task is not None
         if given is None:
             return original(*args, **kwargs)
+        if "adapter_names" in given:
+            return mixed.forward(self.view, given)
         if self.fix and why_not_adapter(self.model.active_peft_config) is None:
             return run_fixed(self.view, task, given)
         reason = why_not_call(self.model, task, given)
@@ -225,9 +230,13 @@ class Patch:
 
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         disabled = getattr(vars(self.model).get("forward"), "__self__", self.model) is self.model.base_model
+        if not disabled and kwargs.get("adapter_names") is not None:
+            return mixed.generate(self.view, args, kwargs)
         if disabled or why_not_adapter(self.model.active_peft_config) is not None:
             return original(*args, **kwargs)
         if not self.fix:
+            if "prepare_inputs_for_generation" not in self.replaced:
+                return original(*args, **kwargs)
             with generating(self, kwargs):
                 return original(*args, **kwargs)
         kwargs.pop("task_ids", None)

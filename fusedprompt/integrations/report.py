@@ -87,10 +87,10 @@ def report(patch: Patch) -> str:
         objection = why_not_adapter(config) or why_not_encoder(model.prompt_encoder[name], config)
         if objection is not None:
             left[f"{'adapter' if why_not_adapter(config) else 'encoder of'} {name}"] = objection
-    if "generate" not in patch.replaced and hasattr(model.base_model, "generate"):
-        left["generate"] = "PEFT's own; its prompt comes from the encoder above"
-    elif "generate" in patch.replaced:
+    if patch.fix or "prepare_inputs_for_generation" in patch.replaced:
         lines.append(f"  generate: {_generate(patch)}")
+    elif hasattr(model.base_model, "generate"):
+        left["generate"] = "PEFT's own, but with adapter_names; its prompt comes from the encoder above"
     embeddings = model.word_embeddings
     if "forward" in patch.replaced and embeddings is not None and fusable_table(embeddings) is None:
         left["word embeddings"] = f"{type(embeddings).__name__} may do more than look up rows, and is called"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from ..config import PromptLearningConfig, as_config
 from ..prompt_cache import PromptCache
 from ..sharing import SharingFacts
 from .encoders import prompt_rows, using
+from .mixed import heads_for_rows
 
 if TYPE_CHECKING:
     from ..model import PromptModel
@@ -87,12 +90,25 @@ class PeftView:
     def prompt_device(self) -> Any:
         return device_of(self.word_embeddings)
 
-    def prompt_rows_count(self) -> int:
-        return int(self.model.active_peft_config.num_virtual_tokens)
+    def prompt_rows_count(self, adapter_name: str | None = None) -> int:
+        config = self.model.active_peft_config if adapter_name is None else self.peft_config[adapter_name]
+        return int(config.num_virtual_tokens)
 
-    def prompt_rows(self) -> Tensor:
+    def prompt_rows(self, adapter_name: str | None = None) -> Tensor:
         """(P, D): without the rows of an encoder-decoder's table that wait for its decoder."""
         with using(self.backend):
-            rows = prompt_rows(self.model)
-        count = self.prompt_rows_count()
+            rows = prompt_rows(self.model, adapter_name)
+        count = self.prompt_rows_count(adapter_name)
         return rows if rows.shape[0] == count else rows[:count]
+
+    def template_of(self, adapter_name: str) -> None:
+        return None
+
+    def prompt_table(self, adapter_name: str | None = None) -> Tensor:
+        return self.prompt_rows(adapter_name)
+
+    def table_rows_count(self, adapter_name: str | None = None) -> int:
+        return self.prompt_rows_count(adapter_name)
+
+    def heads_for_rows(self, names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if names is None else heads_for_rows(self.base_model, names)

@@ -84,6 +84,15 @@ def _embedding(ids: Tensor, table: Tensor) -> Tensor:
 def _overwrite(embeds: Tensor, slots: Tensor, prompt: Tensor) -> Tensor:
     if not prompt.shape[0]:
         return embeds
+    if embeds.device.type == "cpu":
+        # Prompt rows alone are moved: 1.2 times a prefix's time, where choosing between two full batches took 4.6 times
+        # (B=64, T=64, P=20, D=512). Elsewhere the host would wait to learn how many they are.
+        flat = slots.flatten()
+        places = (flat < 0).nonzero().squeeze(1)
+        rows = prompt.index_select(0, ~flat.index_select(0, places)).to(embeds.dtype)
+        embeds = embeds.contiguous()
+        embeds.view(-1, embeds.shape[-1]).index_copy_(0, places, rows)
+        return embeds
     rows = prompt.to(embeds.dtype)[(~slots).clamp(min=0)]
     return torch.where((slots < 0).unsqueeze(-1), rows, embeds)
 
@@ -109,7 +118,12 @@ def _splice_backward(
         if tokens:
             d_tokens = d_out[:, num_prompt_rows:].clone(memory_format=torch.contiguous_format)
         return d_prompt, d_tokens
-    if prompt:
+    if prompt and d_out.device.type == "cpu":
+        flat = slots.flatten()
+        places = (flat < 0).nonzero().squeeze(1)
+        rows = d_out.reshape(-1, width).index_select(0, places).to(accumulate)
+        d_prompt = rows.new_zeros(num_prompt_rows, width).index_add_(0, ~flat.index_select(0, places), rows)
+    elif prompt:
         d_prompt = _segment_sum(d_out.to(accumulate), torch.where(slots < 0, ~slots, num_prompt_rows), num_prompt_rows)
     if tokens:
         first = torch.arange(batch, device=slots.device).unsqueeze(1) * num_tokens

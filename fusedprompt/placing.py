@@ -1,0 +1,333 @@
+"""From a template and the lengths of its texts to slots, and from a batch without slots to one with them.
+
+A sequence is a list of pieces: runs of consecutive rows of the prompt's table, or of consecutive tokens. All that
+changes from row to row is how long the texts are and where they begin, so that slots are a few operations on
+(B, pieces) and (B, S) tensors, on any device, and the host never waits for it.
+
+The table of an adapter with a template holds its prompt rows, and behind them the embeddings of the template's constant
+tokens (anchors, the mask token, special tokens): a batch's own tokens stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .config import TaskType
+from .layout import IGNORE_INDEX, Layout, count_padding
+from .template import Anchor, Field, Mask, Prompt, Separator, Template
+
+if TYPE_CHECKING:
+    from .model import PromptModel
+    from .tasks import Batch
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of a sequence: `length` rows of the table from `row` on, or (row is None) tokens.
+
+    field: index of the field whose text it is, or None.
+    part: number of the template's part; -1 for special tokens at the ends.
+    token_type: of all of it.
+    """
+
+    row: int | None
+    length: int
+    field: int | None = None
+    part: int = -1
+    token_type: int = 0
+
+
+@functools.lru_cache(maxsize=64)
+def pieces_of(template: Template) -> tuple[Piece, ...]:
+    """The pieces of a template whose texts come without special tokens."""
+    constants, specials = dict(template.constant_ids()), template.specials
+    before, first, between, second, after = specials.types_of_parts if specials else ((), 0, (), 0, ())
+    rows, row, field, token_type = 0, template.num_prompt_rows, 0, first
+    pieces = []
+
+    def constant(types: Sequence[int], part: int) -> None:
+        nonlocal row
+        for kind, run in itertools.groupby(types):
+            pieces.append(Piece(row, len(list(run)), None, part, kind))
+            row += pieces[-1].length
+
+    constant(before, -1)
+    for index, part in enumerate(template.parts):
+        if isinstance(part, Prompt):
+            pieces.append(Piece(rows, part.rows, None, index, token_type))
+            rows += part.rows
+        elif isinstance(part, Field):
+            pieces.append(Piece(None, 0, field, index, token_type))
+            field += 1
+        elif isinstance(part, Separator):
+            constant(between, index)
+            token_type = second
+        else:
+            constant([token_type] * len(constants[index]), index)
+    constant(after, -1)
+    return tuple(pieces)
+
+
+def table_ids(template: Template) -> list[int]:
+    """The constant tokens, in the order in which their rows stand behind the prompt's."""
+    constants, specials = dict(template.constant_ids()), template.specials
+    ids = list(specials.before) if specials else []
+    for tokens in constants.values():
+        ids.extend(tokens)
+    return [*ids, *(specials.after if specials else ())]
+
+
+def mask_rows(template: Template) -> list[int]:
+    """Rows of the table that are mask tokens, in order."""
+    rows = ((piece.row, piece.part) for piece in pieces_of(template))
+    return [row for row, part in rows if row is not None and part >= 0 and isinstance(template.parts[part], Mask)]
+
+
+def lay_out(
+    lengths: Tensor, firsts: Tensor, steps: Tensor, width: int, at_left: bool | Tensor, filler: Tensor | int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots of rows that are made of pieces.
+
+    Args:
+        lengths: (B, K) int64, of the pieces. firsts: (B, K), their first slots.
+        steps: (K,) from slot to slot within a piece: 1 for tokens, -1 for rows of the table.
+        width: S. at_left: whether padding goes to the left; a bool, or (B, 1) of them.
+        filler: the slot of padding, int or (B, 1).
+
+    Returns:
+        Slots (B, S), which of them are not padding (B, S) bool, and each column's piece (B, S).
+    """
+    ends = lengths.cumsum(1)
+    total = ends[:, -1:]
+    column = torch.arange(width, device=lengths.device).unsqueeze(0) - (width - total) * at_left
+    # Padding belongs to the piece beside it. (searchsorted would take 4 times as long as these few comparisons.)
+    piece = (column.unsqueeze(2) >= ends[:, None, :-1]).sum(2)
+    slots = (firsts - steps * (ends - lengths)).gather(1, piece) + steps[piece] * column
+    real = (column >= 0) & (column < total)
+    return torch.where(real, slots, filler), real, piece
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Tensors (K,) on a device that say how pieces follow from a batch, and per row of the table.
+
+    length, first: of a piece whose text has no tokens. by_text: whether the text's length is added to `length`.
+    by_end: whether it is added to `first`. field: the piece's text, by number. steps: see `lay_out`.
+    token_types: of the pieces. labels: (M,) the mask tokens' slots.
+    """
+
+    length: Tensor
+    first: Tensor
+    by_text: Tensor
+    by_end: Tensor
+    is_token: Tensor
+    field: Tensor
+    steps: Tensor
+    token_types: Tensor
+    labels: Tensor
+
+
+def anchor_slots(template: Template, slots: Sequence[int], mask: Sequence[float] | None) -> set[int]:
+    """Which slots of a row are anchors or mask tokens: rows of the table, or tokens of a batch that was rendered.
+
+    Of tokens only their number is known, so that texts beside each other, with no prompt between, have none.
+    """
+    anchors: set[int] = set()
+    real = [slot for slot, kept in zip(slots, mask or [1] * len(slots)) if kept]
+    rows = template.num_prompt_rows
+    runs = [list(run) for is_prompt, run in itertools.groupby(real, lambda slot: -rows <= slot < 0) if not is_prompt]
+    prompts = itertools.groupby(pieces_of(template), lambda piece: piece.row is not None and piece.row < rows)
+    groups = [list(group) for is_prompt, group in prompts if not is_prompt]
+    for run, group in zip(runs, groups):
+        texts = sum(piece.field is not None for piece in group)
+        text = len(run) - sum(piece.length for piece in group)
+        if len(runs) != len(groups) or texts > 1:
+            continue
+        place = 0
+        for piece in group:
+            length = text if piece.field is not None else piece.length
+            if piece.part >= 0 and isinstance(template.parts[piece.part], Anchor | Mask):
+                anchors.update(run[place : place + length])
+            place += length
+    return anchors
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(template: Template, whole: bool, device: torch.device) -> _Plan:
+    """whole: the only text comes with its special tokens around it. Made once: a copy to a device waits for it."""
+    pieces = list(pieces_of(template))
+    specials = template.specials
+    before, after = (len(specials.before), len(specials.after)) if specials else (0, 0)
+    if whole:
+        pieces = [piece for piece in pieces if piece.part >= 0]
+        types = specials.types_of_parts if specials else ((), 0, (), 0, ())
+        own = [[Piece(None, 1, token_type=kind) for kind in end] for end in (types[0], types[4])]
+        pieces = [*own[0], *pieces, *own[1]]
+    first, by_end = [], []
+    for index, piece in enumerate(pieces):
+        if piece.row is not None:
+            first.append(~piece.row)
+        elif piece.field is not None:
+            first.append(before if whole else 0)
+        else:  # a special token of the batch's own: counted from the text's beginning, or from its end
+            first.append(index if index < before else before + index - (len(pieces) - after))
+        by_end.append(piece.row is None and piece.field is None and index >= before)
+
+    def column(values: Any) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=device)
+
+    return _Plan(
+        length=column(piece.length for piece in pieces),
+        first=column(first),
+        by_text=column(piece.field is not None for piece in pieces),
+        by_end=column(by_end),
+        is_token=column(piece.row is None for piece in pieces),
+        field=column(piece.field or 0 for piece in pieces),
+        steps=column(1 if piece.row is None else -1 for piece in pieces),
+        token_types=column(piece.token_type for piece in pieces),
+        labels=column(~row for row in mask_rows(template)),
+    )
+
+
+def with_slots(model: PromptModel, template: Template, batch: Batch, fields: Mapping[str, Any] | None) -> None:
+    """Give a batch of ids (or embeddings) without slots those of the active adapter's template.
+
+    batch: (B, T) ids with their special tokens, for a template with one field; or none, with
+    fields: per field (B, T) ids without special tokens, or a pair of those and their mask.
+
+    Raises:
+        ValueError: what is given does not fit the template.
+    """
+    if batch.position_ids is not None:
+        raise ValueError(
+            "position_ids: expected None with a template, which counts them; slots take position_ids of the output"
+        )
+    if fields is None:
+        if len(template.fields) != 1:
+            raise ValueError(
+                f"input_ids: the template {str(template)!r} has the fields {template.fields}; pass fields={{...}} with "
+                "ids for each, or a batch of template.render(...)"
+            )
+        starts, counts = _bounds(batch.tokens, batch.attention_mask)
+        widths = [batch.shape[1]]
+    else:
+        starts, counts, widths = _join_fields(template, batch, fields)
+    plan = _plan(template, fields is None, batch.tokens.device)
+    specials = template.specials
+    if fields is None and specials is not None:
+        counts = (counts - len(specials.before) - len(specials.after)).clamp(min=0)
+    starts, counts = starts[:, plan.field], counts[:, plan.field]
+    lengths = plan.length + plan.by_text * counts
+    firsts = plan.first + plan.is_token * starts + plan.by_end * counts
+    constant = len(table_ids(template)) if fields is not None else len(table_ids(template)) - _own_specials(template)
+    width = sum(widths) + template.num_prompt_rows + constant
+    mask = batch.attention_mask
+    at_left: bool | Tensor = mask is not None and mask[:, :1] == 0
+    filler: Tensor | int = -1
+    slots, real, piece = lay_out(lengths, firsts, plan.steps, width, at_left, filler)
+    layout = Layout(template.num_prompt_rows + len(table_ids(template)), slots)
+    _carry(model, template, batch, plan, layout, real, piece)
+    batch.layout = layout
+
+
+def _own_specials(template: Template) -> int:
+    specials = template.specials
+    return len(specials.before) + len(specials.after) if specials else 0
+
+
+def _bounds(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where each row's tokens begin, and how many they are, (B, 1) each."""
+    size, length = tokens.shape[:2]
+    if mask is None:
+        zeros = torch.zeros(size, 1, dtype=torch.int64, device=tokens.device)
+        return zeros, zeros + length
+    if tuple(mask.shape) != (size, length):
+        raise ValueError(f"attention_mask: expected shape (B, T) = {(size, length)}, got {tuple(mask.shape)}")
+    left, right = count_padding(mask)
+    return left.unsqueeze(1), (length - left - right).unsqueeze(1)
+
+
+def _join_fields(template: Template, batch: Batch, fields: Mapping[str, Any]) -> tuple[Tensor, Tensor, list[int]]:
+    """Put the fields' ids into one batch; returns where each begins and how long it is, (B, F), and the widths."""
+    if batch.input_ids is not None or batch.inputs_embeds is not None or batch.attention_mask is not None:
+        raise ValueError("fields: expected no input_ids, inputs_embeds or attention_mask beside them")
+    check_names(template, fields)
+    pairs = [value if isinstance(value, tuple) else (value, None) for value in (fields[n] for n in template.fields)]
+    starts, counts, offset = [], [], 0
+    masks = []
+    for (ids, mask), name in zip(pairs, template.fields):
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] != pairs[0][0].shape[0]:
+            raise ValueError(f"fields: field '{name}': expected ids of shape (B, T), the same B in all")
+        start, count = _bounds(ids, mask)
+        starts.append(start + offset)
+        counts.append(count)
+        masks.append(torch.ones_like(ids) if mask is None else mask)
+        offset += ids.shape[1]
+    batch.input_ids = torch.cat([ids for ids, _ in pairs], 1)
+    if any(mask is not None for _, mask in pairs):
+        batch.attention_mask = torch.cat(masks, 1)
+    if isinstance(batch.labels, Mapping):
+        check_names(template, batch.labels, "labels")
+        missing = (torch.full_like(ids, IGNORE_INDEX) for ids, _ in pairs)
+        batch.labels = torch.cat([batch.labels.get(n, blank) for n, blank in zip(template.fields, missing)], 1)
+    return torch.cat(starts, 1), torch.cat(counts, 1), [ids.shape[1] for ids, _ in pairs]
+
+
+def check_names(template: Template, given: Mapping[str, Any], argument: str = "fields") -> None:
+    """Refuse names that are no fields of a template and, for its texts, fields without one."""
+    for name in given:
+        if name not in template.fields:
+            raise ValueError(
+                f"{argument}: {name!r} is no field of the template '{template}', which has {template.fields}"
+            )
+    for index, part in enumerate(template.parts):
+        if isinstance(part, Field) and part.name not in given and argument == "fields":
+            raise ValueError(f"{argument}: {template.where(index)}: expected a value, got only {sorted(given)}")
+
+
+def _carry(
+    model: PromptModel, template: Template, batch: Batch, plan: _Plan, layout: Layout, real: Tensor, piece: Tensor
+) -> None:
+    """Mask, labels and token types (B, T) of a batch's tokens become those of the output, (B, S)."""
+    assert layout.slots is not None
+    mask = batch.attention_mask
+    if mask is not None:
+        batch.attention_mask = layout.fill(mask, 1) * real.to(mask.dtype)
+    task = TaskType(model.active_config.task_type)
+    if batch.labels is not None and task in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS):
+        batch.labels = _labels(template, batch, plan, layout, real)
+    token_types = batch.others.get("input_type_mask")
+    if token_types is not None:
+        batch.others["input_type_mask"] = layout.fill(token_types, 0)
+    specials = template.specials
+    has_types = specials is not None and specials.types is not None and any(specials.types)
+    if batch.token_type_ids is not None:
+        own = layout.fill(batch.token_type_ids, 0)
+        batch.token_type_ids = torch.where(layout.slots < 0, plan.token_types[piece].to(own.dtype), own)
+    elif has_types and model.facts.takes_token_type_ids:
+        batch.token_type_ids = plan.token_types[piece]
+
+
+def _labels(template: Template, batch: Batch, plan: _Plan, layout: Layout, real: Tensor) -> Tensor:
+    """Labels of the tokens (B, T), or of the mask tokens (B,) or (B, M), as labels of the output."""
+    labels, slots = batch.labels, layout.slots
+    assert labels is not None and slots is not None
+    if labels.shape == batch.shape:
+        return layout.fill(labels, IGNORE_INDEX).masked_fill(~real, IGNORE_INDEX)
+    size, masks = batch.shape[0], template.num_masks
+    if masks and tuple(labels.shape) in ((size,), (size, masks)) and (masks == 1 or labels.dim() == 2):
+        at_mask = slots.unsqueeze(2) == plan.labels
+        filled = torch.where(at_mask, labels.view(size, 1, masks), IGNORE_INDEX).amax(2)
+        return filled.masked_fill(~real, IGNORE_INDEX)
+    raise ValueError(
+        f"labels: expected shape (B, T) = {batch.shape}"
+        + (f", or ({size}, {masks}) for the mask tokens" if masks else "")
+        + f", got {tuple(labels.shape)}"
+    )
