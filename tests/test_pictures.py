@@ -16,7 +16,7 @@ from benches import pictures
 def test_every_committed_picture_is_drawn_again_from_the_committed_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    committed = {path.name for path in pictures.FOLDER.glob("*.svg")}
+    committed = {path.name for path in pictures.FOLDER.glob("*.svg")} - {"data.svg"}  # a drawing, of no figures
     monkeypatch.setattr(pictures, "FOLDER", tmp_path)
     pictures.main([])
     drawn = {path.name: path for path in tmp_path.glob("*.svg")}
