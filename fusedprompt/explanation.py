@@ -53,7 +53,10 @@ def _backends(config: PromptLearningConfig, encoder: Any) -> str:
 def _route_of_model(model: PromptModel, adapter_name: str) -> str:
     if model.route == SPLICE:
         return "route splice (asked for)"
+    template = model.templates.get(adapter_name)
     objection = why_not_model(model, adapter_name)
+    if template is not None and not template.is_plain_prefix:
+        objection = f"its template is {template}, and not a prompt in front of all text"
     if objection is None:
         return "route shared" if model.route == SHARED else "route shared where it pays"
     return f"route {'shared, which cannot run' if model.route == SHARED else 'splice'} ({objection})"

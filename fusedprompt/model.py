@@ -18,7 +18,7 @@ from .explanation import explain
 from .generation import generate, place_template
 from .layout import Layout
 from .ops._backend import AUTO
-from .placing import with_slots
+from .placing import drop_prefix_slots, with_slots
 from .sharing import checked_route
 from .tasks import FORWARD, TENSORS, Batch, continue_from_cache
 from .template import Template
@@ -143,6 +143,8 @@ class PromptModel(PromptAdapters):
         if slots is not None:
             _refuse_fields(fields, "with slots, which are of a batch that is complete")
             batch.layout = Layout.from_slots(slots, self.table_rows_count())
+            if self.active_template is None and not self.active_start:
+                drop_prefix_slots(batch, self.prompt_rows_count())
         if past_key_values is not None:
             if not self.facts.encoder_decoder and cache_length(past_key_values) > 0:
                 _refuse_slots(slots, "tokens that follow a cache, in which the prompt stands already")

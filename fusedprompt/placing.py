@@ -242,6 +242,32 @@ def _own_specials(template: Template) -> int:
     return len(specials.before) + len(specials.after) if specials else 0
 
 
+def drop_prefix_slots(batch: Batch, num_prompt_rows: int) -> None:
+    """Turn a batch whose slots say what a model does without them into one without slots, so that routes can share it.
+
+    Only where values can be looked at, on a CPU.
+    """
+    assert batch.layout is not None and batch.layout.slots is not None
+    slots, (size, length) = batch.layout.slots, batch.shape
+    if slots.device.type != "cpu" or torch.compiler.is_compiling() or batch.pool_index is not None:
+        return
+    prefix = torch.cat((torch.arange(-1, -num_prompt_rows - 1, -1), torch.arange(length)))
+    if batch.position_ids is not None or slots.shape != (size, prefix.shape[0]) or not bool((slots == prefix).all()):
+        return
+    fields = {"attention_mask": 1, "labels": IGNORE_INDEX, "token_type_ids": 0}
+    for name, fill in fields.items():
+        field = getattr(batch, name)
+        if field is None or (name == "labels" and field.dim() != 2):
+            continue
+        if field.shape != slots.shape or not bool((field[:, :num_prompt_rows] == fill).all()):
+            return
+    for name in fields:
+        field = getattr(batch, name)
+        if field is not None and field.shape == slots.shape:
+            setattr(batch, name, field[:, num_prompt_rows:])
+    batch.layout = None
+
+
 def _bounds(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Where each row's tokens begin, and how many they are, (B, 1) each."""
     size, length = tokens.shape[:2]
