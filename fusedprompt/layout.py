@@ -105,7 +105,7 @@ class Layout:
         `rows` is (P,) in values' dtype, with P at most R.
         """
         assert self.slots is not None
-        rows = F.pad(rows, (0, self.num_prompt_rows - rows.shape[0]))
+        rows = F.pad(rows, (0, max(self.num_prompt_rows, 1) - rows.shape[0]))
         return torch.where(self.slots < 0, rows[(~self.slots).clamp(min=0)], values)
 
     def position_ids(self, values: Tensor, first: int = 0) -> Tensor:

@@ -6,6 +6,7 @@ shorter prompt makes up for its missing rows by padding: in front in a causal mo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +34,7 @@ class Mixture:
     names: one per row, BASE for none. adapters: the distinct ones, in the order of their first row.
     counts, starts: each adapter's prompt rows, and the tokens that stay before them.
     templates: each adapter's template, or None.
-    table_rows: R, rows of all their tables: prompts and what templates add to them.
+    sizes: rows of each adapter's table: its prompt, and what its template adds. table_rows: R, of a batch's adapters.
     task: the adapters' task; the active adapter's if no row has one.
     rows: (4, B) int64: each row's adapter (0 without one), its number of prompt rows (0), the first of them in the
         table (0), and its start (0).
@@ -44,6 +45,7 @@ class Mixture:
     counts: tuple[int, ...]
     starts: tuple[int, ...]
     templates: tuple[Template | None, ...]
+    sizes: tuple[int, ...]
     table_rows: int
     task: TaskType
     rows: Tensor
@@ -71,7 +73,7 @@ class Mixture:
             raise ValueError(f"adapter_names: expected adapters of one task type, got {tasks}")
         counts = tuple(model.prompt_rows_count(name) for name in adapters)
         starts = tuple(model.prompt_start[name] for name in adapters)
-        sizes = [model.table_rows_count(name) for name in adapters]
+        sizes = tuple(model.table_rows_count(name) for name in adapters)
         firsts = [sum(sizes[:index]) for index in range(len(sizes))]
         of_adapter = {name: row for name, *row in zip(adapters, range(len(adapters)), counts, firsts, starts)}
         rows = torch.tensor([of_adapter.get(name, (0, 0, 0, 0)) for name in names], dtype=torch.int64)
@@ -79,18 +81,22 @@ class Mixture:
         task = TaskType(configs[0].task_type)
         templates = tuple(model.template_of(name) for name in adapters)
         device_rows = to_device(rows, tokens.device)
-        return cls(tuple(names), adapters, counts, starts, templates, sum(sizes), task, device_rows)
+        return cls(tuple(names), adapters, counts, starts, templates, sizes, sum(sizes), task, device_rows)
 
     def part(self, rows: Sequence[int]) -> Mixture:
         """Some rows of the batch alone, with the same table."""
         names = tuple(self.names[row] for row in rows)
         kept = [index for index, name in enumerate(self.adapters) if name in names]
-        own = (
-            [values[index] for index in kept] for values in (self.adapters, self.counts, self.starts, self.templates)
+        return dataclasses.replace(
+            self,
+            names=names,
+            adapters=tuple(self.adapters[index] for index in kept),
+            counts=tuple(self.counts[index] for index in kept),
+            starts=tuple(self.starts[index] for index in kept),
+            templates=tuple(self.templates[index] for index in kept),
+            sizes=tuple(self.sizes[index] for index in kept),
+            rows=self.rows.index_select(1, to_device(torch.tensor(rows), self.rows.device)),
         )
-        device_rows = self.rows.index_select(1, to_device(torch.tensor(rows), self.rows.device))
-        adapters, counts, starts, templates = (tuple(values) for values in own)
-        return Mixture(names, adapters, counts, starts, templates, self.table_rows, self.task, device_rows)  # type: ignore[arg-type]
 
     @property
     def which(self) -> Tensor:
@@ -265,29 +271,15 @@ def splice_mixture(
     if position_ids is not None and (any(mixture.starts) or any(mixture.templates)):
         raise ValueError(f"position_ids: expected None with prompts inside of text, got {tuple(position_ids.shape)}")
     next_token = mixture.task is TaskType.CAUSAL_LM
+    given = Fields(tokens, attention_mask, labels, token_type_ids)
+    layout, mask, filled, token_types, counted = lay_out_mixture(model, mixture, given, next_token, pool_last)
+    if position_ids is not None:
+        moved = position_ids.expand(size, length) + mixture.count.unsqueeze(1)
+        firsts = torch.cat([torch.arange(count, device=tokens.device) for count in (*mixture.counts, 1)])
+        counted = layout.fill_rows(moved, (firsts + model.facts.first_position).to(moved.dtype))
     turn = None
     if any(mixture.templates):
-        from .mixed_templates import arrange_templates
-
-        given = Fields(tokens, attention_mask, labels, token_type_ids)
-        layout, fields = arrange_templates(model, mixture, given, next_token)
-        attention_mask, labels, token_type_ids = fields.attention_mask, fields.labels, fields.token_type_ids
-        if not model.facts.causal:
-            turn = Turn.FIRST_TO_START
-        elif pool_last:
-            turn = Turn.LAST_TO_END
-    else:
-        check_length(model.facts, mixture.longest, length)
-        arranged = arrange(mixture, model.facts, tokens, attention_mask, pool_last)
-        layout, attention_mask = arranged.layout, arranged.mask(attention_mask, tokens)
-        if position_ids is not None:
-            moved = position_ids.expand(size, length) + mixture.count.unsqueeze(1)
-            firsts = torch.cat([torch.arange(count, device=tokens.device) for count in (*mixture.counts, 1)])
-            position_ids = layout.fill_rows(moved, (firsts + model.facts.first_position).to(moved.dtype))
-        elif attention_mask is not None and model.facts.takes_position_ids:
-            position_ids = arranged.position_ids()
-        labels = None if labels is None else arranged.labels(labels, next_token)
-        token_type_ids = None if token_type_ids is None else layout.fill(token_type_ids, 0)
+        turn = (Turn.LAST_TO_END if pool_last else None) if model.facts.causal else Turn.FIRST_TO_START
     return place(
         model.facts,
         model.word_embeddings,
@@ -295,11 +287,33 @@ def splice_mixture(
         layout,
         input_ids=input_ids,
         inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        labels=labels,
-        position_ids=position_ids,
-        token_type_ids=token_type_ids,
+        attention_mask=mask,
+        labels=filled,
+        position_ids=counted,
+        token_type_ids=token_types,
         turn=turn,
+    )
+
+
+def lay_out_mixture(
+    model: PromptModel, mixture: Mixture, given: Fields, next_token: bool, pool_last: bool
+) -> tuple[Layout, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The layout of a mixed batch, and its mask, labels, token types and (where padding needs them) position ids."""
+    if any(mixture.templates):
+        from .mixed_templates import arrange_templates
+
+        layout, fields = arrange_templates(model, mixture, given, next_token)
+        return layout, fields.attention_mask, fields.labels, fields.token_type_ids, None
+    tokens, mask, labels, token_types = given
+    check_length(model.facts, mixture.longest, tokens.shape[1])
+    arranged = arrange(mixture, model.facts, tokens, mask, pool_last)
+    layout, wide_mask = arranged.layout, arranged.mask(mask, tokens)
+    return (
+        layout,
+        wide_mask,
+        None if labels is None else arranged.labels(labels, next_token),
+        None if token_types is None else layout.fill(token_types, 0),
+        arranged.position_ids() if wide_mask is not None and model.facts.takes_position_ids else None,
     )
 
 

@@ -19,7 +19,7 @@ from .generation import generate, place_template
 from .mixed import Mixture, refuse_cache
 from .ops._backend import AUTO
 from .packing import use_slots
-from .placing import with_slots
+from .placing import drop_prefix_slots, with_slots
 from .sharing import checked_route
 from .tasks import FORWARD, TENSORS, Batch, continue_from_cache
 from .template import Template
@@ -148,6 +148,8 @@ class PromptModel(PromptAdapters):
         if slots is not None:
             _refuse_fields(fields, "with slots, which are of a batch that is complete")
             use_slots(self, batch, slots, adapter_names)
+            if batch.table is None and self.active_template is None and not self.active_start:
+                drop_prefix_slots(batch, self.prompt_rows_count())
         elif adapter_names is not None:
             _refuse_fields(fields, "with adapter_names, whose templates may have others")
             batch.mixture = Mixture.of(self, adapter_names, batch.tokens)
@@ -204,7 +206,7 @@ class PromptModel(PromptAdapters):
         """How each adapter's prompt is computed and reaches the base model, and why so, a line each.
 
         Args:
-            batch: arguments of a forward call. With them, what would be done with this batch and the active adapter,
+            batch: arguments of a forward call. With them, what would be done with this batch and its adapters,
                 and a picture of its first row: P a prompt row, t a token, A an anchor, · padding.
         """
         return explain(self, batch)

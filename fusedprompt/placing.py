@@ -91,7 +91,7 @@ def mask_rows(template: Template) -> list[int]:
 
 
 def lay_out(
-    lengths: Tensor, firsts: Tensor, steps: Tensor, width: int, at_left: bool | Tensor, filler: Tensor | int
+    lengths: Tensor, firsts: Tensor, steps: Tensor, width: int, at_left: bool | Tensor, filler: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Slots of rows that are made of pieces.
 
@@ -99,7 +99,7 @@ def lay_out(
         lengths: (B, K) int64, of the pieces. firsts: (B, K), their first slots.
         steps: (K,) from slot to slot within a piece: 1 for tokens, -1 for rows of the table.
         width: S. at_left: whether padding goes to the left; a bool, or (B, 1) of them.
-        filler: the slot of padding, int or (B, 1).
+        filler: the slot of padding.
 
     Returns:
         Slots (B, S), which of them are not padding (B, S) bool, and each column's piece (B, S).
@@ -107,11 +107,12 @@ def lay_out(
     ends = lengths.cumsum(1)
     total = ends[:, -1:]
     column = torch.arange(width, device=lengths.device).unsqueeze(0) - (width - total) * at_left
-    # Padding belongs to the piece beside it. (searchsorted would take 4 times as long as these few comparisons.)
-    piece = (column.unsqueeze(2) >= ends[:, None, :-1]).sum(2)
-    slots = (firsts - steps * (ends - lengths)).gather(1, piece) + steps[piece] * column
+    piece = torch.searchsorted(ends[:, :-1].contiguous(), column, right=True)  # padding belongs to the piece beside it
+    starts = firsts - steps * (ends - lengths)
+    # In place: at B=64, T=512 each further tensor of this size costs as much as the arithmetic on it.
+    slots = starts.gather(1, piece).addcmul_(steps.expand_as(starts).gather(1, piece), column)
     real = (column >= 0) & (column < total)
-    return torch.where(real, slots, filler), real, piece
+    return slots.masked_fill_(~real, filler), real, piece
 
 
 @dataclass(frozen=True)
@@ -230,8 +231,7 @@ def with_slots(model: PromptModel, template: Template, batch: Batch, fields: Map
     width = sum(widths) + template.num_prompt_rows + constant
     mask = batch.attention_mask
     at_left: bool | Tensor = mask is not None and mask[:, :1] == 0
-    filler: Tensor | int = -1
-    slots, real, piece = lay_out(lengths, firsts, plan.steps, width, at_left, filler)
+    slots, real, piece = lay_out(lengths, firsts, plan.steps, width, at_left, -1)
     layout = Layout(template.num_prompt_rows + len(table_ids(template)), slots)
     _carry(model, template, batch, plan, layout, real, piece)
     batch.layout = layout
@@ -240,6 +240,32 @@ def with_slots(model: PromptModel, template: Template, batch: Batch, fields: Map
 def _own_specials(template: Template) -> int:
     specials = template.specials
     return len(specials.before) + len(specials.after) if specials else 0
+
+
+def drop_prefix_slots(batch: Batch, num_prompt_rows: int) -> None:
+    """Turn a batch whose slots say what a model does without them into one without slots, so that routes can share it.
+
+    Only where values can be looked at, on a CPU.
+    """
+    assert batch.layout is not None and batch.layout.slots is not None
+    slots, (size, length) = batch.layout.slots, batch.shape
+    if slots.device.type != "cpu" or torch.compiler.is_compiling() or batch.pool_index is not None:
+        return
+    prefix = torch.cat((torch.arange(-1, -num_prompt_rows - 1, -1), torch.arange(length)))
+    if batch.position_ids is not None or slots.shape != (size, prefix.shape[0]) or not bool((slots == prefix).all()):
+        return
+    fields = {"attention_mask": 1, "labels": IGNORE_INDEX, "token_type_ids": 0}
+    for name, fill in fields.items():
+        field = getattr(batch, name)
+        if field is None or (name == "labels" and field.dim() != 2):
+            continue
+        if field.shape != slots.shape or not bool((field[:, :num_prompt_rows] == fill).all()):
+            return
+    for name in fields:
+        field = getattr(batch, name)
+        if field is not None and field.shape == slots.shape:
+            setattr(batch, name, field[:, num_prompt_rows:])
+    batch.layout = None
 
 
 def _bounds(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -297,37 +323,36 @@ def _carry(
 ) -> None:
     """Mask, labels and token types (B, T) of a batch's tokens become those of the output, (B, S)."""
     assert layout.slots is not None
-    mask = batch.attention_mask
+    from_table, token = layout.slots < 0, layout.slots.clamp(min=0)  # padding counts as of the table
+    mask, token_types = batch.attention_mask, batch.others.get("input_type_mask")
     if mask is not None:
-        batch.attention_mask = layout.fill(mask, 1) * real.to(mask.dtype)
+        batch.attention_mask = torch.where(from_table, real.to(mask.dtype), mask.gather(1, token))
     task = TaskType(model.active_config.task_type)
     if batch.labels is not None and task in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS):
-        batch.labels = _labels(template, batch, plan, layout, real)
-    token_types = batch.others.get("input_type_mask")
+        if batch.labels.shape == batch.shape:
+            batch.labels = torch.where(from_table, IGNORE_INDEX, batch.labels.gather(1, token))
+        else:
+            batch.labels = _labels_of_masks(template, batch, plan, layout.slots)
     if token_types is not None:
-        batch.others["input_type_mask"] = layout.fill(token_types, 0)
+        batch.others["input_type_mask"] = torch.where(from_table, 0, token_types.gather(1, token))
     specials = template.specials
     has_types = specials is not None and specials.types is not None and any(specials.types)
     if batch.token_type_ids is not None:
-        own = layout.fill(batch.token_type_ids, 0)
-        batch.token_type_ids = torch.where(layout.slots < 0, plan.token_types[piece].to(own.dtype), own)
+        own = batch.token_type_ids.gather(1, token)
+        batch.token_type_ids = torch.where(from_table, plan.token_types[piece].to(own.dtype), own)
     elif has_types and model.facts.takes_token_type_ids:
         batch.token_type_ids = plan.token_types[piece]
 
 
-def _labels(template: Template, batch: Batch, plan: _Plan, layout: Layout, real: Tensor) -> Tensor:
-    """Labels of the tokens (B, T), or of the mask tokens (B,) or (B, M), as labels of the output."""
-    labels, slots = batch.labels, layout.slots
-    assert labels is not None and slots is not None
-    if labels.shape == batch.shape:
-        return layout.fill(labels, IGNORE_INDEX).masked_fill(~real, IGNORE_INDEX)
-    size, masks = batch.shape[0], template.num_masks
-    if masks and tuple(labels.shape) in ((size,), (size, masks)) and (masks == 1 or labels.dim() == 2):
-        at_mask = slots.unsqueeze(2) == plan.labels
-        filled = torch.where(at_mask, labels.view(size, 1, masks), IGNORE_INDEX).amax(2)
-        return filled.masked_fill(~real, IGNORE_INDEX)
-    raise ValueError(
-        f"labels: expected shape (B, T) = {batch.shape}"
-        + (f", or ({size}, {masks}) for the mask tokens" if masks else "")
-        + f", got {tuple(labels.shape)}"
-    )
+def _labels_of_masks(template: Template, batch: Batch, plan: _Plan, slots: Tensor) -> Tensor:
+    """Labels of the mask tokens, (B,) or (B, M), as labels of the output."""
+    labels, size, masks = batch.labels, batch.shape[0], template.num_masks
+    assert labels is not None
+    if not masks or tuple(labels.shape) not in ((size, masks), (size,) if masks == 1 else (size, masks)):
+        raise ValueError(
+            f"labels: expected shape (B, T) = {batch.shape}"
+            + (f", or ({size}, {masks}) for the mask tokens" if masks else "")
+            + f", got {tuple(labels.shape)}"
+        )
+    at_mask = slots.unsqueeze(2) == plan.labels
+    return torch.where(at_mask, labels.view(size, 1, masks), IGNORE_INDEX).amax(2)

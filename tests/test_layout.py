@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import oracle
 from fusedprompt import Layout
 from fusedprompt.layout import count_padding, may_be_padded
+from fusedprompt.picture import join_symbols, row_symbols
 from tolerance import examples, generator, one_thread  # noqa: F401
 
 DTYPES = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.bfloat16]
@@ -96,6 +97,61 @@ def test_token_positions_invert_the_slots(case: tuple[Layout, oracle.Slots, int]
     for row, found in zip(slots, positions.tolist()):
         for token, position in enumerate(found):
             assert (row[position] == token) if token in row else position == 0
+
+
+@examples(30)
+@given(case=layouts(), data=st.data())
+def test_token_positions_prefer_columns_that_are_not_padding(
+    case: tuple[Layout, oracle.Slots, int], data: st.DataObject
+) -> None:
+    layout, slots, length = case
+    if layout.slots is None:
+        return
+    mask = [[data.draw(st.integers(0, 1)) for _ in row] for row in slots]
+    positions = layout.token_positions(
+        len(slots), length, torch.device("cpu"), torch.tensor(mask).view_as(layout.slots)
+    )
+    for row, kept, found in zip(slots, mask, positions.tolist()):
+        for token, position in enumerate(found):
+            if token in row:
+                real = any(kept[column] for column, slot in enumerate(row) if slot == token)
+                assert row[position] == token and (kept[position] or not real)
+
+
+@examples(30)
+@given(case=layouts(), extra=st.integers(0, 2))
+def test_overwrite_rows_puts_values_at_prompt_rows_and_zeros_at_those_behind_them(
+    case: tuple[Layout, oracle.Slots, int], extra: int
+) -> None:
+    layout, slots, _ = case
+    if layout.slots is None or layout.num_prompt_rows < extra:
+        return
+    count = layout.num_prompt_rows - extra
+    values = torch.randint(0, 99, layout.slots.shape, generator=generator(0))
+    found = layout.overwrite_rows(values, torch.arange(100, 100 + count)).tolist()
+    for row, given_values, filled in zip(slots, values.tolist(), found):
+        expected = [value if slot >= 0 else 99 - slot if ~slot < count else 0 for slot, value in zip(row, given_values)]
+        assert filled == expected
+
+
+def test_a_layout_shows_its_first_row() -> None:
+    slots = torch.tensor([[-1, 0, 1, -2], [0, 0, -1, -2]])
+    assert repr(Layout.from_slots(slots, 2)) == "Layout(num_prompt_rows=2, slots=(2, 4)): P t t P"
+    assert repr(Layout.prefix(3)) == "Layout.prefix(3): P P P t ..."
+    assert repr(Layout.prefix(200)) == "Layout.prefix(200): 200P t ..."
+    long = torch.tensor([[*range(-1, -21, -1), *range(30), -21, 5]])
+    assert repr(Layout.from_slots(long, 21)) == "Layout(num_prompt_rows=21, slots=(1, 52)): 20P 30t 1P 1t"
+    meta = Layout.from_slots(slots.to("meta"), 2)  # without values there is no picture
+    assert repr(meta) == "Layout(num_prompt_rows=2, slots=(2, 4))"
+    assert repr(Layout.from_slots(slots[:0], 2)) == "Layout(num_prompt_rows=2, slots=(0, 4))"
+
+
+@pytest.mark.parametrize(("width", "expected"), [(4, "· Q A t"), (24, "· Q A t" + " t" * 20), (25, "1· 1Q 1A 22t")])
+def test_a_picture_has_letters_for_tables_anchors_and_padding(width: int, expected: str) -> None:
+    slots = [-1, -6, 0, *range(1, width - 2)]
+    mask = [0] + [1] * (width - 1)
+    symbols = row_symbols(slots, mask, anchors=[0], letter=lambda row: "P" if row < 3 else "Q")
+    assert join_symbols(symbols) == expected
 
 
 def test_prefix_of_peft_is_prompt_then_tokens() -> None:

@@ -493,3 +493,28 @@ def test_wrong_names_are_refused() -> None:
     cache = model(input_ids=ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="adapter_names: expected None for tokens that follow a cache"):
         model(input_ids=ids, past_key_values=cache, adapter_names=["short"] * 3)
+
+
+def test_explain_shows_a_row_of_each_adapter_with_letters_of_its_own() -> None:
+    model, (ids, mask) = mixed("Llama"), padded(*PADDED["both"])
+    said = model.explain(input_ids=ids, attention_mask=mask, adapter_names=NAMES, route="shared").splitlines()
+    assert said == [
+        "route shared",
+        "long, 2 rows, row 0: · P P P P P t t t t t t ·",
+        "__base__, 1 row, row 1: · · · · · · · t t t · · ·",
+        "short, 1 row, row 2: · · · Q Q t t t t t · · ·",
+        "lstm, 1 row, row 4: · · · · · · R R R t t t t",
+    ]
+    said = model.explain(input_ids=ids, adapter_names=["short"] * 5).splitlines()
+    assert said[0].startswith("route splice: sharing would save")
+    model, names = templated("Llama"), ["around", "anchored", "around"]
+    said = model.explain(input_ids=tokens(3, 4), adapter_names=names).splitlines()
+    assert said == [
+        "route splice: the adapter's template does not put the whole prompt in front",
+        "around, 2 rows, row 0: P P P t t t t P P",
+        "anchored, 1 row, row 1: t t t t Q Q A A Q",
+    ]
+    packed = fusedprompt.pack(
+        mixed("Llama"), [{"input_ids": [3, 4]}, {"input_ids": [5]}], adapter_names=["short", "lstm"]
+    )
+    assert mixed("Llama").explain(**packed).splitlines()[1] == "row 0: P P t t Q Q Q t"

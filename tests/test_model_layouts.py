@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+import fusedprompt
 import oracle
 from models import CPT_FIELDS, PAD, VOCAB, ours, pad, task_inputs, tokens
 from tolerance import examples, one_thread  # noqa: F401
@@ -257,19 +258,32 @@ def test_generation_continues_each_row_as_if_it_were_alone(family: str, options:
         assert torch.equal(found[b, 3:], alone[0])
 
 
-def test_plain_prefix_slots_equal_no_slots() -> None:
-    model = LANGUAGE["Llama"]
-    inputs = task_inputs("CAUSAL_LM", *pad(tokens(2, 5), 0, 2))
-    slots = torch.arange(-1, -ROWS - 1, -1).tolist() + list(range(7))
-    placed = {
-        name: F.pad(value, (ROWS, 0), value=1 if name == "attention_mask" else -100)
-        for name, value in inputs.items()
-        if name != "input_ids"
-    }
-    expected = model(**inputs, route="splice")
-    actual = model(input_ids=inputs["input_ids"], slots=torch.tensor([slots] * 2), **placed)
-    assert_close(actual.logits[:, : ROWS + 5], expected.logits[:, : ROWS + 5])
-    assert_close(actual.loss, expected.loss)
+def prefix_batch(task: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A batch without slots, and the same with the slots of the plain prefix."""
+    inputs = task_inputs(task, *pad(tokens(2, 5), 0, 2))
+    slots = torch.tensor([[*range(-1, -ROWS - 1, -1), *range(7)]] * 2)
+    placed = {**inputs, "slots": slots, "attention_mask": F.pad(inputs["attention_mask"], (ROWS, 0), value=1)}
+    if task == "CAUSAL_LM":
+        placed["labels"] = F.pad(inputs["labels"], (ROWS, 0), value=-100)
+    return inputs, placed
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+@pytest.mark.parametrize("route", ["shared", "splice"])
+def test_the_slots_of_a_plain_prefix_are_served_as_a_batch_without_slots(task: str, route: str) -> None:
+    model = LANGUAGE["Llama"] if task == "CAUSAL_LM" else CLASSIFIERS["Llama", "SEQ_CLS"]
+    inputs, placed = prefix_batch(task)
+    expected, actual = model(**inputs, route=route), model(**placed, route=route)
+    assert torch.equal(actual.logits, expected.logits) and torch.equal(actual.loss, expected.loss)
+
+
+def test_a_prefix_with_labels_of_its_own_is_not_the_plain_prefix() -> None:
+    model, (_, placed) = LANGUAGE["Llama"], prefix_batch("CAUSAL_LM")
+    before = model(**placed).loss
+    placed["labels"][:, 1] = 5
+    with pytest.raises(fusedprompt.BackendUnavailable, match="the slots say where each prompt row goes"):
+        model(**placed, route="shared")
+    assert model(**placed).loss != before
 
 
 GIVEN = {"input_ids": tokens(2, 3), "slots": torch.tensor([[0, -1, 1, 2], [-4, 0, 1, 2]])}
@@ -308,10 +322,8 @@ def test_pool_index_of_another_shape_is_refused() -> None:
 
 def test_slots_are_an_objection_to_the_shared_route_and_to_a_model_without_a_prompt() -> None:
     model = LANGUAGE["Llama"]
-    from fusedprompt import BackendUnavailable
-
     for call in (model, model.generate):
-        with pytest.raises(BackendUnavailable, match="the slots say where each prompt row goes"):
+        with pytest.raises(fusedprompt.BackendUnavailable, match="the slots say where each prompt row goes"):
             call(**GIVEN, route="shared")
         with model.disable_adapter(), pytest.raises(ValueError, match="slots: expected None for a model without"):
             call(**GIVEN)

@@ -1,0 +1,80 @@
+"""Slots, mask and labels of a padded batch in a template, against rows that are put together one by one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedprompt import Template
+from fusedprompt.placing import with_slots
+from fusedprompt.tasks import Batch
+
+from ._interleave import FORWARD, OURS, Case, Contender, check, measure
+
+TEMPLATE = Template.parse("[prompt 8] [text] [prompt 8] [anchor 17 18] [prompt 4]")
+MODEL: Any = SimpleNamespace(
+    active_config=SimpleNamespace(task_type="CAUSAL_LM"), facts=SimpleNamespace(takes_token_type_ids=False)
+)
+Laid = tuple[Tensor, Tensor, Tensor]
+
+
+def ours(ids: Tensor, mask: Tensor) -> Laid:
+    batch = Batch(input_ids=ids, attention_mask=mask, labels=ids)
+    with_slots(MODEL, TEMPLATE, batch, None)
+    assert batch.layout is not None and batch.layout.slots is not None
+    assert batch.attention_mask is not None and batch.labels is not None
+    return batch.layout.slots * batch.attention_mask, batch.attention_mask, batch.labels
+
+
+def row_by_row(ids: Tensor, mask: Tensor) -> Laid:
+    rows = []
+    for row, real in zip(ids, mask):
+        length = int(real.sum())
+        constants = [torch.arange(-1, -9, -1), torch.arange(-9, -17, -1), torch.arange(-21, -23, -1)]
+        slots = torch.cat((constants[0], torch.arange(length), *constants[1:], torch.arange(-17, -21, -1)))
+        labels = torch.full_like(slots, -100)
+        labels[8 : 8 + length] = row[:length]
+        padding = (0, ids.shape[1] - length)
+        rows.append(
+            (
+                torch.nn.functional.pad(slots, padding),
+                torch.nn.functional.pad(torch.ones_like(slots), padding),
+                torch.nn.functional.pad(labels, padding, value=-100),
+            )
+        )
+    slots, masks, targets = (torch.stack(parts) for parts in zip(*rows))
+    return slots, masks, targets
+
+
+def contender(name: str, run: Any, *given: Tensor) -> Contender:
+    return Contender(
+        name,
+        forward=lambda: run(*given),
+        backward=lambda _: None,
+        outputs=lambda laid: dict(zip(("slots", "mask", "labels"), laid)),
+        parameters={},
+    )
+
+
+@pytest.mark.parametrize(("batch", "length"), [(8, 64), (64, 512)])
+def test_layout(benchmark: Any, batch: int, length: int) -> None:
+    # As in a process that has run a model: until something larger has been freed, glibc gives memory back to the system
+    # after each call and asks for it again, which took twice as long as all the rest in a sandboxed container.
+    torch.ones(1 << 22)
+    ids = torch.randint(0, 32000, (batch, length), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(length) < torch.linspace(length // 2, length, batch).long().unsqueeze(1)).long()
+    peer = contender("row by row", row_by_row, ids, mask)
+    case = Case(
+        group="layout",
+        name=f"B={batch} T={length}",
+        dtype="int64",
+        contenders=[contender(OURS, ours, ids, mask), peer],
+        truth=peer,
+        tolerance=(0.0, 0.0),
+        rounds=(8, 240),
+    )
+    measure(benchmark, check(case), FORWARD)
