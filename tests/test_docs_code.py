@@ -63,7 +63,8 @@ def batch() -> dict[str, Any]:
 
 
 def given_readme() -> dict[str, Any]:
-    return {"base_model": small_model(), "ids": batch()["input_ids"], "mask": batch()["attention_mask"]}
+    ids, mask = batch().values()
+    return {"base_model": small_model(), "tokenizer": byte_tokenizer(), "ids": ids, "mask": mask}
 
 
 def given_routes() -> dict[str, Any]:
