@@ -51,3 +51,13 @@ def test_nothing_of_the_logits_size_is_kept_for_the_backward() -> None:
         summed_cross_entropy(logits, labels)
     others = [tensor.numel() for tensor in kept if tensor.data_ptr() != logits.data_ptr()]
     assert len(kept) == 3 and max(others) <= 50
+
+
+def test_a_gradient_large_enough_for_pages_of_its_own_is_pytorchs() -> None:
+    logits = torch.randn(260, 33_000, requires_grad=True)
+    labels = torch.randint(0, 33_000, (260,))
+    gradients = []
+    for loss in (summed_cross_entropy(logits, labels), cross_entropy(logits, labels, reduction="sum")):
+        gradients += torch.autograd.grad(loss, logits)
+    assert gradients[0].nbytes > 1 << 25
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
