@@ -70,7 +70,7 @@ def lstm_forward_samples() -> Iterator[Arguments]:
 def lstm_backward_samples() -> Iterator[Arguments]:
     for x, weights, masks, bidirectional in lstm_forward_samples():
         output, saved = torch.ops.fusedprompt.lstm_forward(x, weights, masks, bidirectional)
-        yield torch.ones_like(output), weights, masks, bidirectional, saved
+        yield torch.ones_like(output), x, weights, masks, bidirectional, output, saved
 
 
 def slots() -> Tensor:

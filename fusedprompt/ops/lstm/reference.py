@@ -6,11 +6,11 @@ Per layer and direction d, with steps t = 0 ... P-1 (the backward direction sees
     c_t = f c_{t-1} + i g                              h_t = o tanh(c_t)
 
 Only W_hh h is sequential. The input products of all steps are one GEMM before the loop; the gradients of both weights
-are one GEMM each after it, where nn.LSTM on CPU runs oneDNN's reference backward.
+are one GEMM each after it.
 
-In fp32 on CPU the forward is nn.LSTM's own, layer by layer, with gradients or without. Only the layers' outputs are
-kept: once every h is known W_hh h is no longer sequential either, so backward computes the gates again with two GEMMs,
-and only c is left to do step by step. In bf16 oneDNN's LSTM is wrong at some sizes on some processors, hence the loop.
+Where PyTorch's own LSTM is right and faster (stock.py) it runs instead. Where only the forward is PyTorch's, no more
+than the layers' outputs is kept: once every h is known W_hh h is no longer sequential, so backward computes the gates
+again with two GEMMs, and only c is left to do step by step.
 """
 
 from __future__ import annotations
@@ -22,16 +22,12 @@ import torch
 from torch import Tensor
 
 from .._library import below_autograd, define, is_traced
+from . import stock
+from .stock import by_layer
 
-# What forward keeps per layer for backward; the op returns them flat, in this order.
-SAVED = ("inputs", "hidden", "gates", "cell", "cell_tanh")
-SAVED_BY_STOCK = SAVED[:2]
-
-
-def _by_layer(weights: Sequence[Tensor], directions: int) -> list[list[Sequence[Tensor]]]:
-    """Group nn.LSTM's flat parameters as [layer][direction] -> (weight_ih, weight_hh, bias_ih, bias_hh)."""
-    groups = [weights[start : start + 4] for start in range(0, len(weights), 4)]
-    return [groups[start : start + directions] for start in range(0, len(groups), directions)]
+# What the loop keeps per layer for backward; the op returns them flat, in this order. PyTorch's forward keeps the
+# output of each layer but the last.
+SAVED = ("hidden", "gates", "cell", "cell_tanh")
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:
@@ -62,23 +58,6 @@ def _join_ways(y: Tensor) -> Tensor:
     return torch.cat((y[0], *(way.flip(0) for way in y[1:])), dim=-1)
 
 
-def _is_stock(x: Tensor) -> bool:
-    """Whether the forward is nn.LSTM's."""
-    return x.dtype == torch.float32 and x.device.type == "cpu"
-
-
-def _stock_layer(sequence: Tensor, layer: list[Sequence[Tensor]]) -> Tensor:
-    """(P, B, D) to (P, B, directions * H)."""
-    directions, (steps, batch, _), size = len(layer), sequence.shape, layer[0][1].shape[1]
-    if steps * batch * size == 0:
-        return sequence.new_empty(steps, batch, directions * size)
-    zeros = sequence.new_zeros(directions, batch, size)
-    weights = [weight for way in layer for weight in way]
-    # train=False always: with True oneDNN takes another path, whose bits differ.
-    output: Tensor = torch._VF.lstm(sequence, (zeros, zeros), weights, True, 1, 0.0, False, directions == 2, False)[0]
-    return output
-
-
 def _split_ways(output: Tensor, directions: int) -> Tensor:
     """(P, B, directions * H) as (directions, P + 1, B, H): each in its own order of time, after an h of zero."""
     steps, batch, size = output.shape
@@ -92,16 +71,21 @@ def _gates_again(inputs: Tensor, hidden: Tensor, layer: list[Sequence[Tensor]]) 
     """Gates, cell and tanh of the cell, from inputs and hidden states."""
     directions, steps, batch, width = inputs.shape
     size = hidden.shape[-1]
-    gates = inputs.new_empty(directions, steps * batch, 4 * size)
+    state = _state_dtype(inputs)
+    gates = inputs.new_empty(directions, steps * batch, 4 * size, dtype=state)
     for way, (weight_ih, weight_hh, bias_ih, bias_hh) in enumerate(layer):
-        torch.addmm(bias_ih + bias_hh, inputs[way].reshape(steps * batch, width), weight_ih.t(), out=gates[way])
-        gates[way].addmm_(hidden[way, :-1].reshape(steps * batch, size), weight_hh.t())
+        rows, recurrent = inputs[way].reshape(steps * batch, width), hidden[way, :-1].reshape(steps * batch, size)
+        if inputs.dtype == state:
+            torch.addmm(bias_ih + bias_hh, rows, weight_ih.t(), out=gates[way])
+            gates[way].addmm_(recurrent, weight_hh.t())
+        else:  # each product is rounded
+            torch.add(torch.addmm(bias_ih + bias_hh, rows, weight_ih.t()), recurrent @ weight_hh.t(), out=gates[way])
     gates = gates.view(directions, steps, batch, 4 * size)
     gate = gates.view(directions, steps, batch, 4, size)
     gate[..., :2, :].sigmoid_()
     gate[..., 2, :].tanh_()
     gate[..., 3, :].sigmoid_()
-    cell = inputs.new_zeros(directions, steps + 1, batch, size)
+    cell = inputs.new_zeros(directions, steps + 1, batch, size, dtype=state)
     torch.mul(gate[..., 0, :], gate[..., 2, :], out=cell[:, 1:])
     step_c, step_f = cell.unbind(1), gate[..., 1, :].unbind(1)
     for t in range(steps):
@@ -158,18 +142,16 @@ def _lstm_forward(
     x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool, keep: bool = True
 ) -> tuple[Tensor, list[Tensor]]:
     directions = 2 if bidirectional else 1
-    layers = _by_layer(weights, directions)
+    layers = by_layer(weights, directions)
     sequence = x.transpose(0, 1)
     saved: list[Tensor] = []
     for index, layer in enumerate(layers):
-        if _is_stock(x):
-            output = _stock_layer(sequence, layer)
-            saved += (_both_ways(sequence, directions), _split_ways(output, directions)) if keep else ()
-            sequence = output
+        if stock.has_forward(x):
+            sequence = stock.layer(sequence, layer)
+            saved += (sequence,) if keep and index + 1 < len(layers) else ()
         else:
-            inputs = _both_ways(sequence, directions)
-            gates, hidden, cell, cell_tanh = _layer_forward(inputs, layer)
-            saved += (inputs, hidden, gates, cell, cell_tanh)
+            gates, hidden, cell, cell_tanh = _layer_forward(_both_ways(sequence, directions), layer)
+            saved += (hidden, gates, cell, cell_tanh)
             sequence = _join_ways(hidden[:, 1:])
         if dropout_masks and index + 1 < len(layers):
             sequence = sequence * dropout_masks[index]
@@ -180,23 +162,22 @@ def _lstm_forward_fake(
     x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool
 ) -> tuple[Tensor, list[Tensor]]:
     directions = 2 if bidirectional else 1
-    batch, steps, width = x.shape
-    state = _state_dtype(x)
+    batch, steps, _ = x.shape
+    size, state = weights[1].shape[1], _state_dtype(x)
     saved: list[Tensor] = []
-    for layer in _by_layer(weights, directions):
-        size = layer[0][1].shape[1]
-        saved += (
-            x.new_empty(directions, steps, batch, width),
-            x.new_empty(directions, steps + 1, batch, size),
-        )
-        if not _is_stock(x):
+    for _ in range(len(weights) // (4 * directions)):
+        if stock.has_forward(x):
+            saved.append(x.new_empty(steps, batch, directions * size))
+        else:
             saved += (
+                x.new_empty(directions, steps + 1, batch, size),
                 x.new_empty(directions, steps, batch, 4 * size, dtype=state),
                 x.new_empty(directions, steps + 1, batch, size, dtype=state),
                 x.new_empty(directions, steps, batch, size, dtype=state),
             )
-        width = size * directions
-    return x.new_empty(batch, steps, width), saved
+    if stock.has_forward(x):
+        saved.pop()
+    return x.new_empty(batch, steps, directions * size), saved
 
 
 def _steps_backward(
@@ -232,12 +213,15 @@ def _steps_backward(
                 way_d_hidden[way][t - 1].add_(d_hidden)
 
 
-def _layer_backward(d_output: Tensor, layer: list[Sequence[Tensor]], saved: dict[str, Tensor]) -> list[Tensor]:
-    """d_output: (directions, P, B, H), each direction in its own order of time; it is used up.
+def _layer_backward(
+    d_output: Tensor, inputs: Tensor, layer: list[Sequence[Tensor]], saved: dict[str, Tensor]
+) -> list[Tensor]:
+    """d_output: (directions, P, B, H) and inputs: (directions, P, B, D), each direction in its own order of time;
+    d_output is used up.
 
     Returns d_inputs (P, B, D), then per direction the gradients of weight_ih, weight_hh, bias_ih and bias_hh.
     """
-    inputs, hidden, cell, cell_tanh = (saved[name] for name in ("inputs", "hidden", "cell", "cell_tanh"))
+    hidden, cell, cell_tanh = (saved[name] for name in ("hidden", "cell", "cell_tanh"))
     directions, steps, batch, size = cell_tanh.shape
     i, f, g, o = saved["gates"].view(directions, steps, batch, 4, size).unbind(3)
     # The local derivatives of all steps at once: d_a = factor * d_c for i, f, g and factor * d_h for o.
@@ -273,15 +257,20 @@ def _layer_backward(d_output: Tensor, layer: list[Sequence[Tensor]], saved: dict
 
 def _lstm_backward(
     d_output: Tensor,
+    x: Tensor,
     weights: Sequence[Tensor],
     dropout_masks: Sequence[Tensor],
     bidirectional: bool,
+    output: Tensor,
     saved: Sequence[Tensor],
 ) -> list[Tensor]:
     """Gradients of x and of every weight, in the order of nn.LSTM's parameters."""
     directions = 2 if bidirectional else 1
-    layers = _by_layer(weights, directions)
-    names = SAVED_BY_STOCK if _is_stock(d_output) else SAVED
+    layers = by_layer(weights, directions)
+    if stock.has_forward(x):
+        kept = [{"hidden": _split_ways(value, directions)} for value in (*saved, output.transpose(0, 1))]
+    else:
+        kept = [dict(zip(SAVED, saved[start : start + len(SAVED)])) for start in range(0, len(saved), len(SAVED))]
     d_sequence = d_output.transpose(0, 1)
     gradients: list[Tensor] = []
     for index in range(len(layers) - 1, -1, -1):
@@ -289,48 +278,52 @@ def _lstm_backward(
             d_sequence = d_sequence * dropout_masks[index]
         ways = d_sequence.to(_state_dtype(d_sequence)).chunk(directions, dim=-1)
         d_hidden = torch.stack((ways[0], *(way.flip(0) for way in ways[1:])))
-        kept = dict(zip(names, saved[index * len(names) : (index + 1) * len(names)]))
-        if names is SAVED_BY_STOCK:
-            again = _gates_again(kept["inputs"], kept["hidden"], layers[index])
-            kept.update(zip(SAVED[len(SAVED_BY_STOCK) :], again))
-        d_sequence, *of_layer = _layer_backward(d_hidden, layers[index], kept)
+        sequence = _join_ways(kept[index - 1]["hidden"][:, 1:]) if index else x.transpose(0, 1)
+        if dropout_masks and index:
+            sequence = sequence * dropout_masks[index - 1]
+        inputs = _both_ways(sequence, directions)
+        if stock.has_forward(x):
+            again = _gates_again(inputs, kept[index]["hidden"], layers[index])
+            kept[index].update(zip(SAVED[1:], again))
+        d_sequence, *of_layer = _layer_backward(d_hidden, inputs, layers[index], kept.pop())
         gradients = of_layer + gradients
     return [d_sequence.transpose(0, 1).contiguous(), *gradients]
 
 
 def _lstm_backward_fake(
     d_output: Tensor,
+    x: Tensor,
     weights: Sequence[Tensor],
     dropout_masks: Sequence[Tensor],
     bidirectional: bool,
+    output: Tensor,
     saved: Sequence[Tensor],
 ) -> list[Tensor]:
-    batch, steps, _ = d_output.shape
-    return [
-        d_output.new_empty(batch, steps, weights[0].shape[1]),
-        *(weight.new_empty(weight.shape) for weight in weights),
-    ]
+    return [value.new_empty(value.shape) for value in (x, *weights)]
 
 
 class _LSTM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bidirectional: bool, num_weights: int, *tensors: Tensor) -> Tensor:
-        weights, masks = list(tensors[:num_weights]), list(tensors[num_weights:])
-        output, saved = below_autograd("lstm_forward", x, weights, masks, bidirectional)
-        ctx.bidirectional, ctx.num_weights, ctx.num_masks = bidirectional, num_weights, len(masks)
-        ctx.save_for_backward(*tensors, *saved)
+        arguments = (x, list(tensors[:num_weights]), list(tensors[num_weights:]), bidirectional)
+        if is_traced(x):
+            output, saved = below_autograd("lstm_forward", *arguments)
+        else:  # 0.2 ms less
+            with torch._C._AutoDispatchBelowAutograd():
+                output, saved = _lstm_forward(*arguments)
+        ctx.bidirectional, ctx.num_weights, ctx.num_tensors = bidirectional, num_weights, len(tensors)
+        ctx.save_for_backward(x, output, *tensors, *saved)
         result: Tensor = output
         return result
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and d_output.requires_grad:
-            raise RuntimeError("fusedprompt.ops.lstm has no double backward; use torch.nn.LSTM where you need one")
-        tensors = ctx.saved_tensors
-        masks_end = ctx.num_weights + ctx.num_masks
-        weights, masks = list(tensors[: ctx.num_weights]), list(tensors[ctx.num_weights : masks_end])
+        stock.refuse_double_backward(d_output)
+        x, output, *rest = ctx.saved_tensors
+        tensors, saved = rest[: ctx.num_tensors], rest[ctx.num_tensors :]
+        weights, masks = tensors[: ctx.num_weights], tensors[ctx.num_weights :]
         d_x, *d_weights = torch.ops.fusedprompt.lstm_backward(
-            d_output, weights, masks, ctx.bidirectional, list(tensors[masks_end:])
+            d_output, x, weights, masks, ctx.bidirectional, output, saved
         )
         return (d_x, None, None, *d_weights, *(None for _ in masks))
 
@@ -357,33 +350,23 @@ def _lstm(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor],
 _ARGUMENTS = "Tensor x, Tensor[] weights, Tensor[] dropout_masks, bool bidirectional"
 define(f"lstm_forward({_ARGUMENTS}) -> (Tensor, Tensor[])", _lstm_forward, _lstm_forward_fake)
 define(
-    "lstm_backward(Tensor d_output, Tensor[] weights, Tensor[] dropout_masks, bool bidirectional, Tensor[] saved) "
-    "-> Tensor[]",
+    f"lstm_backward(Tensor d_output, {_ARGUMENTS}, Tensor output, Tensor[] saved) -> Tensor[]",
     _lstm_backward,
     _lstm_backward_fake,
 )
 define(f"lstm({_ARGUMENTS}) -> Tensor", _lstm, _lstm_fake, _lstm_autograd)
 
 
-def _stock_lstm(x: Tensor, weights: Sequence[Tensor], bidirectional: bool) -> Tensor:
-    """PyTorch's own LSTM. On a GPU it runs all steps in one cuDNN call, where the loop would launch ten kernels a
-    step. It draws dropout masks of its own, so it serves only without dropout."""
-    directions = 2 if bidirectional else 1
-    num_layers = len(weights) // (4 * directions)
-    zeros = x.new_zeros(num_layers * directions, x.shape[0], weights[1].shape[1])
-    output: Tensor = torch._VF.lstm(
-        x, (zeros, zeros), list(weights), True, num_layers, 0.0, torch.is_grad_enabled(), bidirectional, True
-    )[0]
-    return output
-
-
 def lstm(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
     """dropout_masks: nothing, or per layer but the last a (P, B, directions * H) tensor of 0 and 1 / (1 - p)."""
-    stock = not dropout_masks and not torch.compiler.is_compiling()
-    if stock and x.device.type == "cpu":
-        # The bits of the op below, which is 0.1 ms of Python behind: 4 % at P = 20 and H = 256.
-        stock = _is_stock(x) and not torch.is_grad_enabled() and not is_traced(x) and x.numel() * weights[1].numel() > 0
-    if stock:
-        return _stock_lstm(x, weights, bidirectional)
+    if stock.has_forward(x) and not is_traced(x) and x.numel() * weights[1].numel() > 0:
+        if not torch.is_grad_enabled():
+            with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
+                return stock.lstm(x, weights, dropout_masks, bidirectional)
+        if stock.has_backward(x, weights):
+            return stock.lstm(x, weights, dropout_masks, bidirectional)
+        return _lstm_autograd(x, weights, dropout_masks, bidirectional)
+    if x.is_cuda and not dropout_masks and not torch.compiler.is_compiling():
+        return stock.lstm(x, weights, dropout_masks, bidirectional)
     result: Tensor = torch.ops.fusedprompt.lstm(x, weights, dropout_masks, bidirectional)
     return result
