@@ -64,12 +64,13 @@ versions: $(READY)  ## run the tests of `apply` with the oldest PEFT and transfo
 	  tests/test_apply_training.py $(ARGS)
 
 bench: $(READY)  ## measure ops and training steps against PEFT on this machine, in about 7 minutes
-	$(BIN)/python -m pytest benches --ignore=benches/test_bench_shared.py -q --benchmark-quiet \
+	$(BIN)/python -m pytest benches --ignore=benches/test_bench_shared.py --ignore=benches/test_bench_mixed.py -q \
+	  --benchmark-quiet \
 	  --benchmark-json=.benchmarks/latest.json $(ARGS)
 	$(BIN)/python -m benches.report .benchmarks/latest.json --save
 
 bench-routes: $(READY)  ## measure the shared route against PEFT and LoRA, in about 20 minutes
-	$(BIN)/python -m pytest benches/test_bench_shared.py -q --benchmark-quiet \
+	$(BIN)/python -m pytest benches/test_bench_shared.py benches/test_bench_mixed.py -q --benchmark-quiet \
 	  --benchmark-json=.benchmarks/routes.json $(ARGS)
 	$(BIN)/python -m benches.report .benchmarks/routes.json --save --part routes
 
