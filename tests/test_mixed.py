@@ -335,6 +335,16 @@ def test_answers_to_questions_move_with_their_row() -> None:
     assert output.loss.isfinite()
 
 
+def test_features_of_each_row_follow_its_own_prompt() -> None:
+    model = mixed("Bert", "FEATURE_EXTRACTION")
+    ids, mask = padded(*PADDED["right"])
+    states = model(input_ids=ids, attention_mask=mask, adapter_names=NAMES).last_hidden_state
+    assert states.shape[:2] == (5, 5 + 6)
+    for row, name in enumerate(NAMES):
+        own = alone(model, name, input_ids=ids[row : row + 1, mask[row] != 0]).last_hidden_state[0]
+        torch.testing.assert_close(states[row, : len(own)], own, rtol=1e-4, atol=1e-4)
+
+
 # Generating
 
 
