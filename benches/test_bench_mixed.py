@@ -141,8 +141,8 @@ def build_step(size: int, rows: int, length: int) -> Case:
             ],
             truth=separate("PEFT", theirs[0]),
             tolerance=(1e-5, 1e-4),
-            seconds=30.0,
-            rounds=(6, 8),
+            seconds=20.0,
+            rounds=(4, 8),
         )
     )
 

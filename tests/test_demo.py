@@ -114,6 +114,9 @@ def test_story_writes_every_number(told: tuple[Path, dict[str, Any]]) -> None:
         curve = prompt["curve"]
         assert curve["checked_steps"] == [0, 4, 8, 12] and len(curve["checks"]) == 4
         assert len(curve["loss"]) == len(curve["seconds"]) == 12
+    together = summary["together"]
+    assert set(together["exact_match"]) == set(TASKS) and together["rows"] == 4 * story.QUICK.test_words
+    assert [row[0] for row in together["examples"]] == list(TASKS) and together["steps"] == 4
     assert "lstm" in summary["prompts"]["LSTM"]["backends"] and "lstm" not in summary["prompts"]["MLP"]["backends"]
 
 
@@ -138,6 +141,21 @@ def test_story_adapters_load_in_peft_with_equal_logits(told: tuple[Path, dict[st
     theirs = peft.PeftModel.from_pretrained(story.fresh_base(folder, CPU), str(folder / kind)).eval()
     with torch.no_grad():
         torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits)
+
+
+def test_mixed_rows_are_answered_as_each_adapter_alone_answers_them(told: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = told
+    model = fp.PromptModel(story.fresh_base(folder, CPU))
+    for name in TASKS:
+        model.load_adapter(folder / "together" / name, name)
+    model.eval()
+    some, lengths = ["cat", "language", "window", "fig"], [model.prompt_rows_count(name) for name in TASKS]
+    assert lengths == [8, 9, 10, 11]
+    alone = []
+    for name, word in zip(TASKS, some):
+        model.set_adapter(name, inference_mode=True)
+        alone += words.rewrite_words(model, [word], TASKS[name], tagged=False)
+    assert words.rewrite_words(model, some, TASKS["sort"], tagged=False, adapter_names=list(TASKS)) == alone
 
 
 def test_words_are_rewritten_alike_alone_and_in_a_padded_batch(told: tuple[Path, dict[str, Any]]) -> None:

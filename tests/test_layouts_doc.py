@@ -104,6 +104,16 @@ def test_every_example_prints_the_pictures_that_stand_beside_it(section: str) ->
         assert printed == pictures and len(pictures) == 5
 
 
+def test_the_mixed_example_says_what_stands_below_it() -> None:
+    (text,) = re.findall(r"^## Mixed\n(.*?)(?=^## )", DOC, flags=re.S | re.M)
+    (said,) = re.findall(r"```\n\n((?:    .*\n)+)", text)
+    assert run("Mixed").splitlines() == [line.strip() for line in said.splitlines()]
+
+
+def test_the_packed_example_runs() -> None:
+    assert run("Packed") == ""
+
+
 def test_a_pair_is_classified_better_than_by_chance() -> None:
     """Whether the hypothesis is one of 5 words or of 5 others, behind premises that were not seen before."""
     numbers = torch.Generator().manual_seed(0)

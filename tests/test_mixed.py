@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import fusedprompt
+from fusedprompt.mixed import Mixture, arrange
 from models import VOCAB, build, config_fields, tokens
 from tolerance import assert_identical, examples, largest, one_thread
 
@@ -180,6 +181,19 @@ def test_a_batch_of_one_adapter_is_that_of_set_adapter_and_one_of_base_rows_that
     torch.testing.assert_close(found.loss, expected.loss)
 
 
+@pytest.mark.parametrize("family", ["Llama", "Bert"])
+def test_arranging_a_batch_never_looks_at_values(family: str) -> None:
+    """On the meta device, which has none; a GPU would make the host wait."""
+    model = mixed(family, "CAUSAL_LM" if family == "Llama" else "TOKEN_CLS")
+    ids, mask = (values.to("meta") for values in padded(*PADDED["both"]))
+    mixture = Mixture.of(model, NAMES, ids)
+    for pool_last in (False, True):
+        arranged = arrange(mixture, model.facts, ids, mask, pool_last)
+        fields = (arranged.mask(mask, ids), arranged.labels(ids, True), arranged.position_ids(), arranged.layout.slots)
+        assert [tuple(field.shape) for field in fields if field is not None] == [(5, 13)] * 4
+    assert mixture.take(torch.zeros(3, 4, device="meta")).shape == (5, 4)
+
+
 def test_each_distinct_adapter_is_encoded_once() -> None:
     model, ids = mixed("Llama"), tokens(6, 5)
     calls: list[str] = []
@@ -319,6 +333,16 @@ def test_answers_to_questions_move_with_their_row() -> None:
             output.start_logits[row, :length], own.start_logits[0, -length:], rtol=1e-4, atol=1e-4
         )
     assert output.loss.isfinite()
+
+
+def test_features_of_each_row_follow_its_own_prompt() -> None:
+    model = mixed("Bert", "FEATURE_EXTRACTION")
+    ids, mask = padded(*PADDED["right"])
+    states = model(input_ids=ids, attention_mask=mask, adapter_names=NAMES).last_hidden_state
+    assert states.shape[:2] == (5, 5 + 6)
+    for row, name in enumerate(NAMES):
+        own = alone(model, name, input_ids=ids[row : row + 1, mask[row] != 0]).last_hidden_state[0]
+        torch.testing.assert_close(states[row, : len(own)], own, rtol=1e-4, atol=1e-4)
 
 
 # Generating

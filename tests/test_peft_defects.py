@@ -309,9 +309,17 @@ def test_generation_gives_no_warning_per_step() -> None:
 
 
 @pytest.mark.parametrize("call", ["forward", "generate"])
-def test_one_adapter_per_row_is_refused_and_not_ignored(call: str) -> None:
-    with pytest.raises(ValueError, match="adapter_names: expected None"):
-        getattr(ours("Llama"), call)(input_ids=tokens(), adapter_names=["default"] * 3)
+def test_one_adapter_per_row_is_not_ignored(call: str) -> None:
+    model, ids = ours("Llama"), tokens()
+    names = ["default", "__base__", "default"]
+    options = {"max_new_tokens": 8, "do_sample": False} if call == "generate" else {}
+    found = getattr(model, call)(input_ids=ids, adapter_names=names, **options)
+    with model.disable_adapter():
+        plain = getattr(model, call)(input_ids=ids, **options)
+    if call == "forward":
+        found, plain = found.logits[:, -ids.shape[1] :], plain.logits
+    assert not torch.equal(found[0], plain[0])
+    torch.testing.assert_close(found[1], plain[1])
 
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta"])

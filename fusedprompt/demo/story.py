@@ -39,8 +39,9 @@ class Settings:
     prompt_batch: int = 64
     prompt_rate: float = 1e-2
     prompt_check_every: int = 10
-    together_steps: int = 400
+    together_steps: int = 300
     together_batch: int = 128
+    together_check_every: int = 100
     enough_percent: float = 99.0
     timing_rounds: int = 100
     examples: int = 5

@@ -54,7 +54,7 @@ def learn_all(
         learning_rate=settings.prompt_rate,
         seed=seed,
         check=lambda: min(exact_matches(model, words.validation).values()),
-        check_every=settings.prompt_check_every,
+        check_every=settings.together_check_every,
         enough=settings.enough_percent,
         adapter_names=[name for name in TASKS for _ in words.train],
     )
