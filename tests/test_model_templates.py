@@ -202,7 +202,7 @@ def test_answers_to_questions_count_the_callers_tokens() -> None:
 def test_generation_goes_on_behind_the_last_prompt_row(family: str, options: dict[str, Any]) -> None:
     model, kind = MODELS[family, family.lower()], family.lower()
     texts = [[20, 21, 22], [23]] if options in ({}, {"num_beams": 2}) else [[20, 21, 22]]
-    settings = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": PAD}
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": PAD}
     results = []
     for way, side in (("ids", "left"), ("ids", "right"), ("fields", "left"), ("rendered", "left")):
         inputs = inputs_of(model, kind, way, side, texts, texts)
@@ -323,8 +323,12 @@ def test_batches_that_do_not_fit_the_template_are_refused(inputs: dict[str, Any]
 def test_fields_without_a_template_and_a_template_behind_a_cache_are_refused() -> None:
     with pytest.raises(ValueError, match="fields: expected None for an adapter without a template"):
         ours("Llama")(fields=IDS)
+    with TWO.disable_adapter(), pytest.raises(ValueError, match="fields: expected None for a model without a prompt"):
+        TWO(fields=IDS)
     model = MODELS["Llama", "llama"]
     cache = model(input_ids=tokens(1, 3), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="fields: expected None for tokens that follow a cache"):
+        model(fields={"text": tokens(1, 1)}, input_ids=tokens(1, 1), past_key_values=cache)
     with pytest.raises(ValueError, match="past_key_values: expected an empty cache with the template"):
         model.generate(input_ids=tokens(1, 1), past_key_values=cache)
 
@@ -339,3 +343,10 @@ def test_explain_shows_anchors() -> None:
     rendered = MODELS["Bert", "bert"].templates["default"].render([[20], [20, 21]])
     text = MODELS["Bert", "bert"].explain(**rendered)
     assert text.splitlines()[1] == f"row 0: {rendered.picture()}" == "row 0: t P P A t P A A P t ·"
+
+
+def test_a_compiled_model_gives_the_same_loss() -> None:
+    model = with_template("Llama", "[prompt 2] [text] [anchor 9 10] [prompt 1]").float()
+    inputs = task_inputs("CAUSAL_LM", *pad(tokens(2, 4), 2, 0))
+    compiled = torch.compile(model, backend="aot_eager", dynamic=False)
+    torch.testing.assert_close(compiled(**inputs).loss, model(**inputs).loss, rtol=1e-5, atol=1e-6)
