@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import heads, modules
 from .base_model import BaseFacts, check_base_model, device_of
 from .config import PromptLearningConfig, TaskType, as_config
-from .placing import table_ids
+from .pieces import table_ids
 from .prompt_cache import PromptCache
 from .sharing import SharingFacts
 from .template import Template

@@ -14,7 +14,8 @@ from .config import (
 )
 from .layout import Layout
 from .picture import join_symbols, row_symbols
-from .placing import anchor_slots, with_slots
+from .pieces import anchor_slots
+from .placing import with_slots
 from .prompt_cache import is_kept
 from .routes import choose_layout
 from .sharing import SHARED, SPLICE, why_not_batch, why_not_model, why_not_worth

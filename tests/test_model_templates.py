@@ -333,6 +333,29 @@ def test_fields_without_a_template_and_a_template_behind_a_cache_are_refused() -
         model.generate(input_ids=tokens(1, 1), past_key_values=cache)
 
 
+def test_ids_without_the_special_tokens_that_the_tokenizer_puts_are_refused() -> None:
+    with pytest.raises(ValueError, match="input_ids: expected a text with its 2 special tokens, got 1 tokens"):
+        MODELS["Bert", "bert"](input_ids=torch.tensor([[20]]))
+
+
+def test_tokens_after_a_cache_continue_a_template() -> None:
+    model, more = MODELS["GPT2", "gpt2"], torch.tensor([[30, 31], [32, 33]])
+    ids, mask = padded([[20, 21, 22], [23]], PAD, "left"), padded([[1] * 3, [1]], 0, "left")
+    first = model(input_ids=ids, attention_mask=mask, use_cache=True)
+    width = first.logits.shape[1]
+    wide = torch.tensor([[1] * width, [0] * 2 + [1] * (width - 2)])
+    positions = torch.tensor([[width, width + 1], [width - 2, width - 1]]) - model.prompt_rows_count()
+    found = model(
+        input_ids=more,
+        past_key_values=first.past_key_values,
+        attention_mask=F.pad(wide, (0, 2), value=1),
+        position_ids=positions,
+    ).logits
+    for b, text in enumerate(([20, 21, 22], [23])):
+        columns = [*sequence(text, "gpt2"), *ids_t(*more[b].tolist())]
+        assert_close(found[b], model.base_model(inputs_embeds=row_of(model, columns)).logits[0, -2:])
+
+
 def test_explain_shows_anchors() -> None:
     text = MODELS["Llama", "llama"].explain(
         input_ids=torch.tensor([[0, 3, 20, 21]]), attention_mask=torch.tensor([[0, 1, 1, 1]])
