@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -181,6 +182,34 @@ def test_token_types_of_a_pair_are_the_tokenizers_and_prompts_have_those_of_thei
     types = torch.tensor([[0, 0, 0, 1, 0, 0, 0, 0, 1]])
     expected = plain.base_model(inputs_embeds=row_of(plain, columns), token_type_ids=types).logits
     assert_close(plain(input_ids=ids, token_type_ids=own).logits, expected)
+
+
+@pytest.mark.parametrize("way", ["ids", "fields", "rendered"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_of_mask_tokens_may_be_given_alone(way: str, side: str) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    torch.manual_seed(0)
+    base = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=VOCAB, **sizes))
+    template = Template.parse("[prompt 2] [mask] [text] [prompt 2] [mask]").bind(word_tokenizer("bert"))
+    config = fusedprompt.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = fusedprompt.get_prompt_model(base, config, template=template).eval().double()
+    texts, answers = [[20, 21, 22], [23]], [[30, 31], [32, 33]]
+    if way == "rendered":
+        inputs: dict[str, Any] = dict(template.render(texts, padding_side=side, mask_labels=answers))
+    else:
+        inputs = inputs_of(model, "bert", way, side, texts, texts)
+        inputs["labels"] = torch.tensor(answers)
+    output, rows = model(**inputs), []
+    for text in texts:
+        columns = [*ids_t(3), *rows_p(0, 2), *ids_t(5, *text), *rows_p(2, 2), *ids_t(5, 4)]
+        logits = model.base_model(inputs_embeds=row_of(model, columns)).logits[0]
+        rows.append(logits[[3, len(columns) - 2]])
+    expected = F.cross_entropy(torch.cat(rows), torch.tensor(answers).flatten())
+    assert_close(output.loss, expected)
+    assert_close(gradient(model, output.loss), gradient(model, expected))
+    if way == "ids":
+        with pytest.raises(ValueError, match=r"labels: expected shape \(B, T\) = .*, or \(2, 2\) for the mask tokens"):
+            model(**{**inputs, "labels": torch.tensor([1, 2])})
 
 
 def test_answers_to_questions_count_the_callers_tokens() -> None:
