@@ -266,5 +266,6 @@ class PromptAdapters(nn.Module):
 
 @functools.lru_cache(maxsize=64)
 def _constant(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    """Ids on a device, copied there once."""
-    return torch.tensor(ids, device=device)
+    """Ids on a device, copied there once, for training too if the first use was in inference mode."""
+    with torch.inference_mode(False):
+        return torch.tensor(ids, device=device)

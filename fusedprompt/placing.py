@@ -66,7 +66,8 @@ def _plan(template: Template, whole: bool, device: torch.device) -> _Plan:
         by_end.append(piece.row is None and piece.field is None and index >= before)
 
     def column(values: Any) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # it may be used in training later
+            return torch.tensor(list(values), dtype=torch.int64, device=device)
 
     return _Plan(
         length=column(piece.length for piece in pieces),

@@ -397,6 +397,18 @@ def test_explain_shows_anchors() -> None:
     assert text.splitlines()[1] == f"row 0: {rendered.picture()}" == "row 0: t P P A t P A A P t ·"
 
 
+def test_a_template_first_used_in_inference_mode_trains_later() -> None:
+    model = with_template("Llama", "[prompt 1] [anchor 31 32 33] [text] [prompt 1]")
+    inputs = task_inputs("CAUSAL_LM", tokens(2, 3))
+    with torch.inference_mode():
+        expected = model(**inputs).loss
+    model.base_model.requires_grad_(True)  # then autograd keeps ids, too
+    loss = model(**inputs).loss
+    loss.backward()
+    assert torch.equal(loss.detach(), expected)
+    assert model.get_input_embeddings().weight.grad[31:34].abs().sum(1).all()
+
+
 def test_a_compiled_model_gives_the_same_loss() -> None:
     model = with_template("Llama", "[prompt 2] [text] [anchor 9 10] [prompt 1]").float()
     inputs = task_inputs("CAUSAL_LM", *pad(tokens(2, 4), 2, 0))
