@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import heads, modules
 from .base_model import BaseFacts, check_base_model, device_of
 from .config import PromptLearningConfig, TaskType, as_config
-from .placing import table_ids
+from .pieces import table_ids
 from .prompt_cache import PromptCache
 from .sharing import SharingFacts
 from .template import Template
@@ -287,5 +287,6 @@ class PromptAdapters(nn.Module):
 
 @functools.lru_cache(maxsize=64)
 def _constant(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    """Ids on a device, copied there once."""
-    return torch.tensor(ids, device=device)
+    """Ids on a device, copied there once, for training too if the first use was in inference mode."""
+    with torch.inference_mode(False):
+        return torch.tensor(ids, device=device)

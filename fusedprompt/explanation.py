@@ -17,7 +17,8 @@ from .layout import Layout
 from .mixed import Fields, Mixture, lay_out_mixture
 from .packing import use_slots
 from .picture import PADDING, join_symbols, row_symbols
-from .placing import anchor_slots, with_slots
+from .pieces import anchor_slots
+from .placing import with_slots
 from .prompt_cache import is_kept
 from .routes import choose_layout
 from .sharing import SHARED, SPLICE, why_not_batch, why_not_model, why_not_worth

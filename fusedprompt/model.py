@@ -138,6 +138,7 @@ class PromptModel(PromptAdapters):
         if self._disabled or self.active_adapter is None:
             _refuse_slots(slots, "a model without a prompt")
             _refuse_adapter_names(adapter_names)
+            _refuse_fields(fields, "for a model without a prompt")
             given = {name: value for name, value in zip(TENSORS, tensors) if value is not None}
             if past_key_values is not None:
                 given["past_key_values"] = past_key_values
@@ -159,12 +160,17 @@ class PromptModel(PromptAdapters):
             if not self.facts.encoder_decoder and cache_length(past_key_values) > 0:
                 _refuse_slots(slots, "tokens that follow a cache, in which the prompt stands already")
                 refuse_cache(adapter_names)
+                _refuse_fields(fields, "for tokens that follow a cache")
                 return continue_from_cache(self, batch, past_key_values)
             kwargs["past_key_values"] = past_key_values
         if batch.layout is None and batch.mixture is None and self.active_template is not None:
             with_slots(self, self.active_template, batch, fields)
         else:
             _refuse_fields(fields, "for an adapter without a template of several parts")
+        if pool_index is not None and (batch.layout is None or task is not TaskType.SEQ_CLS):
+            raise ValueError(
+                f"pool_index: expected None but for SEQ_CLS with slots or a template, got it for task {task.value}"
+            )
         with self.heads_for_rows(None if batch.mixture is None else batch.mixture.names):
             return FORWARD[task](self, batch)
 

@@ -1,8 +1,4 @@
-"""From a template and the lengths of its texts to slots, and from a batch without slots to one with them.
-
-A sequence is a list of pieces: runs of consecutive rows of the prompt's table, or of consecutive tokens. All that
-changes from row to row is how long the texts are and where they begin, so that slots are a few operations on
-(B, pieces) and (B, S) tensors, on any device, and the host never waits for it.
+"""Batches without slots, put into an adapter's template.
 
 The table of an adapter with a template holds its prompt rows, and behind them the embeddings of the template's constant
 tokens (anchors, the mask token, special tokens): a batch's own tokens stay as they are.
@@ -11,8 +7,7 @@ tokens (anchors, the mask token, special tokens): a batch's own tokens stay as t
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,98 +16,12 @@ from torch import Tensor
 
 from .config import TaskType
 from .layout import IGNORE_INDEX, Layout, count_padding
-from .template import Anchor, Field, Mask, Prompt, Separator, Template
+from .pieces import Piece, lay_out, mask_rows, pieces_of, table_ids
+from .template import Field, Template
 
 if TYPE_CHECKING:
     from .model import PromptModel
     from .tasks import Batch
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of a sequence: `length` rows of the table from `row` on, or (row is None) tokens.
-
-    field: index of the field whose text it is, or None.
-    part: number of the template's part; -1 for special tokens at the ends.
-    token_type: of all of it.
-    """
-
-    row: int | None
-    length: int
-    field: int | None = None
-    part: int = -1
-    token_type: int = 0
-
-
-@functools.lru_cache(maxsize=64)
-def pieces_of(template: Template) -> tuple[Piece, ...]:
-    """The pieces of a template whose texts come without special tokens."""
-    constants, specials = dict(template.constant_ids()), template.specials
-    before, first, between, second, after = specials.types_of_parts if specials else ((), 0, (), 0, ())
-    rows, row, field, token_type = 0, template.num_prompt_rows, 0, first
-    pieces = []
-
-    def constant(types: Sequence[int], part: int) -> None:
-        nonlocal row
-        for kind, run in itertools.groupby(types):
-            pieces.append(Piece(row, len(list(run)), None, part, kind))
-            row += pieces[-1].length
-
-    constant(before, -1)
-    for index, part in enumerate(template.parts):
-        if isinstance(part, Prompt):
-            pieces.append(Piece(rows, part.rows, None, index, token_type))
-            rows += part.rows
-        elif isinstance(part, Field):
-            pieces.append(Piece(None, 0, field, index, token_type))
-            field += 1
-        elif isinstance(part, Separator):
-            constant(between, index)
-            token_type = second
-        else:
-            constant([token_type] * len(constants[index]), index)
-    constant(after, -1)
-    return tuple(pieces)
-
-
-def table_ids(template: Template) -> list[int]:
-    """The constant tokens, in the order in which their rows stand behind the prompt's."""
-    constants, specials = dict(template.constant_ids()), template.specials
-    ids = list(specials.before) if specials else []
-    for tokens in constants.values():
-        ids.extend(tokens)
-    return [*ids, *(specials.after if specials else ())]
-
-
-def mask_rows(template: Template) -> list[int]:
-    """Rows of the table that are mask tokens, in order."""
-    rows = ((piece.row, piece.part) for piece in pieces_of(template))
-    return [row for row, part in rows if row is not None and part >= 0 and isinstance(template.parts[part], Mask)]
-
-
-def lay_out(
-    lengths: Tensor, firsts: Tensor, steps: Tensor, width: int, at_left: bool | Tensor, filler: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots of rows that are made of pieces.
-
-    Args:
-        lengths: (B, K) int64, of the pieces. firsts: (B, K), their first slots.
-        steps: (K,) from slot to slot within a piece: 1 for tokens, -1 for rows of the table.
-        width: S. at_left: whether padding goes to the left; a bool, or (B, 1) of them.
-        filler: the slot of padding.
-
-    Returns:
-        Slots (B, S), which of them are not padding (B, S) bool, and each column's piece (B, S).
-    """
-    ends = lengths.cumsum(1)
-    total = ends[:, -1:]
-    column = torch.arange(width, device=lengths.device).unsqueeze(0) - (width - total) * at_left
-    piece = torch.searchsorted(ends[:, :-1].contiguous(), column, right=True)  # padding belongs to the piece beside it
-    starts = firsts - steps * (ends - lengths)
-    # In place: at B=64, T=512 each further tensor of this size costs as much as the arithmetic on it.
-    slots = starts.gather(1, piece).addcmul_(steps.expand_as(starts).gather(1, piece), column)
-    real = (column >= 0) & (column < total)
-    return slots.masked_fill_(~real, filler), real, piece
 
 
 @dataclass(frozen=True)
@@ -133,31 +42,6 @@ class _Plan:
     steps: Tensor
     token_types: Tensor
     labels: Tensor
-
-
-def anchor_slots(template: Template, slots: Sequence[int], mask: Sequence[float] | None) -> set[int]:
-    """Which slots of a row are anchors or mask tokens: rows of the table, or tokens of a batch that was rendered.
-
-    Of tokens only their number is known, so that texts beside each other, with no prompt between, have none.
-    """
-    anchors: set[int] = set()
-    real = [slot for slot, kept in zip(slots, mask or [1] * len(slots)) if kept]
-    rows = template.num_prompt_rows
-    runs = [list(run) for is_prompt, run in itertools.groupby(real, lambda slot: -rows <= slot < 0) if not is_prompt]
-    prompts = itertools.groupby(pieces_of(template), lambda piece: piece.row is not None and piece.row < rows)
-    groups = [list(group) for is_prompt, group in prompts if not is_prompt]
-    for run, group in zip(runs, groups):
-        texts = sum(piece.field is not None for piece in group)
-        text = len(run) - sum(piece.length for piece in group)
-        if len(runs) != len(groups) or texts > 1:
-            continue
-        place = 0
-        for piece in group:
-            length = text if piece.field is not None else piece.length
-            if piece.part >= 0 and isinstance(template.parts[piece.part], Anchor | Mask):
-                anchors.update(run[place : place + length])
-            place += length
-    return anchors
 
 
 @functools.lru_cache(maxsize=64)
@@ -182,7 +66,8 @@ def _plan(template: Template, whole: bool, device: torch.device) -> _Plan:
         by_end.append(piece.row is None and piece.field is None and index >= before)
 
     def column(values: Any) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # it may be used in training later
+            return torch.tensor(list(values), dtype=torch.int64, device=device)
 
     return _Plan(
         length=column(piece.length for piece in pieces),
@@ -221,51 +106,22 @@ def with_slots(model: PromptModel, template: Template, batch: Batch, fields: Map
     else:
         starts, counts, widths = _join_fields(template, batch, fields)
     plan = _plan(template, fields is None, batch.tokens.device)
-    specials = template.specials
-    if fields is None and specials is not None:
-        counts = (counts - len(specials.before) - len(specials.after)).clamp(min=0)
+    constants = len(table_ids(template))
+    columns = sum(widths) + template.num_prompt_rows + constants
+    if fields is None and template.specials is not None:  # the batch has its own
+        own = len(template.specials.before) + len(template.specials.after)
+        if widths[0] < own:
+            raise ValueError(f"input_ids: expected a text with its {own} special tokens, got {widths[0]} tokens")
+        counts, columns = (counts - own).clamp(min=0), columns - own
     starts, counts = starts[:, plan.field], counts[:, plan.field]
     lengths = plan.length + plan.by_text * counts
     firsts = plan.first + plan.is_token * starts + plan.by_end * counts
-    constant = len(table_ids(template)) if fields is not None else len(table_ids(template)) - _own_specials(template)
-    width = sum(widths) + template.num_prompt_rows + constant
     mask = batch.attention_mask
     at_left: bool | Tensor = mask is not None and mask[:, :1] == 0
-    slots, real, piece = lay_out(lengths, firsts, plan.steps, width, at_left, -1)
-    layout = Layout(template.num_prompt_rows + len(table_ids(template)), slots)
+    slots, real, piece = lay_out(lengths, firsts, plan.steps, columns, at_left, -1)
+    layout = Layout(template.num_prompt_rows + constants, slots)
     _carry(model, template, batch, plan, layout, real, piece)
     batch.layout = layout
-
-
-def _own_specials(template: Template) -> int:
-    specials = template.specials
-    return len(specials.before) + len(specials.after) if specials else 0
-
-
-def drop_prefix_slots(batch: Batch, num_prompt_rows: int) -> None:
-    """Turn a batch whose slots say what a model does without them into one without slots, so that routes can share it.
-
-    Only where values can be looked at, on a CPU.
-    """
-    assert batch.layout is not None and batch.layout.slots is not None
-    slots, (size, length) = batch.layout.slots, batch.shape
-    if slots.device.type != "cpu" or torch.compiler.is_compiling() or batch.pool_index is not None:
-        return
-    prefix = torch.cat((torch.arange(-1, -num_prompt_rows - 1, -1), torch.arange(length)))
-    if batch.position_ids is not None or slots.shape != (size, prefix.shape[0]) or not bool((slots == prefix).all()):
-        return
-    fields = {"attention_mask": 1, "labels": IGNORE_INDEX, "token_type_ids": 0}
-    for name, fill in fields.items():
-        field = getattr(batch, name)
-        if field is None or (name == "labels" and field.dim() != 2):
-            continue
-        if field.shape != slots.shape or not bool((field[:, :num_prompt_rows] == fill).all()):
-            return
-    for name in fields:
-        field = getattr(batch, name)
-        if field is not None and field.shape == slots.shape:
-            setattr(batch, name, field[:, num_prompt_rows:])
-    batch.layout = None
 
 
 def _bounds(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -356,3 +212,29 @@ def _labels_of_masks(template: Template, batch: Batch, plan: _Plan, slots: Tenso
         )
     at_mask = slots.unsqueeze(2) == plan.labels
     return torch.where(at_mask, labels.view(size, 1, masks), IGNORE_INDEX).amax(2)
+
+
+def drop_prefix_slots(batch: Batch, num_prompt_rows: int) -> None:
+    """Turn a batch whose slots say what a model does without them into one without slots, so that routes can share it.
+
+    Only where values can be looked at, on a CPU.
+    """
+    assert batch.layout is not None and batch.layout.slots is not None
+    slots, (size, length) = batch.layout.slots, batch.shape
+    if slots.device.type != "cpu" or torch.compiler.is_compiling() or batch.pool_index is not None:
+        return
+    prefix = torch.cat((torch.arange(-1, -num_prompt_rows - 1, -1), torch.arange(length)))
+    if batch.position_ids is not None or slots.shape != (size, prefix.shape[0]) or not bool((slots == prefix).all()):
+        return
+    fields = {"attention_mask": 1, "labels": IGNORE_INDEX, "token_type_ids": 0}
+    for name, fill in fields.items():
+        field = getattr(batch, name)
+        if field is None or (name == "labels" and field.dim() != 2):
+            continue
+        if field.shape != slots.shape or not bool((field[:, :num_prompt_rows] == fill).all()):
+            return
+    for name in fields:
+        field = getattr(batch, name)
+        if field is not None and field.shape == slots.shape:
+            setattr(batch, name, field[:, num_prompt_rows:])
+    batch.layout = None

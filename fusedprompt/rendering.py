@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .layout import IGNORE_INDEX, Layout
 from .picture import join_symbols, row_symbols
-from .placing import Piece, check_names, lay_out, pieces_of, table_ids
+from .pieces import Piece, lay_out, pieces_of, table_ids
+from .placing import check_names
 from .specials import encode
 from .template import Anchor, Field, Mask, Template
 

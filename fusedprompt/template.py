@@ -51,6 +51,10 @@ class Anchor:
     text: str | None = None
     ids: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.ids is not None:
+            object.__setattr__(self, "ids", tuple(int(token) for token in self.ids))
+
     def __str__(self) -> str:
         if self.text is not None:
             return f"[anchor {json.dumps(self.text, ensure_ascii=False)}]"
@@ -314,8 +318,5 @@ def _parse_part(index: int, text: str, name: str, rest: str) -> Part:
 def _part_from_json(fields: dict[str, Any]) -> Part:
     kinds: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Prompt, Field, Anchor, Mask, Separator)}
     kind = kinds[fields["kind"]]
-    given = {name: value for name, value in fields.items() if name != "kind"}
-    if given.get("ids") is not None:
-        given["ids"] = tuple(int(token) for token in given["ids"])
-    part: Part = kind(**given)
+    part: Part = kind(**{name: value for name, value in fields.items() if name != "kind"})
     return part

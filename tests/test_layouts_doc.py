@@ -47,7 +47,7 @@ def train(model: Any, batch: dict[str, Any]) -> None:
 
 def that_knows_capitals(base: Any, batch: dict[str, Any]) -> Any:
     """A base model that has learned to name a city's country after "of", and its size after "is"."""
-    assert steps(base, batch, 80, 1e-2)[-1] < 0.1
+    assert steps(base, batch, 80, 5e-3)[-1] < 0.1
     return base
 
 

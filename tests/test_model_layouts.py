@@ -246,7 +246,7 @@ def test_generation_continues_each_row_as_if_it_were_alone(family: str, options:
             F.pad(mask[:1], (2, 0)),
             ids[:1],
         )
-    options = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": PAD, **options}
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": PAD, **options}
     torch.manual_seed(3)
     found = model.generate(input_ids=ids, slots=slots, attention_mask=mask, **options)
     assert torch.equal(found[:, :3], ids)
@@ -318,6 +318,13 @@ def test_padding_does_not_count_against_the_position_limit() -> None:
 def test_pool_index_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"pool_index: expected shape \(B,\) = \(2,\), got \(1,\)"):
         CLASSIFIERS["Llama", "SEQ_CLS"](**GIVEN, pool_index=torch.tensor([1]))
+
+
+def test_pool_index_where_nothing_is_pooled_by_it_is_refused() -> None:
+    pooled = torch.tensor([1, 1])
+    for model, inputs in ((LANGUAGE["Llama"], GIVEN), (CLASSIFIERS["Llama", "SEQ_CLS"], {"input_ids": tokens(2, 3)})):
+        with pytest.raises(ValueError, match="pool_index: expected None but for SEQ_CLS with slots or a template"):
+            model(**inputs, pool_index=pooled)
 
 
 def test_slots_are_an_objection_to_the_shared_route_and_to_a_model_without_a_prompt() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -183,6 +184,34 @@ def test_token_types_of_a_pair_are_the_tokenizers_and_prompts_have_those_of_thei
     assert_close(plain(input_ids=ids, token_type_ids=own).logits, expected)
 
 
+@pytest.mark.parametrize("way", ["ids", "fields", "rendered"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_of_mask_tokens_may_be_given_alone(way: str, side: str) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    torch.manual_seed(0)
+    base = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=VOCAB, **sizes))
+    template = Template.parse("[prompt 2] [mask] [text] [prompt 2] [mask]").bind(word_tokenizer("bert"))
+    config = fusedprompt.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = fusedprompt.get_prompt_model(base, config, template=template).eval().double()
+    texts, answers = [[20, 21, 22], [23]], [[30, 31], [32, 33]]
+    if way == "rendered":
+        inputs: dict[str, Any] = dict(template.render(texts, padding_side=side, mask_labels=answers))
+    else:
+        inputs = inputs_of(model, "bert", way, side, texts, texts)
+        inputs["labels"] = torch.tensor(answers)
+    output, rows = model(**inputs), []
+    for text in texts:
+        columns = [*ids_t(3), *rows_p(0, 2), *ids_t(5, *text), *rows_p(2, 2), *ids_t(5, 4)]
+        logits = model.base_model(inputs_embeds=row_of(model, columns)).logits[0]
+        rows.append(logits[[3, len(columns) - 2]])
+    expected = F.cross_entropy(torch.cat(rows), torch.tensor(answers).flatten())
+    assert_close(output.loss, expected)
+    assert_close(gradient(model, output.loss), gradient(model, expected))
+    if way == "ids":
+        with pytest.raises(ValueError, match=r"labels: expected shape \(B, T\) = .*, or \(2, 2\) for the mask tokens"):
+            model(**{**inputs, "labels": torch.tensor([1, 2])})
+
+
 def test_answers_to_questions_count_the_callers_tokens() -> None:
     model = with_template("Bert", TEXT, "bert", "QUESTION_ANS")
     ids = torch.tensor([[3, 20, 21, 22, 4]])
@@ -202,7 +231,7 @@ def test_answers_to_questions_count_the_callers_tokens() -> None:
 def test_generation_goes_on_behind_the_last_prompt_row(family: str, options: dict[str, Any]) -> None:
     model, kind = MODELS[family, family.lower()], family.lower()
     texts = [[20, 21, 22], [23]] if options in ({}, {"num_beams": 2}) else [[20, 21, 22]]
-    settings = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": PAD}
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": PAD}
     results = []
     for way, side in (("ids", "left"), ("ids", "right"), ("fields", "left"), ("rendered", "left")):
         inputs = inputs_of(model, kind, way, side, texts, texts)
@@ -323,10 +352,37 @@ def test_batches_that_do_not_fit_the_template_are_refused(inputs: dict[str, Any]
 def test_fields_without_a_template_and_a_template_behind_a_cache_are_refused() -> None:
     with pytest.raises(ValueError, match="fields: expected None for an adapter without a template"):
         ours("Llama")(fields=IDS)
+    with TWO.disable_adapter(), pytest.raises(ValueError, match="fields: expected None for a model without a prompt"):
+        TWO(fields=IDS)
     model = MODELS["Llama", "llama"]
     cache = model(input_ids=tokens(1, 3), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="fields: expected None for tokens that follow a cache"):
+        model(fields={"text": tokens(1, 1)}, input_ids=tokens(1, 1), past_key_values=cache)
     with pytest.raises(ValueError, match="past_key_values: expected an empty cache with the template"):
         model.generate(input_ids=tokens(1, 1), past_key_values=cache)
+
+
+def test_ids_without_the_special_tokens_that_the_tokenizer_puts_are_refused() -> None:
+    with pytest.raises(ValueError, match="input_ids: expected a text with its 2 special tokens, got 1 tokens"):
+        MODELS["Bert", "bert"](input_ids=torch.tensor([[20]]))
+
+
+def test_tokens_after_a_cache_continue_a_template() -> None:
+    model, more = MODELS["GPT2", "gpt2"], torch.tensor([[30, 31], [32, 33]])
+    ids, mask = padded([[20, 21, 22], [23]], PAD, "left"), padded([[1] * 3, [1]], 0, "left")
+    first = model(input_ids=ids, attention_mask=mask, use_cache=True)
+    width = first.logits.shape[1]
+    wide = torch.tensor([[1] * width, [0] * 2 + [1] * (width - 2)])
+    positions = torch.tensor([[width, width + 1], [width - 2, width - 1]]) - model.prompt_rows_count()
+    found = model(
+        input_ids=more,
+        past_key_values=first.past_key_values,
+        attention_mask=F.pad(wide, (0, 2), value=1),
+        position_ids=positions,
+    ).logits
+    for b, text in enumerate(([20, 21, 22], [23])):
+        columns = [*sequence(text, "gpt2"), *ids_t(*more[b].tolist())]
+        assert_close(found[b], model.base_model(inputs_embeds=row_of(model, columns)).logits[0, -2:])
 
 
 def test_explain_shows_anchors() -> None:
@@ -339,3 +395,22 @@ def test_explain_shows_anchors() -> None:
     rendered = MODELS["Bert", "bert"].templates["default"].render([[20], [20, 21]])
     text = MODELS["Bert", "bert"].explain(**rendered)
     assert text.splitlines()[1] == f"row 0: {rendered.picture()}" == "row 0: t P P A t P A A P t ·"
+
+
+def test_a_template_first_used_in_inference_mode_trains_later() -> None:
+    model = with_template("Llama", "[prompt 1] [anchor 31 32 33] [text] [prompt 1]")
+    inputs = task_inputs("CAUSAL_LM", tokens(2, 3))
+    with torch.inference_mode():
+        expected = model(**inputs).loss
+    model.base_model.requires_grad_(True)  # then autograd keeps ids, too
+    loss = model(**inputs).loss
+    loss.backward()
+    assert torch.equal(loss.detach(), expected)
+    assert model.get_input_embeddings().weight.grad[31:34].abs().sum(1).all()
+
+
+def test_a_compiled_model_gives_the_same_loss() -> None:
+    model = with_template("Llama", "[prompt 2] [text] [anchor 9 10] [prompt 1]").float()
+    inputs = task_inputs("CAUSAL_LM", *pad(tokens(2, 4), 2, 0))
+    compiled = torch.compile(model, backend="aot_eager", dynamic=False)
+    torch.testing.assert_close(compiled(**inputs).loss, model(**inputs).loss, rtol=1e-5, atol=1e-6)
