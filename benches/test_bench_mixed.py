@@ -142,7 +142,7 @@ def build_step(size: int, rows: int, length: int) -> Case:
             truth=separate("PEFT", theirs[0]),
             tolerance=(1e-5, 1e-4),
             seconds=20.0,
-            rounds=(4, 8),
+            rounds=(4, 4),
         )
     )
 
