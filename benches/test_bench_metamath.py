@@ -77,8 +77,7 @@ def build(method: str) -> Case:
             truth=contender("PEFT", truth, truth, batch),
             tolerance=(0.02, 0.1),  # bf16: the order of summation differs between the routes
             work=step_work(contenders[0]),
-            seconds=40.0,
-            rounds=(4, 8),
+            rounds=(4, 4),
         )
     )
 
