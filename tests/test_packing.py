@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 
 import fusedprompt
 from fusedprompt.packing import block_mask
+from mixtures import BASE, assert_close, drawn_model, gradients
+from mixtures import alone as of_adapter
 from models import ours, tokens
-from test_mixed import BASE, assert_close, drawn_model, gradients
-from test_mixed import alone as of_adapter
 from tolerance import examples, one_thread
 
 __all__ = ["one_thread"]
