@@ -15,7 +15,7 @@ from torch import Tensor
 
 _HAS_BF16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # without, PyTorch's bf16 LSTM keeps c in bf16
 _HAS_AMX: bool = torch.cpu._is_amx_tile_supported()
-# Up to this H oneDNN's bf16 backward is mostly the faster one; with it, ours was 1.4 to 3 times as fast at 512, 5 to 6
+# Up to this H oneDNN's bf16 backward is mostly the faster one; ours was 1.4 to 3 times as fast at 512, 4.5 to 6
 # times at 768 and 1024 (forward and backward).
 _SMALL_HIDDEN = 256
 
@@ -60,7 +60,7 @@ def layer(sequence: Tensor, weights: list[Sequence[Tensor]]) -> Tensor:
     directions, (steps, batch, _), size = len(weights), sequence.shape, weights[0][1].shape[1]
     if steps * batch * size == 0:
         return sequence.new_empty(steps, batch, directions * size)
-    # oneDNN's training kernel always: the one for inference is no faster, and its fp32 bits differ.
+    # oneDNN's training kernel always: the one for inference is at most 5 % faster, and its bits differ.
     with torch.enable_grad():
         return _call(sequence, [weight for way in weights for weight in way], 1, directions == 2, False)
 
