@@ -1,9 +1,9 @@
 """PyTorch's own LSTM, for the reference: oneDNN's kernels on CPU, cuDNN's on a GPU.
 
 On CPU in fp32 it serves forward and backward. In bf16 its forward is as accurate as the loop's and takes a third to two
-thirds of the time; its backward has errors of rounding only on processors up to AVX-512, for H from 1 to 1500 against
-fp64, but with AMX (an Intel Xeon, torch 2.13) a weight gradient was 100 % off at P = 100, D = H = 1024. So there, and
-where it is the slower one, it does not run.
+thirds of the time; its backward has errors of rounding only on an AMD EPYC with AVX-512, for H from 1 to 1500 against
+fp64, but on an Intel Xeon (torch 2.13) a weight gradient was 100 % off at P = 100, D = H = 1024. Whether AMX is what
+decides is not known; with it, and where it is the slower one, it does not run.
 """
 
 from __future__ import annotations
