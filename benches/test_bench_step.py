@@ -81,7 +81,7 @@ def build(method: str, size: tuple[int, int, int], small: bool) -> Case:
             truth=contender("PEFT", truth, truth, batch),
             tolerance=(1e-5, 1e-4),
             work=step_work(contenders[0]),
-            seconds=3.0 if small else 20.0,
+            seconds=3.0 if small else 14.0,
             rounds=(8, 80) if small else (4, 10),
         )
     )

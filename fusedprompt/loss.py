@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import mmap
 from typing import Any
 
 import torch
@@ -16,8 +13,6 @@ from .layout import IGNORE_INDEX
 # Elements worked on at a time: 2 MB in fp32, which stays in a CPU core's cache between passes; 128 MB on other devices,
 # where every pass is a kernel launch.
 _CHUNK_ON_CPU, _CHUNK = 1 << 19, 1 << 25
-# Bytes from which on glibc's malloc always maps new pages.
-_NEW_PAGES = 32 << 20
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -43,7 +38,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         """d_logits = (softmax - one_hot(label)) * d_loss, and 0 in rows that are not counted."""
         logits, targets, counted = ctx.saved_tensors
         scale = torch.where(counted, d_outputs[0], 0).unsqueeze(1)
-        d_logits = _empty_like(logits)
+        d_logits = torch.empty_like(logits)
         for d_chunk, chunk, target, factor in zip(
             *(torch.split(tensor, ctx.rows) for tensor in (d_logits, logits, targets, scale))
         ):
@@ -53,23 +48,6 @@ class _SummedCrossEntropy(torch.autograd.Function):
             if in_place is None:
                 d_chunk.copy_(softmax)
         return d_logits, None
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    """`torch.empty_like`, on huge pages where Linux gives them on request: the first write to 107 MB took 32 ms instead
-    of 112, most of it spent on the faults of 26,000 small pages."""
-    made = torch.empty_like(x)
-    if x.device.type == "cpu" and made.nbytes >= _NEW_PAGES and hasattr(mmap, "MADV_HUGEPAGE"):
-        begin, end = -(-made.data_ptr() // mmap.PAGESIZE), (made.data_ptr() + made.nbytes) // mmap.PAGESIZE
-        length = ctypes.c_size_t((end - begin) * mmap.PAGESIZE)
-        # Advice: where it is refused, nothing changes.
-        _libc().madvise(ctypes.c_void_p(begin * mmap.PAGESIZE), length, mmap.MADV_HUGEPAGE)
-    return made
-
-
-@functools.cache
-def _libc() -> Any:
-    return ctypes.CDLL(None)
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

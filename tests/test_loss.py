@@ -53,7 +53,7 @@ def test_nothing_of_the_logits_size_is_kept_for_the_backward() -> None:
     assert len(kept) == 3 and max(others) <= 50
 
 
-def test_a_gradient_large_enough_for_pages_of_its_own_is_pytorchs() -> None:
+def test_a_large_gradient_is_pytorchs() -> None:
     logits = torch.randn(260, 33_000, requires_grad=True)
     labels = torch.randint(0, 33_000, (260,))
     gradients = []
