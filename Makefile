@@ -85,10 +85,10 @@ bench: $(READY)  ## measure ops, training steps, prefill and generate against PE
 bench-routes: $(READY)  ## measure the shared route closely, in about 20 minutes
 	$(call run_bench,benches/test_bench_shared.py benches/test_bench_mixed.py,routes,routes)
 
-bench-scaling: $(READY)  ## measure time against size, in about 6 minutes
+bench-scaling: $(READY)  ## measure time against size, in about 8 minutes
 	$(call run_bench,benches/test_scaling.py,scaling,scaling)
 
-bench-metamath: $(READY)  ## measure the shapes of PEFT's MetaMathQA comparison, in about 7 minutes
+bench-metamath: $(READY)  ## measure the shapes of PEFT's MetaMathQA comparison, in about 13 minutes
 	$(call run_bench,benches/test_bench_metamath.py,metamath,metamath)
 
 bench-compare: $(READY)  ## what changed between two results: make bench-compare OLD=... NEW=...

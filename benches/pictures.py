@@ -18,6 +18,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator
 
 from ._interleave import AGAIN, COMPILED, OURS, PEFT
 from .report import RESULTS, rows_of
@@ -88,7 +89,8 @@ def speedups(results: Sequence[dict[str, Any]]) -> Path:
     rows.sort(key=lambda row: order.index(row["group"]))
     names = []
     for row in rows:
-        parts = [row["case"].split(", 6 layers")[0], row["mode"], row["dtype"]]
+        kind = "encoder with " if row["group"] == "encode" else ""
+        parts = [kind + row["case"].split(", 6 layers")[0], row["mode"], row["dtype"]]
         names.append(", ".join(part for part in parts if part == parts[0] or not parts[0].startswith(part)))
     ratios = [row["contenders"][_peer(row)]["ratio"] for row in rows]
     figure, axes = pyplot.subplots(figsize=(8.4, 0.27 * len(rows) + 1.1))
@@ -98,7 +100,7 @@ def speedups(results: Sequence[dict[str, Any]]) -> Path:
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.set_xlabel("times as fast (1 = the same)")
-    axes.set_xlim(0, max(ratios) * 1.22)
+    axes.set_xlim(0, max(ratios) * 1.3)
     figure.tight_layout(rect=(0, 0.5 / figure.get_figheight(), 1, 1))
     steps = "Steps, prefill, generate: 6-layer Llama, D=512, V=32000, random weights, fp32."
     return save(figure, "speedups", caption(results[0], f"Baseline 1.0: PEFT eager, or nn.LSTM. {steps}"))
@@ -183,6 +185,9 @@ def scaling(result: dict[str, Any]) -> Path:
             )
         axes.plot(x, [row["floor_ms"] for row in points], "--", color=GREY, linewidth=1, label="floor")
         axes.set(xscale="log", yscale="log", xlabel=points[0]["x"], title=curve.removeprefix("scaling: "))
+        axes.set_xticks(x, [f"{value}" for value in x], rotation=45 if max(x) > 999 else 0, fontsize=7)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(True)
         axes.legend(fontsize=7)
     for axes in grid[:, 0]:
