@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import heads, modules
 from .base_model import BaseFacts, check_base_model, device_of
 from .config import PromptLearningConfig, TaskType, as_config
+from .lm_head import TextHead
 from .pieces import table_ids
 from .prompt_cache import PromptCache
 from .sharing import SharingFacts
@@ -30,6 +31,7 @@ class PromptAdapters(nn.Module):
         templates: adapter name to its template, of those that have one.
         active_adapter: the adapter in use.
         prompt_cache: prompts' keys and values for calls that train nothing.
+        text_head: whether the next training step may leave its logits until they are read.
     """
 
     def __init__(self, base_model: nn.Module) -> None:
@@ -42,6 +44,7 @@ class PromptAdapters(nn.Module):
         self.facts = BaseFacts.of(base_model)
         self.sharing = SharingFacts.of(base_model, self.facts)
         self.prompt_cache = PromptCache()
+        self.text_head = TextHead()
         self.prompt_encoder = nn.ModuleDict()
         self.peft_config: dict[str, PromptLearningConfig] = {}
         self.active_adapter: str | None = None

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from . import ops
 from .base_model import device_of
+from .causal_loss import has_transformers_loss, summed_loss
 from .deferred import defer, replaced
 from .layout import IGNORE_INDEX, Layout, count_padding, may_be_padded
-from .loss import summed_cross_entropy
+from .lm_head import TextHead, Withheld
 from .mixed import Mixture, arrange
 from .ops._backend import BackendUnavailable
 from .routes import check_length, choose_layout
@@ -150,25 +151,6 @@ def run_prompt(
     return PromptStates(output.past_key_values, logits, output.get("hidden_states"), repeat, mixture)
 
 
-def may_wait(model: PromptModel, labels: Tensor | None) -> bool:
-    """Whether the virtual tokens' logits can be left until somebody reads them.
-
-    Nobody does who trains with the output's own loss, and the head's forward and backward over them took 75 of 1094 ms
-    of a step (B=4, P=200, T=210, V=32000). The base model must not change in the meantime, so it must be frozen; and
-    one process of several that repeats a pass alone would wait for the others.
-    """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if labels is None or distributed or torch.compiler.is_compiling() or not _has_transformers_loss(model):
-        return False
-    return not any(parameter.requires_grad for parameter in model.base_model.parameters())
-
-
-def _has_transformers_loss(model: PromptModel) -> bool:
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    return transformers_model(model.base_model).loss_function is ForCausalLMLoss
-
-
 def _all_logits(model: PromptModel, arguments: dict[str, Any], names: Sequence[str] | None) -> Callable[[], Tensor]:
     """A function that runs the prompt once more, as it would run now."""
     base: Any = model.base_model
@@ -258,22 +240,36 @@ def _arrange(model: PromptModel, batch: Batch, pool_last: bool) -> _Text:
     return _Text(arguments, layout, padding, has_prompt)
 
 
-def run_text(model: PromptModel, batch: Batch, states: PromptStates, *, labels: Tensor | None, logits: str) -> Any:
+def run_text(
+    model: PromptModel,
+    batch: Batch,
+    states: PromptStates,
+    *,
+    labels: Tensor | None,
+    logits: str,
+    wait: bool = False,
+) -> Any:
     """Run a batch of text behind the prompt, for language modelling.
 
     labels: (B, T), or None for an output without a loss.
     logits: "full" for (B, P + T, V) as PEFT returns them, joined when they are looked at; "text" for (B, T, V).
+    wait: logits may be left until they are read.
     """
     text, others = _arrange(model, batch, pool_last=False), dict(batch.others)
     as_dict, use_cache = others.pop("return_dict", None), others.pop("use_cache", None)
     counted = others.pop("num_items_in_batch", None)
-    cache = states.for_rows(batch.shape[0])
-    output = model.base_model(**text.arguments, **others, past_key_values=cache, use_cache=True, return_dict=True)
+
+    def call() -> Any:
+        cache = states.for_rows(batch.shape[0])
+        return model.base_model(**text.arguments, **others, past_key_values=cache, use_cache=True, return_dict=True)
+
+    output, head = model.text_head.call(model.base_model, call) if wait else (call(), None)
     fields: dict[str, Any] = {} if keeps_cache(model, use_cache) else {"past_key_values": None}
     if labels is not None:
-        fields["loss"] = _loss(model, text, states, output.logits, labels, counted)
+        fields["loss"] = _loss(model, text, states, output.logits, labels, counted, head)
     output = replaced(output, **fields)
-    output = _with_prompt(output, text.layout, states, full_logits=logits == "full")
+    readers = None if labels is None or torch.compiler.is_compiling() else model.text_head
+    output = _with_prompt(output, text.layout, states, full_logits=logits == "full", head=head, readers=readers)
     return output.to_tuple() if as_dict is False else output
 
 
@@ -296,12 +292,21 @@ def keeps_cache(model: PromptModel, use_cache: bool | None) -> bool:
 
 
 def _loss(
-    model: PromptModel, text: _Text, states: PromptStates, text_logits: Tensor, labels: Tensor, counted: Any
+    model: PromptModel,
+    text: _Text,
+    states: PromptStates,
+    text_logits: Tensor,
+    labels: Tensor,
+    counted: Any,
+    head: Withheld | None,
 ) -> Tensor:
-    """The base model's loss as it would be over prompt and text, of which virtual tokens but the last count nothing."""
+    """The base model's loss as it would be over prompt and text, of which virtual tokens but the last count nothing.
+
+    head: what makes the text's logits, if `text_logits` (B, T, V) only stand in for them.
+    """
     labels = labels.to(text_logits.device)
     size, length, vocabulary = text_logits.shape
-    if not _has_transformers_loss(model):
+    if not has_transformers_loss(model):
         # A loss of its own gets what it would get from splice.
         logits = _join(states, text.layout, states.all_logits(), text_logits)
         given = {} if counted is None else {"num_items_in_batch": counted}
@@ -327,27 +332,40 @@ def _loss(
         number = number.to(text_logits.device)
     from_prompt = states.last_logits(size).float()
     total = F.cross_entropy(from_prompt, first, ignore_index=IGNORE_INDEX, reduction="sum")
-    total = total + summed_cross_entropy(text_logits.view(-1, vocabulary), following.flatten())
-    mean: Tensor = total / number
+    mean: Tensor = (total + summed_loss(text_logits, head, following)) / number
     return mean
 
 
-def _with_prompt(output: Any, layout: Layout, states: PromptStates, full_logits: bool) -> Any:
-    """The output with the virtual tokens' positions in front of its hidden states and, if wanted, its logits."""
+def _with_prompt(
+    output: Any,
+    layout: Layout,
+    states: PromptStates,
+    *,
+    full_logits: bool,
+    head: Withheld | None = None,
+    readers: TextHead | None = None,
+) -> Any:
+    """The output with the virtual tokens' positions in front of its hidden states and, if wanted, its logits.
+
+    head: what makes the text's logits, if the output's only stand in for them. readers: is told when they are read.
+    """
     text_logits, text_states = output.logits, output.get("hidden_states")
-    if not full_logits and states.hidden_states is None:
+    if not full_logits and states.hidden_states is None and readers is None:
         return output
+    logits_of_text = (lambda: text_logits) if head is None else head.logits()
 
     def finish() -> dict[str, Any]:
         fields: dict[str, Any] = {}
         if full_logits:
-            fields["logits"] = _join(states, layout, states.all_logits(), text_logits)
+            fields["logits"] = _join(states, layout, states.all_logits(), logits_of_text())
+        elif head is not None:
+            fields["logits"] = logits_of_text()
         if states.hidden_states is not None:
             pairs = zip(states.hidden_states, text_states)
             fields["hidden_states"] = tuple(_join(states, layout, prompt, text) for prompt, text in pairs)
         return fields
 
-    return defer(output, finish)
+    return defer(output, finish) if readers is None else readers.told_of(output, finish)
 
 
 def _join(states: PromptStates, layout: Layout, prompt: Tensor, text: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import ops
 from .base_model import cache_length
+from .causal_loss import may_wait
 from .config import CPTConfig, TaskType
 from .deferred import replaced
 from .layout import IGNORE_INDEX, Layout
@@ -23,7 +24,7 @@ from .ops._backend import AUTO, BackendUnavailable
 from .ops.cpt.reference import is_label
 from .prompt_cache import is_kept, prompt_states
 from .routes import SplicedInputs, Turn, choose_layout, place, splice_route
-from .shared import PromptStates, may_wait, prompt_first, run_classifier, run_text
+from .shared import PromptStates, prompt_first, run_classifier, run_text
 from .sharing import SHARED, SPLICE, choose, why_not_batch, why_not_worth
 
 if TYPE_CHECKING:
@@ -180,9 +181,10 @@ def causal_lm(model: PromptModel, batch: Batch) -> Any:
         raise ValueError("labels: expected None with adapter_names of CPT, whose loss weighs a batch of its own prompt")
     if not several and isinstance(config := model.active_config, CPTConfig):
         return _context_aware(model, config, batch)
-    states = share(model, batch, all_logits=batch.logits == "full", wait=may_wait(model, batch.labels))
+    wait = may_wait(model, batch.labels)
+    states = share(model, batch, all_logits=batch.logits == "full", wait=wait)
     if states is not None:
-        return run_text(model, batch, states, labels=batch.labels, logits=batch.logits)
+        return run_text(model, batch, states, labels=batch.labels, logits=batch.logits, wait=wait)
     labels = batch.labels
     if labels is not None and batch.layout is not None and batch.attention_mask is not None and model.facts.causal:
         labels = labels.masked_fill(_unpredicted(batch.attention_mask), IGNORE_INDEX)

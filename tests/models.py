@@ -31,6 +31,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "Mistral": {**_ROPE, "sliding_window": 64},
     "Gemma": {**_ROPE, "head_dim": 8},
     "Gemma2": {**_ROPE, "head_dim": 8, "sliding_window": 64},
+    "Cohere": _ROPE,
     "Qwen3": {**_ROPE, "head_dim": 8},
     "Phi": _ROPE,
     "Mixtral": {**_ROPE, "num_local_experts": 4},

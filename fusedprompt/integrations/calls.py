@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..base_model import cache_length, fusable_table
+from ..causal_loss import may_wait
 from ..config import TaskType
 from ..deferred import replaced
 from ..layout import IGNORE_INDEX, Layout
 from ..ops._backend import AUTO, BackendUnavailable
 from ..prompt_cache import is_kept, prompt_states
-from ..shared import PromptStates, may_wait, run_classifier, run_text
+from ..shared import PromptStates, run_classifier, run_text
 from ..sharing import SHARED, SPLICE, choose, cost_rule, why_not_batch
 from ..tasks import FORWARD, TENSORS, Batch, continue_from_cache
 from .encoders import context_of, is_label, using, why_not_adapter
@@ -113,7 +114,7 @@ def run(
     if states is not None:
         batch = _text(given, view.prompt_rows_count())
         if task.labels_per_token:
-            return run_text(view, batch, states, labels=batch.labels, logits="full")
+            return run_text(view, batch, states, labels=batch.labels, logits="full", wait=wait)
         return run_classifier(view, batch, states)
     return model.base_model(**spliced(view, task, backend, given))
 

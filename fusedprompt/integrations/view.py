@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..base_model import BaseFacts, device_of
 from ..config import PromptLearningConfig, as_config
+from ..lm_head import TextHead
 from ..prompt_cache import PromptCache
 from ..sharing import SharingFacts
 from .encoders import prompt_rows, using
@@ -29,6 +30,7 @@ class PeftView:
     def __init__(self, model: Any, backend: str, route: str) -> None:
         self.model, self.backend, self.route = model, backend, route
         self._prompt_cache, self._settings = PromptCache(), dict[str, dict[str, Any]]()
+        self.text_head = TextHead()
 
     @classmethod
     def of(cls, model: Any, backend: str, route: str) -> PromptModel:
