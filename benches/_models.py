@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ._compiled import COMPILED_ONLY
-from ._interleave import COMPILED, Contender
+from ._interleave import COMPILED, Case, Contender, check
 from ._memory import counted_flops
 from ._work import BACKWARD, STEP, Work
 
@@ -89,6 +89,27 @@ def lora(size: tuple[int, int, int], batch: dict[str, Tensor]) -> Contender:
     model = peft.get_peft_model(llama(*size), config)
     plain = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     return contender(LORA, model, model, plain, comparable=False)
+
+
+def step_case(group: str, name: str, contenders: list[Contender], truth: Contender, **others: Any) -> Case:
+    """Training steps in fp32, checked against `truth`. others: further fields of the case, or other values of these."""
+    fields = {"dtype": "fp32", "tolerance": (1e-5, 1e-4), "work": step_work(contenders[0]), **others}
+    return check(Case(group=group, name=name, contenders=contenders, truth=truth, **fields))
+
+
+def encoder_config(kind: str, rows: int, width: int, hidden: int) -> peft.PromptEncoderConfig:
+    """P-tuning with P rows of width D and hidden size H, complete without a base model."""
+    return peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=rows,
+        token_dim=width,
+        num_transformer_submodules=1,
+        num_attention_heads=1,
+        num_layers=1,
+        encoder_reparameterization_type=kind,
+        encoder_hidden_size=hidden,
+        encoder_num_layers=2,
+    )
 
 
 def step_work(ours: Contender) -> dict[str, Work]:

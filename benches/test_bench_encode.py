@@ -16,6 +16,7 @@ import fusedprompt
 from . import _work
 from ._compiled import COMPILED_ONLY, compiled
 from ._interleave import AGAIN, BACKWARD, COMPILED, FORWARD, OURS, PEFT, Case, Contender, check, measure
+from ._models import encoder_config
 
 SIZES = [  # encoder, P, D, H
     ("MLP", 20, 768, 768),
@@ -45,17 +46,7 @@ def contender(name: str, module: nn.Module, forward: Callable[[], Tensor], d_row
 
 def build(kind: str, rows: int, width: int, hidden: int, dtype: str, compile_too: bool = True) -> Case:
     """rows: P. width: D. hidden: H. compile_too: with a compiled peer."""
-    config = peft.PromptEncoderConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=rows,
-        token_dim=width,
-        num_transformer_submodules=1,
-        num_attention_heads=1,
-        num_layers=1,
-        encoder_reparameterization_type=kind,
-        encoder_hidden_size=hidden,
-        encoder_num_layers=2,
-    )
+    config = encoder_config(kind, rows, width, hidden)
     # A seed with which no input of a ReLU lies within rounding of zero, where gradients jump by a percent.
     torch.manual_seed(1)
     theirs = peft.PromptEncoder(config).to(DTYPES[dtype])

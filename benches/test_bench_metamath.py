@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fusedprompt
 
-from ._interleave import OURS, PEFT, STEP, Case, check, measure
-from ._models import LORA, batch_of, contender, step_work
+from ._interleave import OURS, PEFT, STEP, Case, measure
+from ._models import LORA, batch_of, contender, step_case
 
 LAYERS = int(os.environ.get("FUSEDPROMPT_BENCH_LAYERS", "2"))  # the model has 28
 BATCH, LENGTH = 4, 210
@@ -68,17 +68,14 @@ def build(method: str) -> Case:
         contender(PEFT, theirs, theirs, batch),
         contender(LORA, with_lora, with_lora, batch, comparable=False),
     ]
-    return check(
-        Case(
-            group="metamath",
-            name=f"{method} B={BATCH} T={LENGTH}, {LAYERS} of 28 layers",
-            dtype="bf16",
-            contenders=contenders,
-            truth=contender("PEFT", truth, truth, batch),
-            tolerance=(0.02, 0.1),  # bf16: the order of summation differs between the routes
-            work=step_work(contenders[0]),
-            rounds=(4, 4),
-        )
+    return step_case(
+        "metamath",
+        f"{method} B={BATCH} T={LENGTH}, {LAYERS} of 28 layers",
+        contenders,
+        contender("PEFT", truth, truth, batch),
+        dtype="bf16",
+        tolerance=(0.02, 0.1),  # bf16: the order of summation differs between the routes
+        rounds=(4, 4),
     )
 
 

@@ -16,8 +16,8 @@ import pytest
 import fusedprompt
 
 from ._compiled import compiled
-from ._interleave import AGAIN, COMPILED, OURS, PEFT, STEP, Case, check, measure
-from ._models import LARGE, batch_of, contender, llama, lora, no_prompt, step_work
+from ._interleave import AGAIN, COMPILED, OURS, PEFT, STEP, Case, measure
+from ._models import LARGE, batch_of, contender, llama, lora, no_prompt, step_case
 
 SHAPES = {  # B, N, T
     "aim": (4, 200, 210),
@@ -51,18 +51,13 @@ def build_step(size: int, rows: int, length: int, all_peers: bool = True) -> Cas
         contenders.append(contender(TEXT_LOGITS, text, text, {**batch, "logits": "text"}))
         contenders.append(contender(COMPILED, to_compile, compiled(to_compile), batch))
     contenders.append(contender(AGAIN, again, again, batch))
-    return check(
-        Case(
-            group="shared",
-            name=f"training step B={size} N={rows} T={length}",
-            dtype="fp32",
-            contenders=contenders,
-            truth=contender("PEFT", truth, truth, batch),
-            tolerance=(1e-5, 1e-4),
-            work=step_work(contenders[0]),
-            seconds=30.0,
-            rounds=(6, 10),
-        )
+    return step_case(
+        "shared",
+        f"training step B={size} N={rows} T={length}",
+        contenders,
+        contender("PEFT", truth, truth, batch),
+        seconds=30.0,
+        rounds=(6, 10),
     )
 
 
@@ -81,18 +76,13 @@ def build_cost(size: int, rows: int, length: int) -> Case:
         lora(LARGE, batch),
         contender(AGAIN, again, again, batch),
     ]
-    return check(
-        Case(
-            group="cost of a prompt",
-            name=f"training step B={size} N={rows} T={length}, floor {1 + rows / (size * length):.2f}",
-            dtype="fp32",
-            contenders=contenders,
-            truth=contender("PEFT", truth, truth, batch),
-            tolerance=(1e-5, 1e-4),
-            work=step_work(contenders[0]),
-            seconds=30.0,
-            rounds=(6, 10),
-        )
+    return step_case(
+        "cost of a prompt",
+        f"training step B={size} N={rows} T={length}, floor {1 + rows / (size * length):.2f}",
+        contenders,
+        contender("PEFT", truth, truth, batch),
+        seconds=30.0,
+        rounds=(6, 10),
     )
 
 

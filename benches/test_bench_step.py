@@ -14,8 +14,8 @@ from torch import nn
 import fusedprompt
 
 from ._compiled import compiled
-from ._interleave import AGAIN, COMPILED, OURS, PEFT, STEP, Case, check, measure
-from ._models import LARGE, SMALL, batch_of, contender, llama, lora, no_prompt, step_work
+from ._interleave import AGAIN, COMPILED, OURS, PEFT, STEP, Case, measure
+from ._models import LARGE, SMALL, batch_of, contender, llama, lora, no_prompt, step_case
 
 CPT_TYPES = [0, 1, 2, 2, 3, 4, 4, 0, 0, 5, 6, 6, 7, 8, 8, 0]  # two examples: template, input, template, label
 METHODS: dict[str, tuple[int, int, int, Callable[..., Any]]] = {  # B, P, T, configuration
@@ -72,18 +72,13 @@ def build(method: str, size: tuple[int, int, int], small: bool) -> Case:
     else:
         contenders += [no_prompt(size, batch), lora(size, batch)]
     contenders.append(contender(AGAIN, again, again, batch))
-    return check(
-        Case(
-            group="step",
-            name=f"{method} B={batch_size} P={rows} T={length}, {size[0]} layers D={size[1]} V={size[2]}",
-            dtype="fp32",
-            contenders=contenders,
-            truth=contender("PEFT", truth, truth, batch),
-            tolerance=(1e-5, 1e-4),
-            work=step_work(contenders[0]),
-            seconds=3.0 if small else 14.0,
-            rounds=(8, 80) if small else (4, 10),
-        )
+    return step_case(
+        "step",
+        f"{method} B={batch_size} P={rows} T={length}, {size[0]} layers D={size[1]} V={size[2]}",
+        contenders,
+        contender("PEFT", truth, truth, batch),
+        seconds=3.0 if small else 14.0,
+        rounds=(8, 80) if small else (4, 10),
     )
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .base_model import BaseFacts, to_device
 from .config import TaskType
 from .layout import IGNORE_INDEX, Layout, count_padding, may_be_padded
-from .routes import SplicedInputs, Turn, check_length, place
+from .routes import SplicedInputs, Turn, check_length, checked_tokens, place
 
 if TYPE_CHECKING:
     from .model import PromptModel
@@ -262,12 +262,8 @@ def splice_mixture(
     pool_last: bool = False,
 ) -> SplicedInputs:
     """`routes.splice_route` for rows of different adapters. Fields are those of the tokens, (B, T)."""
-    tokens = input_ids if input_ids is not None else inputs_embeds
-    if tokens is None or (input_ids is not None and inputs_embeds is not None):
-        raise ValueError("You have to provide either input_ids or inputs_embeds, and not both")
+    tokens = checked_tokens(input_ids, inputs_embeds, attention_mask)
     size, length = tokens.shape[:2]
-    if attention_mask is not None and tuple(attention_mask.shape) != (size, length):
-        raise ValueError(f"attention_mask: expected shape (B, T) = {(size, length)}, got {tuple(attention_mask.shape)}")
     if position_ids is not None and (any(mixture.starts) or any(mixture.templates)):
         raise ValueError(f"position_ids: expected None with prompts inside of text, got {tuple(position_ids.shape)}")
     next_token = mixture.task is TaskType.CAUSAL_LM

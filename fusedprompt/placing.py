@@ -17,6 +17,7 @@ from torch import Tensor
 from .config import TaskType
 from .layout import IGNORE_INDEX, Layout, count_padding
 from .pieces import Piece, lay_out, mask_rows, pieces_of, table_ids
+from .routes import check_mask
 from .template import Field, Template
 
 if TYPE_CHECKING:
@@ -130,8 +131,7 @@ def _bounds(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     if mask is None:
         zeros = torch.zeros(size, 1, dtype=torch.int64, device=tokens.device)
         return zeros, zeros + length
-    if tuple(mask.shape) != (size, length):
-        raise ValueError(f"attention_mask: expected shape (B, T) = {(size, length)}, got {tuple(mask.shape)}")
+    check_mask(tokens, mask)
     left, right = count_padding(mask)
     return left.unsqueeze(1), (length - left - right).unsqueeze(1)
 

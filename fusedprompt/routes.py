@@ -60,14 +60,8 @@ def splice_route(
         The layout, and inputs_embeds, attention_mask, labels, position_ids and token_type_ids for the base model; a
         mask, labels and ids that were not given are not made up, except position ids that padding makes necessary.
     """
-    tokens = input_ids if input_ids is not None else inputs_embeds
-    if tokens is None or (input_ids is not None and inputs_embeds is not None):
-        raise ValueError("You have to provide either input_ids or inputs_embeds, and not both")
+    tokens = checked_tokens(input_ids, inputs_embeds, attention_mask)
     batch, length = tokens.shape[:2]
-    if attention_mask is not None and tuple(attention_mask.shape) != (batch, length):
-        raise ValueError(
-            f"attention_mask: expected shape (B, T) = {(batch, length)}, got {tuple(attention_mask.shape)}"
-        )
     check_length(facts, prompt.shape[0], length)
     if start > length:
         raise ValueError(f"input_ids: expected at least prompt_start = {start} tokens, got {length}")
@@ -201,6 +195,26 @@ def _call(
         _require(facts.takes_token_type_ids, "token_type_ids")
         arguments["token_type_ids"] = token_type_ids
     return SplicedInputs(prompt, layout, arguments)
+
+
+def checked_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """The one of ids (B, T) and embeddings (B, T, D) that is given, if the mask fits it.
+
+    Raises:
+        ValueError: both or none are given, or the mask is not (B, T).
+    """
+    tokens = input_ids if input_ids is not None else inputs_embeds
+    if tokens is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("You have to provide either input_ids or inputs_embeds, and not both")
+    check_mask(tokens, attention_mask)
+    return tokens
+
+
+def check_mask(tokens: Tensor, attention_mask: Tensor | None) -> None:
+    """Refuse a mask that is not (B, T)."""
+    shape = tuple(tokens.shape[:2])
+    if attention_mask is not None and tuple(attention_mask.shape) != shape:
+        raise ValueError(f"attention_mask: expected shape (B, T) = {shape}, got {tuple(attention_mask.shape)}")
 
 
 def check_placed(

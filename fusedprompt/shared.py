@@ -25,7 +25,7 @@ from .layout import IGNORE_INDEX, Layout, count_padding, may_be_padded
 from .lm_head import TextHead, Withheld
 from .mixed import Mixture, arrange
 from .ops._backend import BackendUnavailable
-from .routes import check_length, choose_layout
+from .routes import check_length, checked_tokens, choose_layout
 from .sharing import active_noise, keeps_all, transformers_model
 from .stamp import stamp
 
@@ -203,11 +203,8 @@ def _arrange(model: PromptModel, batch: Batch, pool_last: bool) -> _Text:
     size, length = batch.shape
     check_length(facts, rows, length)
     mask, positions = batch.attention_mask, batch.position_ids
-    if mask is not None and tuple(mask.shape) != (size, length):
-        raise ValueError(f"attention_mask: expected shape (B, T) = {(size, length)}, got {tuple(mask.shape)}")
     ids, embeds = batch.input_ids, batch.inputs_embeds
-    if ids is not None and embeds is not None:
-        raise ValueError("You have to provide either input_ids or inputs_embeds, and not both")
+    checked_tokens(ids, embeds, mask)
     if ids is not None and pool_last:
         # With ids the base model would look for padding by its token; the mask has said where it is.
         ids, embeds = None, model.word_embeddings(ids)

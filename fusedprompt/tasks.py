@@ -106,46 +106,16 @@ def splice(
     """
     if batch.route == SHARED:
         choose(SHARED, why_not_batch(model, batch), None)
+    tensors: dict[str, Tensor | None] = {name: getattr(batch, name) for name in TENSORS}
+    tensors["labels"] = labels
     if batch.mixture is not None:
-        return splice_mixture(
-            model,
-            batch.mixture,
-            input_ids=batch.input_ids,
-            inputs_embeds=batch.inputs_embeds,
-            attention_mask=batch.attention_mask,
-            labels=labels,
-            position_ids=batch.position_ids,
-            token_type_ids=batch.token_type_ids,
-            pool_last=pool_last,
-        )
+        return splice_mixture(model, batch.mixture, **tensors, pool_last=pool_last)
+    facts, embeddings = model.facts, model.word_embeddings
     if batch.layout is not None:
-        return place(
-            model.facts,
-            model.word_embeddings,
-            batch.prompts(model),
-            batch.layout,
-            input_ids=batch.input_ids,
-            inputs_embeds=batch.inputs_embeds,
-            attention_mask=batch.attention_mask,
-            labels=labels,
-            position_ids=batch.position_ids,
-            token_type_ids=batch.token_type_ids,
-            turn=turn,
-            pool_index=batch.pool_index,
-        )
-    return splice_route(
-        model.facts,
-        model.word_embeddings,
-        model.prompt_rows(),
-        input_ids=batch.input_ids,
-        inputs_embeds=batch.inputs_embeds,
-        attention_mask=batch.attention_mask,
-        labels=labels,
-        position_ids=batch.position_ids,
-        token_type_ids=batch.token_type_ids,
-        pool_last=pool_last,
-        start=model.active_start,
-    )
+        prompts = batch.prompts(model)
+        return place(facts, embeddings, prompts, batch.layout, **tensors, turn=turn, pool_index=batch.pool_index)
+    prompt, start = model.prompt_rows(), model.active_start
+    return splice_route(facts, embeddings, prompt, **tensors, pool_last=pool_last, start=start)
 
 
 def share(model: PromptModel, batch: Batch, all_logits: bool, wait: bool = False) -> PromptStates | None:

@@ -15,6 +15,7 @@ import fusedprompt
 from fusedprompt import Layout, ops
 
 from .. import _work
+from .._models import encoder_config
 
 OURS, ATEN, PEFT, COMPILED = "fusedprompt", "ATen", "PEFT", "PEFT compiled"
 
@@ -98,16 +99,7 @@ _KINDS: dict[str, tuple[torch.dtype, torch.dtype | None, str, tuple[float, float
 def mlp_case(rows: int, width: int, kind: str, device: torch.device) -> Case:
     """P-tuning's encoder: three layers, D = H = width."""
     dtype, autocast, precision, tolerance = _KINDS[kind]
-    config = peft.PromptEncoderConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=rows,
-        token_dim=width,
-        num_transformer_submodules=1,
-        num_attention_heads=1,
-        num_layers=1,
-        encoder_reparameterization_type="MLP",
-        encoder_hidden_size=width,
-    )
+    config = encoder_config("MLP", rows, width, width)
     indices = torch.arange(rows, device=device).unsqueeze(0)
     d_out = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(device, autocast or dtype)
 

@@ -16,7 +16,7 @@ from torch import nn
 from .. import PromptEncoderConfig, PromptModel, get_prompt_model
 from . import report, timing, together
 from .training import Curve, train
-from .words import END, PAD, TASKS, VOCABULARY, Task, Words, exact_match, lines, load_words, rewrite_words
+from .words import END, PAD, TASKS, VOCABULARY, Task, Words, exact_match, lines, lines_of_all, load_words, rewrite_words
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,9 @@ def pretrain(settings: Settings, words: Words, seed: int, device: torch.device) 
         eos_token_id=END,
     )
     model = LlamaForCausalLM(config).to(device)
-    parts = [lines(words.train, task, tagged=True) for task in TASKS.values()]
     curve = train(
         model,
-        {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]},
+        lines_of_all(words.train, tagged=True, device=device),
         title="pre-training",
         steps=settings.pretraining_steps,
         batch_size=settings.pretraining_batch,

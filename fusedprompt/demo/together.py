@@ -11,7 +11,7 @@ import torch
 
 from .. import PromptEncoderConfig, PromptModel, get_prompt_model
 from .training import Curve, train
-from .words import TASKS, Words, lines, rewrite_words
+from .words import TASKS, Words, lines_of_all, rewrite_words
 
 if TYPE_CHECKING:
     from .story import Settings
@@ -44,10 +44,9 @@ def learn_all(
             model.add_adapter(name, config)
     assert model is not None
     model.set_adapter(list(TASKS))
-    parts = [lines(words.train, task, tagged=False) for task in TASKS.values()]
     curve = train(
         model,
-        {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]},
+        lines_of_all(words.train, tagged=False, device=device),
         title="P-tuning four prompts",
         steps=settings.together_steps,
         batch_size=settings.together_batch,

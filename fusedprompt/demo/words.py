@@ -96,6 +96,12 @@ def _python_sources(folder: str) -> Iterator[str]:
             yield source.read()
 
 
+def lines_of_all(words: Sequence[str], tagged: bool, device: torch.device) -> dict[str, Tensor]:
+    """`lines` of every task, one task after another."""
+    parts = [lines(words, task, tagged) for task in TASKS.values()]
+    return {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
+
+
 def lines(words: Sequence[str], task: Task, tagged: bool) -> dict[str, Tensor]:
     """Whole lines to train on, as int64 tensors (words, T): `input_ids`, `attention_mask` and `labels`.
 
