@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .. import _native
 from .._library import LIBRARY, is_traced
-from .reference import lstm_backward_fake
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_BATCH = 8  # of the recurrence kernels; larger batches are matrix products, which PyTorch does well
@@ -43,6 +42,18 @@ def _forward_fake(
         if layer + 1 < layers:
             saved.append(x.new_empty(steps, batch, directions * size))
     return _fake(x, weights, dropout_masks, bidirectional), saved
+
+
+def _backward_fake(
+    d_output: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dropout_masks: Sequence[Tensor],
+    bidirectional: bool,
+    output: Tensor,
+    saved: Sequence[Tensor],
+) -> list[Tensor]:
+    return [value.new_empty(value.shape) for value in (x, *weights)]
 
 
 # Overloads, resolved once: a packet looks for the right one at every call.
@@ -93,7 +104,7 @@ def _autograd(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tens
 for _name, _function in (
     ("lstm_native", _fake),
     ("lstm_native_forward", _forward_fake),
-    ("lstm_native_backward", lstm_backward_fake),
+    ("lstm_native_backward", _backward_fake),
 ):
     torch.library.register_fake(f"fusedprompt::{_name}", _function, lib=LIBRARY)
 LIBRARY.impl("lstm_native", _autograd, "Autograd")

@@ -290,7 +290,7 @@ def _lstm_backward(
     return [d_sequence.transpose(0, 1).contiguous(), *gradients]
 
 
-def lstm_backward_fake(
+def _lstm_backward_fake(
     d_output: Tensor,
     x: Tensor,
     weights: Sequence[Tensor],
@@ -352,7 +352,7 @@ define(f"lstm_forward({_ARGUMENTS}) -> (Tensor, Tensor[])", _lstm_forward, _lstm
 define(
     f"lstm_backward(Tensor d_output, {_ARGUMENTS}, Tensor output, Tensor[] saved) -> Tensor[]",
     _lstm_backward,
-    lstm_backward_fake,
+    _lstm_backward_fake,
 )
 define(f"lstm({_ARGUMENTS}) -> Tensor", _lstm, _lstm_fake, _lstm_autograd)
 
