@@ -142,6 +142,7 @@ def _sample(device: str) -> dict[str, tuple[Any, ...]]:
             torch.tensor([0.1, 9.0, 0.5], device=device),
             torch.tensor([True, False, True], device=device),
         ),
+        "head_loss": (draw(4, 5), draw(11, 5), draw(11), torch.tensor([3, -100, 0, 10], device=device), None),
     }
 
 
@@ -258,11 +259,17 @@ def _cpt_formula(embedding: Any, delta: Any, epsilon: Any, trainable: Any) -> An
     return embedding.detach() + (delta * scale).detach() + moved - moved.detach()
 
 
+def _head_loss_formula(hidden: Any, weight: Any, bias: Any, labels: Any, _: Any) -> Any:
+    logits = hidden @ weight.detach().T + bias.detach()
+    return sum(logits[row].logsumexp(0) - logits[row, label] for row, label in enumerate(labels) if label >= 0)
+
+
 _FORMULAS: dict[str, Callable[..., Any]] = {
     "mlp": _mlp_formula,
     "lstm": _lstm_formula,
     "splice": _splice_formula,
     "cpt": _cpt_formula,
+    "head_loss": _head_loss_formula,
 }
 
 

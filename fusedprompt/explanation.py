@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import ops
+from .causal_loss import why_not_head_loss
 from .config import (
     CPTConfig,
     PromptEncoderConfig,
     PromptEncoderReparameterizationType,
-    PromptLearningConfig,
     TaskType,
 )
 from .layout import Layout
@@ -39,18 +39,22 @@ def explain(model: PromptModel, given: dict[str, Any]) -> str:
         active = ", active" if name == model.active_adapter else ""
         lines.append(
             f"{name}{active}: {config.method and config.method.value}, {config.num_virtual_tokens} virtual tokens, "
-            f"{_route_of_model(model, name)}, {_backends(config, model.prompt_encoder[name])}"
+            f"{_route_of_model(model, name)}, {_backends(model, name)}"
         )
     return "\n".join(lines)
 
 
-def _backends(config: PromptLearningConfig, encoder: Any) -> str:
+def _backends(model: PromptModel, name: str) -> str:
+    config, encoder = model.peft_config[name], cast(Any, model.prompt_encoder[name])
     used = ["splice"]
     if isinstance(config, CPTConfig) and not config.inference_mode:
         used.insert(0, "cpt")
     elif isinstance(config, PromptEncoderConfig) and not config.inference_mode:
         is_lstm = config.encoder_reparameterization_type is PromptEncoderReparameterizationType.LSTM
         used = ["lstm", "mlp", "splice"] if is_lstm else ["mlp", "splice"]
+    makes_loss = config.task_type is TaskType.CAUSAL_LM and model.facts.causal
+    if makes_loss and (model.route != SPLICE or isinstance(config, CPTConfig)) and why_not_head_loss(model) is None:
+        used.append("head_loss")
     found = (ops.explain(op, encoder.embedding.weight) for op in used)
     runs = (next(name for name, why in reasons.items() if why == "runs") for reasons in found)
     return ", ".join(f"{op}: {backend}" for op, backend in zip(used, runs))

@@ -12,7 +12,7 @@ from .layout import IGNORE_INDEX
 
 # Elements worked on at a time: 2 MB in fp32, which stays in a CPU core's cache between passes; 128 MB on other devices,
 # where every pass is a kernel launch.
-CACHED_ELEMENTS, _CHUNK = 1 << 19, 1 << 25
+_CHUNK_ON_CPU, _CHUNK = 1 << 19, 1 << 25
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -26,7 +26,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         """-sum log softmax(logits)[label] in fp32, over rows whose label is not IGNORE_INDEX."""
         counted = labels != IGNORE_INDEX
         targets = labels.clamp(min=0).unsqueeze(1)
-        chunk_elements = CACHED_ELEMENTS if logits.device.type == "cpu" else _CHUNK
+        chunk_elements = _CHUNK_ON_CPU if logits.device.type == "cpu" else _CHUNK
         ctx.rows = max(1, chunk_elements // logits.shape[1])
         chunks = zip(torch.split(logits, ctx.rows), torch.split(targets, ctx.rows))
         scores = [torch.log_softmax(chunk, 1, dtype=torch.float32).gather(1, target) for chunk, target in chunks]

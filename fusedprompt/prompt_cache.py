@@ -146,7 +146,7 @@ def prompt_states(
             model,
             all_logits=all_logits and not waits,
             hidden_states=hidden_states,
-            may_repeat=waits,
+            wait=waits,
             mixture=mixture,
         )
     names = mixture.adapters if mixture is not None else (model.active_adapter,)

@@ -41,7 +41,8 @@ class PromptStates:
     cache: keys and values of every layer, (1, heads, P, head width) each.
     logits: (1, P, V), or (1, 1, V) of the last virtual token alone; (1, C) for sequence classification.
     hidden_states: (1, P, D) of every layer, if they were asked for.
-    all_logits: gives (1, P, V), from a second pass if need be.
+    all_logits: gives (1, P, V), from the head or a second pass if need be.
+    head: what will make the logits, and the (1, P, D) that it makes them of, if they wait for it.
     mixture: None for one prompt. Of several, shapes begin with A, and shorter prompts are padded in front.
     """
 
@@ -50,6 +51,7 @@ class PromptStates:
     hidden_states: tuple[Tensor, ...] | None
     all_logits: Callable[[], Tensor]
     mixture: Mixture | None = None
+    head: Withheld | None = None
 
     def for_rows(self, size: int) -> Any:
         """A cache of its own for `size` rows of text. Of one prompt its tensors are views: no row has a copy."""
@@ -106,14 +108,14 @@ def run_prompt(
     *,
     all_logits: bool,
     hidden_states: bool = False,
-    may_repeat: bool = False,
+    wait: bool = False,
     adapter_name: str | None = None,
     mixture: Mixture | None = None,
 ) -> PromptStates:
     """Run a prompt through the base model: the active adapter's by default, or all prompts of a mixture as one batch.
 
     all_logits: of every virtual token, and not of the last one alone, where the base model can leave out logits.
-    may_repeat: without all logits, prepare for a second pass that gives them.
+    wait: instead of all logits, be ready to make them: by the head alone or, where it cannot wait, in a second pass.
 
     Raises:
         BackendUnavailable: the base model answers with a cache that cannot be shared. `auto` will not try again.
@@ -125,12 +127,14 @@ def run_prompt(
     dtype = table.dtype if plain else model.base_model.dtype
     options: dict[str, Any] = {"output_hidden_states": True} if hidden_states else {}
     device = device_of(model.word_embeddings)
-    if model.sharing.takes_logits_to_keep and not all_logits:
+    withholds = wait and model.text_head.may_be_withheld(model.base_model)
+    if model.sharing.takes_logits_to_keep and not all_logits and not withholds:
         # Not 1, which slices: the head's product with a slice of (1, P, D) copies its whole weight first in bf16, 23 %
         # of a step at D=3072, V=128256. A tensor of indices gathers.
         options["logits_to_keep"] = torch.arange(rows.shape[-2] - 1, rows.shape[-2], device=device)
+    repeats = wait and "logits_to_keep" in options
     # A copy where it must outlive the optimizer's next step.
-    embeds = rows.to(device, dtype, copy=may_repeat)
+    embeds = rows.to(device, dtype, copy=repeats)
     arguments: dict[str, Any] = {"inputs_embeds": embeds.unsqueeze(0) if mixture is None else embeds}
     mask = None if mixture is None else mixture.stack_mask(device)
     if mask is not None:
@@ -138,17 +142,25 @@ def run_prompt(
         if model.facts.takes_position_ids:
             arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + model.facts.first_position
     names = (adapter_name,) if adapter_name is not None else None if mixture is None else mixture.adapters
+
+    def call() -> Any:
+        return model.base_model(**arguments, use_cache=True, return_dict=True, **options)
+
     with model.heads_for_rows(names):
-        output = model.base_model(**arguments, use_cache=True, return_dict=True, **options)
+        output, head = model.text_head.call(model.base_model, call) if withholds else (call(), None)
     layers = getattr(output.past_key_values, "layers", ())
     shape = torch.Size(arguments["inputs_embeds"].shape[:2])
     if not layers or not all(keeps_all(layer) and layer.keys.shape[::2] == shape for layer in layers):
         reason = f"the base model answers with a {type(output.past_key_values).__name__} that does not hold the prompt"
         model.sharing = type(model.sharing)(reason)
         raise BackendUnavailable(f"route 'shared' cannot run: {reason}")
+    hidden = output.get("hidden_states")
+    if head is not None:
+        last = head.head(head.hidden[:, -1:])
+        return PromptStates(output.past_key_values, last, hidden, head.logits(), mixture, head)
     logits: Tensor = output.logits
-    repeat = _all_logits(model, arguments, names) if may_repeat and "logits_to_keep" in options else lambda: logits
-    return PromptStates(output.past_key_values, logits, output.get("hidden_states"), repeat, mixture)
+    repeat = _all_logits(model, arguments, names) if repeats else lambda: logits
+    return PromptStates(output.past_key_values, logits, hidden, repeat, mixture)
 
 
 def _all_logits(model: PromptModel, arguments: dict[str, Any], names: Sequence[str] | None) -> Callable[[], Tensor]:
@@ -162,9 +174,7 @@ def _all_logits(model: PromptModel, arguments: dict[str, Any], names: Sequence[s
         with torch.autocast(device, dtype=dtype, enabled=enabled), _without_noise(base), model.heads_for_rows(names):
             now = stamp(base)
             if before is not None and (now is None or not before.matches(now)):
-                raise RuntimeError(
-                    "logits: expected to be read before the base model's weights change (none wait with logits='text')"
-                )
+                raise RuntimeError("logits: expected to be read before the base model's weights change")
             logits: Tensor = base(**arguments, use_cache=False, return_dict=True).logits
         return logits
 
@@ -245,12 +255,14 @@ def run_text(
     labels: Tensor | None,
     logits: str,
     wait: bool = False,
+    loss_of: Callable[[Tensor | Withheld], Tensor] | None = None,
 ) -> Any:
     """Run a batch of text behind the prompt, for language modelling.
 
     labels: (B, T), or None for an output without a loss.
     logits: "full" for (B, P + T, V) as PEFT returns them, joined when they are looked at; "text" for (B, T, V).
     wait: logits may be left until they are read.
+    loss_of: instead of labels, makes the loss of full logits, or of the head that would make them.
     """
     text, others = _arrange(model, batch, pool_last=False), dict(batch.others)
     as_dict, use_cache = others.pop("return_dict", None), others.pop("use_cache", None)
@@ -264,10 +276,21 @@ def run_text(
     fields: dict[str, Any] = {} if keeps_cache(model, use_cache) else {"past_key_values": None}
     if labels is not None:
         fields["loss"] = _loss(model, text, states, output.logits, labels, counted, head)
+    if loss_of is not None:
+        fields["loss"] = loss_of(_full_source(states, text.layout, output.logits, head))
     output = replaced(output, **fields)
-    readers = None if labels is None or torch.compiler.is_compiling() else model.text_head
+    readers = None if "loss" not in fields else model.text_head
     output = _with_prompt(output, text.layout, states, full_logits=logits == "full", head=head, readers=readers)
     return output.to_tuple() if as_dict is False else output
+
+
+def _full_source(states: PromptStates, layout: Layout, text_logits: Tensor, head: Withheld | None) -> Tensor | Withheld:
+    """Logits (B, P + T, V) of prompt and text; or what makes them, if it can wait for both."""
+    if head is None:
+        return _join(states, layout, states.all_logits(), text_logits)
+    if states.head is None:
+        return _join(states, layout, states.all_logits(), head.logits()())
+    return Withheld(head.head, _join(states, layout, states.head.hidden, head.hidden))
 
 
 def run_classifier(model: PromptModel, batch: Batch, states: PromptStates) -> Any:

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import ops
 from .base_model import cache_length
-from .causal_loss import may_wait
+from .causal_loss import call_for_loss, call_with_labels, context_loss, may_wait
 from .config import CPTConfig, TaskType
-from .deferred import replaced
 from .layout import IGNORE_INDEX, Layout
+from .lm_head import Withheld
 from .mixed import Mixture, is_context_aware, splice_mixture
 from .ops._backend import AUTO, BackendUnavailable
 from .ops.cpt.reference import is_label
@@ -161,7 +160,7 @@ def causal_lm(model: PromptModel, batch: Batch) -> Any:
     spliced = splice(model, batch, labels=labels)
     if batch.logits == "text":
         return _read_tokens(model, spliced.layout, batch, spliced.arguments, ("logits",))
-    return model.base_model(**spliced.arguments, **batch.others)
+    return call_with_labels(model, {**spliced.arguments, **batch.others}, batch.route)
 
 
 def _unpredicted(mask: Tensor) -> Tensor:
@@ -175,27 +174,33 @@ def _context_aware(model: PromptModel, config: CPTConfig, batch: Batch) -> Any:
     otherwise mean something else, and no label might be left (huggingface/peft's default mask does that)."""
     as_dict = batch.others.pop("return_dict", None)
     token_types = batch.others.pop("input_type_mask", None)
-    states = share(model, batch, all_logits=True)
+    wait = batch.logits == "full" and may_wait(model, batch.labels)
+    states = share(model, batch, all_logits=True, wait=wait)
     if states is not None:
-        output = run_text(model, batch, states, labels=None, logits="full")
         layout, _ = choose_layout(model.facts, model.prompt_rows_count(), batch.tokens, batch.attention_mask)
+        loss_of = _context_loss(config, layout, batch, token_types)
+        output = run_text(model, batch, states, labels=None, logits="full", wait=wait, loss_of=loss_of)
     else:
         spliced = splice(model, batch)
         layout = spliced.layout
-        output = model.base_model(**spliced.arguments, **batch.others, return_dict=True)
-    if batch.labels is not None:
-        loss = _context_loss(config, layout, batch, token_types, output.logits)
-        output = replaced(output, loss=loss)
+        loss_of = _context_loss(config, layout, batch, token_types)
+
+        def call() -> Any:
+            return model.base_model(**spliced.arguments, **batch.others, return_dict=True)
+
+        output = call() if loss_of is None else call_for_loss(model, call, loss_of, wait)
     if batch.logits == "text":
         output["logits"] = _at_tokens(output["logits"], layout, batch, batch.attention_mask)
     return output.to_tuple() if as_dict is False else output
 
 
 def _context_loss(
-    config: CPTConfig, layout: Layout, batch: Batch, token_types: Tensor | None, logits: Tensor
-) -> Tensor:
+    config: CPTConfig, layout: Layout, batch: Batch, token_types: Tensor | None
+) -> Callable[[Tensor | Withheld], Tensor] | None:
+    """What makes the loss of (B, S, V) logits, or of the head that would make them; None without labels."""
     labels = batch.labels
-    assert labels is not None
+    if labels is None:
+        return None
     assert config.cpt_token_ids is not None and config.cpt_tokens_type_mask is not None
     if token_types is None:
         token_types = torch.full_like(labels, 4)
@@ -218,7 +223,8 @@ def _context_loss(
         all_types = all_types.masked_fill(_unpredicted(batch.attention_mask) | (batch.attention_mask == 0), 0)
     all_labels = torch.where(is_label(all_types), all_labels, IGNORE_INDEX)
     decay = config.opt_loss_decay_factor if config.opt_weighted_loss_type == "decay" else 1.0
-    return ops.cpt_loss(logits, all_labels, all_types, decay=1.0 if decay is None else decay)
+    decay = 1.0 if decay is None else decay
+    return lambda source: context_loss(source, all_labels, all_types, decay)
 
 
 def seq_2_seq_lm(model: PromptModel, batch: Batch) -> Any:

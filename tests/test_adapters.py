@@ -184,7 +184,7 @@ def test_explain_names_method_route_and_backends() -> None:
     runs = [name for name, reason in fusedprompt.explain("lstm", torch.zeros(1, 4, 16)).items() if reason == "runs"]
     assert (
         text == "default, active: P_TUNING, 4 virtual tokens, route shared where it pays, "
-        f"lstm: {runs[0]}, mlp: reference, splice: reference"
+        f"lstm: {runs[0]}, mlp: reference, splice: reference, head_loss: reference"
     )
 
 

@@ -1,4 +1,4 @@
-"""The head run with the loss, a part at a time: against fp64, and against logits that are there."""
+"""Training steps whose head is held back: the numbers of splice and PEFT, without logits."""
 
 from __future__ import annotations
 
@@ -7,127 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedprompt import lm_head
-from fusedprompt.lm_head import summed_head_loss, waiting_head, withheld
-from models import VOCAB, build, ours, task_inputs, tokens
-from tolerance import Tensors, assert_as_accurate, dtypes, evaluate, generator, largest, normal, one_thread
+import fusedprompt
+from fusedprompt.lm_head import waiting_head, withheld
+from models import CPT_FIELDS, VOCAB, WIDTH, Largest, build, ours, pad, task_inputs, tokens
+from tolerance import largest, one_thread
 
 __all__ = ["one_thread"]
-SMALL_PARTS = {"one part": (1 << 24, 256), "parts of 4 rows": (1, 4), "one row each": (1, 1)}
-
-
-@pytest.mark.parametrize("parts", SMALL_PARTS.values(), ids=SMALL_PARTS)
-@pytest.mark.parametrize(("rows", "vocabulary", "bias"), [(1, 1, False), (9, 33, True), (13, 40, False)])
-@dtypes
-def test_loss_and_gradient_are_as_accurate_as_pytorchs(
-    parts: tuple[int, int], rows: int, vocabulary: int, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lm_head, "_PART_ON_CPU", parts[0])
-    monkeypatch.setattr(lm_head, "_FEWEST_ROWS", parts[1])
-    source = generator(rows)
-    labels = torch.randint(0, vocabulary, (rows,), generator=source)
-    labels[1::3] = -100
-    labels[-1] = vocabulary - 1
-    weight, shift = normal((vocabulary, 24), dtype, source), normal((vocabulary,), dtype, source) if bias else None
-    inputs = {"hidden": normal((rows, 24), dtype, source)}
-
-    def plain(x: Tensors) -> Tensor:
-        kind = x["hidden"].dtype
-        logits = linear(x["hidden"], weight.to(kind), None if shift is None else shift.to(kind))
-        return cross_entropy(logits if kind == torch.float64 else logits.float(), labels, reduction="sum")
-
-    d_out = torch.tensor(0.37)
-    found = evaluate(lambda x: summed_head_loss(x["hidden"], weight, shift, labels), inputs, d_out)
-    assert_as_accurate(found, plain, plain, inputs, d_out)
-    assert not found["d_hidden"][labels == -100].any()
-
-
-def test_a_label_out_of_the_softmaxs_reach_has_a_finite_loss() -> None:
-    """exp(-200) is 0 in fp32; the loss is 200 all the same."""
-    hidden = torch.tensor([[1.0, 0.0]], requires_grad=True)
-    weight = torch.tensor([[100.0, 0.0], [-100.0, 1.0]])
-    loss = summed_head_loss(hidden, weight, None, torch.tensor([1]))
-    loss.backward()
-    assert loss.item() == 200.0
-    torch.testing.assert_close(hidden.grad, torch.tensor([[200.0, -1.0]]))
-
-
-@pytest.mark.parametrize("rows", [0, 5])
-def test_no_labels_give_no_loss_and_no_gradient(rows: int) -> None:
-    hidden = torch.randn(rows, 8, requires_grad=True)
-    loss = summed_head_loss(hidden, torch.randn(11, 8), None, torch.full((rows,), -100))
-    loss.backward()
-    assert loss.item() == 0 and hidden.grad is not None and not hidden.grad.any()
-
-
-def test_the_gradient_of_the_gradient_is_refused() -> None:
-    hidden = torch.randn(5, 8, requires_grad=True)
-    loss = summed_head_loss(hidden, torch.randn(11, 8), None, torch.zeros(5, dtype=torch.int64))
-    with pytest.raises(RuntimeError, match="create_graph: expected False"):
-        torch.autograd.grad(loss, hidden, create_graph=True)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_autocast_rounds_as_it_does_for_the_head(bias: bool) -> None:
-    head = nn.Linear(32, 50, bias=bias).requires_grad_(False)
-    labels = torch.randint(0, 50, (20,))
-    gradients, losses = [], []
-    for fused in (True, False):
-        hidden = torch.linspace(-2, 2, 640).view(20, 32).requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            if fused:
-                loss = summed_head_loss(hidden, head.weight, head.bias, labels)
-            else:
-                loss = cross_entropy(head(hidden).float(), labels, reduction="sum")
-        losses.append(loss)
-        gradients += torch.autograd.grad(loss, hidden)
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
-    assert largest(gradients[0] - gradients[1]) <= 0.01 * largest(gradients[1])
-
-
-class Largest(TorchDispatchMode):
-    """The elements of the largest tensor that an operator returned, and how many products had V columns or rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements, self.head_products = 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = [t.data_ptr() for t in args if isinstance(t, Tensor)]
-        if isinstance(result, Tensor) and all(result.stride()) and result.data_ptr() not in given:
-            self.elements = max(self.elements, result.numel())
-        products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.linear)
-        if func.overloadpacket in products and any(VOCAB in t.shape for t in args if isinstance(t, Tensor)):
-            self.head_products += 1
-        return result
-
-
-@pytest.mark.parametrize("trains", [True, False])
-def test_no_more_logits_exist_at_a_time_than_a_part(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "_PART_ON_CPU", 1)
-    monkeypatch.setattr(lm_head, "_FEWEST_ROWS", 8)
-    hidden, weight = torch.randn(80, 16, requires_grad=trains), torch.randn(500, 16)
-    with Largest() as largest_result:
-        loss = summed_head_loss(hidden, weight, None, torch.zeros(80, dtype=torch.int64))
-        if trains:
-            loss.backward()
-    assert largest_result.elements == 8 * 500
-
-
-def test_rows_without_labels_do_not_go_through_the_head() -> None:
-    hidden, weight, labels = torch.randn(40, 8), torch.randn(500, 8), torch.full((40,), -100)
-    labels[7] = 3
-    with Largest() as largest_result:
-        summed_head_loss(hidden, weight, None, labels)
-    assert largest_result.elements == 500
-
-
-# Models
-
 ROWS = 20
 
 
@@ -137,10 +23,10 @@ def model_of(family: str = "Llama", **overrides: Any) -> Any:
 
 def step(model: Any, read: bool = False, **overrides: Any) -> tuple[Any, int]:
     """A training step's output, and how many products it made with the head's weight."""
-    inputs = {**task_inputs("CAUSAL_LM", tokens(6, 10)), **overrides}
+    inputs = {**task_inputs("CAUSAL_LM", tokens(6, 10)), "route": "shared", **overrides}
     model.zero_grad()
     with Largest() as counted:
-        output = model(**inputs, route="shared")
+        output = model(**inputs)
         output.loss.backward()
         if read:
             assert output.logits.shape == (6, ROWS + 10, VOCAB)
@@ -259,3 +145,166 @@ def test_heads_that_are_no_plain_frozen_product_are_called() -> None:
     base.compile(backend="eager")
     assert waiting_head(base) is None
     assert waiting_head(nn.Linear(2, 3)) is None
+
+
+def gradient_of(model: Any, **inputs: Any) -> tuple[float, Tensor]:
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    (gradient,) = (parameter.grad for parameter in model.prompt_encoder.parameters())
+    assert gradient is not None
+    return loss.item(), gradient
+
+
+def assert_step_is_splices(model: Any, **inputs: Any) -> None:
+    """Twice: the first step of a model watches its head."""
+    loss, gradient = gradient_of(model, **inputs, route="splice")
+    for _ in range(2):
+        own_loss, own_gradient = gradient_of(model, **inputs)
+        assert own_loss == pytest.approx(loss, rel=2e-6)
+        assert largest(own_gradient - gradient) <= 2e-5 * largest(gradient)
+
+
+FAMILIES = ("GPT2", "Llama", "Qwen2", "Gemma2", "Cohere", "OPT", "Phi", "Bloom")  # with bias, caps, scales, tied heads
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_single_row_is_spliced_without_logits(family: str, padded: bool) -> None:
+    ids, mask = pad(tokens(1, 6), 2, 1) if padded else (tokens(1, 6), None)
+    model = model_of(family)
+    assert_step_is_splices(model, **task_inputs("CAUSAL_LM", ids, mask))
+    inputs = task_inputs("CAUSAL_LM", ids, mask)
+    expected = model(**inputs, route="splice").logits
+    with Largest() as counted:
+        output = model(**inputs)
+        output.loss.backward()
+    assert counted.head_products == 2
+    torch.testing.assert_close(output.logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_splice_by_name_is_the_base_models_own_loss_to_the_bit() -> None:
+    model = model_of()
+    inputs = task_inputs("CAUSAL_LM", tokens(1, 10))
+    rows = model.prompt_encoder["default"].embedding.weight
+    embeds = torch.cat((rows, model.get_input_embeddings()(inputs["input_ids"][0]))).unsqueeze(0)
+    labels = nn.functional.pad(inputs["labels"], (ROWS, 0), value=-100)
+    assert torch.equal(model(**inputs, route="splice").loss, model.base_model(inputs_embeds=embeds, labels=labels).loss)
+
+
+@pytest.mark.parametrize("number", [7, torch.tensor(7), None])
+def test_accumulated_steps_divide_by_the_number_of_items(number: Any) -> None:
+    for batch in (tokens(1, 10), tokens(6, 10)):
+        inputs = task_inputs("CAUSAL_LM", batch)
+        inputs["labels"] = inputs["labels"].masked_fill(inputs["labels"] % 3 == 0, -100)
+        assert_step_is_splices(model_of(), **inputs, num_items_in_batch=number)
+
+
+def test_gradient_checkpointing_leaves_the_logits_out_too() -> None:
+    model = model_of().train()
+    model.base_model.gradient_checkpointing_enable()
+    assert_step_is_splices(model, **task_inputs("CAUSAL_LM", tokens(6, 10)))
+    assert step(model, route="auto")[1] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_models_and_autocast_stay_within_rounding(dtype: torch.dtype) -> None:
+    for rows in (1, 6):
+        inputs = task_inputs("CAUSAL_LM", tokens(rows, 10))
+        exact = gradient_of(model_of().double(), **inputs, route="splice")
+        narrow, wide = model_of(), model_of()
+        narrow.base_model.to(dtype)
+        for model in (narrow, wide):
+            errors = {}
+            for route in ("splice", "auto", "auto"):
+                with torch.autocast("cpu", dtype, enabled=model is wide):
+                    loss, gradient = gradient_of(model, **inputs, route=route)
+                errors[route] = largest(gradient.double() - exact[1])
+                assert loss == pytest.approx(exact[0], rel=2e-2)
+            assert errors["auto"] <= 2 * errors["splice"]
+
+
+def test_bart_computes_a_loss_of_its_own() -> None:
+    """Its labels are not moved by one, though it has the property `loss_function`."""
+    from transformers import BartConfig, BartForCausalLM
+
+    sizes = {"d_model": WIDTH, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    base = BartForCausalLM(BartConfig(vocab_size=VOCAB, is_encoder_decoder=False, dropout=0.0, **sizes)).eval()
+    model = fusedprompt.get_prompt_model(base, fusedprompt.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=4))
+    assert_step_is_splices(model, **task_inputs("CAUSAL_LM", tokens(3, 10)))
+
+
+@pytest.mark.parametrize("route", ["shared", "splice"])
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_cpt_steps_without_logits_are_those_with_them(route: str, decay: float) -> None:
+    """The first waits after the head was watched, the second from the start, the third makes the logits at once."""
+    weighted = {"opt_weighted_loss_type": "decay", "opt_loss_decay_factor": decay} if decay != 1.0 else {}
+    config = fusedprompt.CPTConfig(task_type="CAUSAL_LM", **CPT_FIELDS, **weighted)
+    model = fusedprompt.get_prompt_model(build("Llama"), config).eval()
+    (delta,) = (parameter for parameter in model.prompt_encoder.parameters() if parameter.requires_grad)
+    torch.nn.init.normal_(delta, std=0.1)
+    ids = tokens(6, 12)
+    kinds = torch.tensor([0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 8]).repeat(6, 1)
+    kinds[1, :6] = 0
+    results = []
+    for read in (False, True, False):
+        model.zero_grad()
+        output = model(input_ids=ids, labels=ids, input_type_mask=kinds, route=route)
+        output.loss.backward()
+        assert delta.grad is not None
+        results.append((output.loss.item(), delta.grad.clone()))
+        if read:
+            logits = output.logits
+    assert model.text_head.read is False
+    torch.testing.assert_close(output.logits, logits, rtol=1e-5, atol=1e-6)
+    for loss, gradient in results[:2]:
+        assert loss == pytest.approx(results[2][0], rel=1e-6)
+        assert largest(gradient - results[2][1]) <= 1e-5 * largest(results[2][1])
+
+
+def test_only_labelled_rows_of_a_cpt_batch_go_through_the_head() -> None:
+    model = ours("Llama", method="CPT")
+    ids = tokens(6, 12)
+    kinds = torch.tensor([1, 2, 3, 4] * 3).repeat(6, 1)
+    model(input_ids=ids, labels=ids, input_type_mask=kinds, route="splice").loss.backward()
+    hidden = []
+    original = torch.ops.fusedprompt.head_loss.default
+    labels_of_context = sum(code % 4 == 0 and code > 0 for code in model.active_config.cpt_tokens_type_mask[1:])
+
+    class Rows(Largest):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is original:
+                hidden.append(int((args[3] != -100).sum()))
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    with Rows() as rows:
+        model(input_ids=ids, labels=ids, input_type_mask=kinds, route="splice").loss.backward()
+    assert hidden == [6 * (3 + labels_of_context)]
+    assert rows.head_products == 2
+
+
+def test_reports_say_whether_the_loss_is_made_with_the_head() -> None:
+    import peft
+
+    model = model_of()
+    assert model.explain().endswith("splice: reference, head_loss: reference")
+    model.route = "splice"
+    assert model.explain().endswith("splice: reference")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=ROWS)
+    inputs = task_inputs("CAUSAL_LM", tokens(1, 10))
+    capped = "loss: made of logits, because the base model's head is not a plain nn.Linear that comes last in it"
+    for family, runs in (("Llama", True), ("Gemma2", False)):
+        theirs = peft.get_peft_model(build(family, **({} if runs else {"final_logit_softcapping": 0.01})), config)
+        expected = theirs(**inputs)
+        with fusedprompt.apply(theirs) as patch:
+            output = theirs(**inputs)
+            torch.testing.assert_close(output.loss, expected.loss)
+            torch.testing.assert_close(output.logits, expected.logits, rtol=1e-5, atol=1e-6)
+            assert ("head_loss: reference" in str(patch)) is runs
+            assert (capped in str(patch)) is not runs
+        with fusedprompt.apply(theirs, route="splice") as patch:
+            assert "head_loss" not in str(patch)
+            assert torch.equal(theirs(**inputs).loss, expected.loss)
+    theirs = peft.get_peft_model(build("Llama"), config)
+    theirs.base_model.lm_head.weight.requires_grad_()
+    assert "loss: made of logits, because a part of the base model is trained" in str(fusedprompt.apply(theirs))

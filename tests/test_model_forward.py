@@ -34,7 +34,8 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_outputs_loss_and_gradients_equal_peft(family: str, task: str, method: str) -> None:
     theirs, mine = (model.double() for model in pair(family, task, method))
     inputs = task_inputs(task, tokens())
-    expected, actual = theirs(**inputs), mine(**inputs)
+    # Asked for by name it is PEFT's own arithmetic; `auto` makes no logits and computes the loss in fp64.
+    expected, actual = theirs(**inputs), mine(**inputs, route="splice")
     name = "last_hidden_state" if task == "FEATURE_EXTRACTION" else "logits"
     assert_close(actual[name], expected[name])
     loss, reference = (

@@ -110,6 +110,14 @@ def cpt_samples() -> Iterator[Arguments]:
     yield rand(3, 8), grad(3, 8, layout="transposed"), torch.rand(3), trainable
 
 
+def head_loss_samples() -> Iterator[Arguments]:
+    labels, factors = torch.tensor([3, -100, 0, 10]), torch.rand(4)
+    yield grad(4, 5), rand(11, 5), None, labels, None, True
+    yield grad(4, 5, layout="transposed"), rand(11, 5), rand(11), labels, factors, True
+    yield rand(4, 5), rand(11, 5, layout="transposed"), rand(11), labels, factors, False
+    yield grad(4, 5, dtype=torch.bfloat16), rand(11, 5, dtype=torch.bfloat16), None, labels, factors, True
+
+
 SAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "mlp": mlp_samples,
     "lstm": lstm_samples,
@@ -118,6 +126,7 @@ SAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "splice": splice_samples,
     "splice_backward": splice_backward_samples,
     "cpt": cpt_samples,
+    "head_loss": head_loss_samples,
 }
 
 
@@ -189,6 +198,13 @@ def cpt_loss_case() -> tuple[Callable[[Tensors], Tensor], Tensors]:
     return run, {"logits": grad(1, 3, 8)}
 
 
+def head_loss_case() -> tuple[Callable[[Tensors], Tensor], Tensors]:
+    def run(inputs: Tensors) -> Tensor:
+        return 2 * ops.head_loss(inputs["hidden"] + 1, inputs["weight"], torch.tensor([3, -100, 0, 10]))
+
+    return run, {"hidden": grad(4, 5), "weight": rand(11, 5)}
+
+
 CASES = {
     "mlp": mlp_case,
     "lstm": lstm_case,
@@ -196,6 +212,7 @@ CASES = {
     "splice-prefix": lambda: splice_case(False),
     "cpt": cpt_case,
     "cpt_loss": cpt_loss_case,
+    "head_loss": head_loss_case,
 }
 
 

@@ -5,19 +5,21 @@ What PEFT does otherwise (warnings, prefix tuning, arguments that it rewrites) i
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops
 from ..base_model import cache_length, fusable_table
-from ..causal_loss import may_wait
+from ..causal_loss import call_for_loss, call_with_labels, context_loss, may_wait
 from ..config import TaskType
-from ..deferred import replaced
 from ..layout import IGNORE_INDEX, Layout
+from ..lm_head import Withheld
 from ..ops._backend import AUTO, BackendUnavailable
 from ..prompt_cache import is_kept, prompt_states
 from ..shared import PromptStates, run_classifier, run_text
@@ -116,7 +118,8 @@ def run(
         if task.labels_per_token:
             return run_text(view, batch, states, labels=batch.labels, logits="full", wait=wait)
         return run_classifier(view, batch, states)
-    return model.base_model(**spliced(view, task, backend, given))
+    arguments = spliced(view, task, backend, given)
+    return call_with_labels(view, arguments, view.route) if task.labels_per_token else model.base_model(**arguments)
 
 
 def spliced(view: PromptModel, task: Task, backend: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -203,13 +206,22 @@ def _context_aware(
     labels, token_types = given.pop("labels", None), given.pop("input_type_mask", None)
     if labels is not None:
         given["return_dict"] = True
-    states = _share(view, given, spliced_because)
+    loss_of = None if labels is None else functools.partial(_context_loss, model, config, labels, token_types)
+    wait = may_wait(view, labels)
+    states = _share(view, given, spliced_because, wait)
     if states is not None:
-        output = run_text(view, _text(given, view.prompt_rows_count()), states, labels=None, logits="full")
-    else:
-        output = model.base_model(**spliced(view, Task(), backend, given))
-    if labels is None:
-        return output
+        batch = _text(given, view.prompt_rows_count())
+        return run_text(view, batch, states, labels=None, logits="full", wait=wait, loss_of=loss_of)
+    arguments = spliced(view, Task(), backend, given)
+    if loss_of is None:
+        return model.base_model(**arguments)
+    return call_for_loss(view, lambda: model.base_model(**arguments), loss_of, wait)
+
+
+def _context_loss(
+    model: Any, config: Any, labels: Tensor, token_types: Tensor | None, source: Tensor | Withheld
+) -> Tensor:
+    """CPT's loss of (B, P + T, V) logits, or of the head that would make them."""
     context, codes = context_of(config, labels.device), config.cpt_tokens_type_mask
     layout, offset = Layout.prefix(len(codes)), max(codes)
     if token_types is None:
@@ -223,10 +235,10 @@ def _context_aware(
     types, targets = layout.fill_rows(given_types, context.types), layout.fill_rows(targets, context.targets)
     settings = model.peft_config["default"]
     decay = settings.opt_loss_decay_factor if settings.opt_weighted_loss_type == "decay" else 1.0
-    loss = ops.cpt_loss(output.logits, targets, types, decay=decay)
+    loss = context_loss(source, targets, types, decay)
     if not any(map(is_label, codes[1:])):  # else every row has a label
         loss = torch.where((targets[:, 1:] != IGNORE_INDEX).any(), loss, torch.nan)
-    return replaced(output, loss=loss)
+    return loss
 
 
 def run_fixed(view: PromptModel, task: Task, given: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import ops
 from ..base_model import fusable_table
+from ..causal_loss import why_not_head_loss
 from ..sharing import SHARED, SPLICE, why_not_model
 from .encoders import uses_lstm, why_not_adapter, why_not_encoder
 from .prefill import why_not_generate
@@ -91,6 +92,9 @@ def report(patch: Patch) -> str:
         lines.append(f"  generate: {_generate(patch)}")
     elif hasattr(model.base_model, "generate"):
         left["generate"] = "PEFT's own, but with adapter_names; its prompt comes from the encoder above"
+    objection = why_not_head_loss(patch.view)
+    if objection is not None and any(_computes_loss(patch, config) for config in model.peft_config.values()):
+        left["loss"] = f"made of logits, because {objection}"
     embeddings = model.word_embeddings
     if "forward" in patch.replaced and embeddings is not None and fusable_table(embeddings) is None:
         left["word embeddings"] = f"{type(embeddings).__name__} may do more than look up rows, and is called"
@@ -114,11 +118,19 @@ def operations(patch: Patch, name: str) -> list[str]:
     """The ops that serve an adapter, in the order they run in."""
     config, encoder = patch.model.peft_config[name], patch.model.prompt_encoder[name]
     used = ["splice"] if "forward" in patch.replaced else []
+    is_context = str(getattr(config.peft_type, "value", config.peft_type)) == "CPT"
+    if used and _computes_loss(patch, config) and (is_context or patch.route != SPLICE):
+        used += ["head_loss"] if why_not_head_loss(patch.view) is None else []
     if why_not_encoder(encoder, config) is not None:
         return used
-    if str(getattr(config.peft_type, "value", config.peft_type)) == "CPT":
+    if is_context:
         return ["cpt", *used]
     return [*(["lstm"] if uses_lstm(encoder) else []), "mlp", *used]
+
+
+def _computes_loss(patch: Patch, config: Any) -> bool:
+    task = str(getattr(config.task_type, "value", config.task_type))
+    return task == "CAUSAL_LM" and patch.view.facts.causal and why_not_adapter(config) is None
 
 
 def backends(patch: Patch, name: str) -> dict[str, str]:

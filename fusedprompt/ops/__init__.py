@@ -1,18 +1,20 @@
-"""The ops, usable alone: `mlp`, `lstm`, `splice`, `cpt`. Each picks a backend, checks its arguments, and runs."""
+"""The ops, usable alone: `mlp`, `lstm`, `splice`, `cpt`, `head_loss`. Each picks a backend and checks its arguments."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from . import cpt as _cpt
+from . import head_loss as _head_loss
 from . import lstm as _lstm
 from . import mlp as _mlp
 from . import splice as _splice
 from ._backend import BackendUnavailable, use_backend
 
-OPS = {op.name: op for op in (_mlp.OP, _lstm.OP, _splice.OP, _cpt.OP)}
+OPS = {op.name: op for op in (_mlp.OP, _lstm.OP, _splice.OP, _cpt.OP, _head_loss.OP)}
 
 cpt, cpt_loss = _cpt.cpt, _cpt.cpt_loss
+head_loss = _head_loss.head_loss
 lstm = _lstm.lstm
 mlp = _mlp.mlp
 splice, splice_batch, SplicedBatch = _splice.splice, _splice.splice_batch, _splice.SplicedBatch
@@ -22,7 +24,7 @@ def explain(op: str, *args: Any) -> dict[str, str]:
     """Why each backend of an op can or cannot run on these arguments.
 
     Args:
-        op: "mlp", "lstm", "splice" or "cpt".
+        op: "mlp", "lstm", "splice", "cpt" or "head_loss".
         args: the op's tensors, in the order of its public function.
 
     Returns:
@@ -42,6 +44,7 @@ __all__ = [
     "cpt",
     "cpt_loss",
     "explain",
+    "head_loss",
     "lstm",
     "mlp",
     "splice",

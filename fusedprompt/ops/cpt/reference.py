@@ -65,8 +65,13 @@ def weighted_loss(logits: Tensor, labels: Tensor, token_types: Tensor, decay: fl
         logits[:, :-1].flatten(0, 1).to(wide), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     ).view(targets.shape)
     if decay != 1.0:
-        losses = losses * losses.new_full((), decay) ** _example_rank(token_types[:, 1:].to(logits.device))
+        losses = losses * label_weights(token_types[:, 1:].to(logits.device), decay, wide)
     return losses.sum() / (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def label_weights(token_types: Tensor, decay: float, dtype: torch.dtype) -> Tensor:
+    """What each label of rows of type codes (B, S) weighs; 1 at other codes."""
+    return torch.full((), decay, dtype=dtype, device=token_types.device) ** _example_rank(token_types)
 
 
 def _example_rank(token_types: Tensor) -> Tensor:

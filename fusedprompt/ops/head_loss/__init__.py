@@ -1,0 +1,78 @@
+"""Cross entropy of a language model's head, without its logits."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .. import _check
+from .._backend import Op, never_objects
+from . import reference
+
+OP = Op("head_loss")
+OP.add("reference", reference.head_loss, never_objects)
+
+
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    factors: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Sum of -log softmax(hidden @ weight.T + bias)[label] * factor; rows labelled -100 count nothing.
+
+    The frozen head goes through the rows a part at a time in one buffer: logits, loss, their gradient in the same
+    place, and its product with the weight. The idea is Liger-Kernel's (arXiv:2410.10989). Logits are rounded to their
+    dtype, as the head gives them; the loss is computed in fp32 at least. Under autocast the products have autocast's
+    dtype, as the head's would.
+
+    Args:
+        hidden: (R, D) floating point.
+        weight: (V, D), and bias: (V,) or None; frozen.
+        labels: (R,) int64 in [0, V), or -100.
+        factors: (R,) floating point, or None for 1.
+        backend: "auto" or "reference".
+
+    Returns:
+        A scalar in fp32 (fp64 of fp64). Its gradient with respect to hidden (R, D) is made in the forward pass, if
+        hidden requires one, and has none of its own.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype or shape; weight or bias require a gradient.
+    """
+    _check.tensor("hidden", hidden, "(R, D)", 2)
+    _check.floating("hidden", hidden)
+    _check.tensor("weight", weight, "(V, D)", 2)
+    _check.shape("weight", weight, "(V, D)", (weight.shape[0], hidden.shape[1]))
+    _check.tensor("labels", labels, "(R,)", 1)
+    _check.shape("labels", labels, "(R,)", hidden.shape[:1])
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels: expected torch.int64, got {labels.dtype}")
+    if factors is not None:
+        _check.tensor("factors", factors, "(R,)", 1)
+        _check.shape("factors", factors, "(R,)", hidden.shape[:1])
+        _check.floating("factors", factors)
+    if bias is not None:
+        _check.tensor("bias", bias, "(V,)", 1)
+        _check.shape("bias", bias, "(V,)", weight.shape[:1])
+    for name, value in (("weight", weight), ("bias", bias), ("labels", labels), ("factors", factors)):
+        if value is not None:
+            _check.same_device(name, value, "hidden", hidden)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: expected a frozen tensor, got one that requires a gradient")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    _check.same_dtype("weight", weight, "hidden", hidden)
+    if bias is not None:
+        _check.same_dtype("bias", bias, "hidden", hidden)
+    arguments = (hidden, weight, bias, labels, factors)
+    with torch.autocast(device, enabled=False):
+        return cast(Tensor, OP.select(backend, *arguments).call(*arguments))
