@@ -77,7 +77,7 @@ trl: $(READY)  ## run the tests of `apply` that need TRL
 # Each part is one run of pytest-benchmark, kept in benches/results/<machine>[-part].json.
 run_bench = $(BIN)/python -m pytest $(1) -q --benchmark-quiet --benchmark-json=.benchmarks/$(2).json $(ARGS) \
   && $(BIN)/python -m benches.report .benchmarks/$(2).json --save --part "$(3)"
-BENCHES := $(addprefix benches/test_bench_,$(addsuffix .py,encode lstm cpt splice layout step inference))
+BENCHES := $(addprefix benches/test_bench_,$(addsuffix .py,encode lstm head cpt splice layout step inference))
 
 bench: $(READY)  ## measure ops, training steps, prefill and generate against PEFT, in under 10 minutes
 	$(call run_bench,$(BENCHES),latest,)

@@ -68,3 +68,10 @@ def cpt(rows: int, width: int, itemsize: int) -> dict[str, Work]:
     """Context and change in, rows and projected change out; backward scales the gradient."""
     forward = 4 * rows * width * itemsize
     return {FORWARD: Work(forward, 0.0), BACKWARD: Work(forward + 2 * rows * width * itemsize, 0.0)}
+
+
+def head_loss(rows: int, width: int, vocabulary: int, itemsize: int) -> dict[str, Work]:
+    """Hidden states (R, D), labels and a head (V, D) into a loss; backward into the hidden states' gradient."""
+    read = (vocabulary * width + rows * width) * itemsize + 8 * rows
+    product = 2.0 * rows * width * vocabulary
+    return {FORWARD: Work(read, product), BACKWARD: Work(read + rows * width * itemsize, 2 * product)}

@@ -29,6 +29,7 @@ COLOURS = {
     OURS: "#2f81f7",
     PEFT: "#8b949e",
     "nn.LSTM": "#8b949e",
+    "transformers": "#8b949e",
     COMPILED: "#d29922",
     "PEFT LoRA 32": "#a371f7",
     "no prompt": "#3fb950",
@@ -83,13 +84,13 @@ def _peer(row: dict[str, Any]) -> str:
 
 def speedups(results: Sequence[dict[str, Any]]) -> Path:
     """Bars: how many times as fast as PEFT, or nn.LSTM, each kind of work is."""
-    order = ("step", "inference", "lstm", "encode")
+    order = ("step", "inference", "lstm", "head loss", "encode")
     rows = [row for result in results for row in rows_of(result) if row["mode"] != "forward" and row["group"] in order]
     rows = [row for row in rows if "2 layers" not in row["case"] and (row["group"], row["dtype"]) != ("encode", "bf16")]
     rows.sort(key=lambda row: order.index(row["group"]))
     names = []
     for row in rows:
-        kind = "encoder with " if row["group"] == "encode" else ""
+        kind = {"encode": "encoder with ", "head loss": "head and loss, "}.get(row["group"], "")
         parts = [kind + row["case"].split(", 6 layers")[0], row["mode"], row["dtype"]]
         names.append(", ".join(part for part in parts if part == parts[0] or not parts[0].startswith(part)))
     ratios = [row["contenders"][_peer(row)]["ratio"] for row in rows]
@@ -103,7 +104,9 @@ def speedups(results: Sequence[dict[str, Any]]) -> Path:
     axes.set_xlim(0, max(ratios) * 1.3)
     figure.tight_layout(rect=(0, 0.5 / figure.get_figheight(), 1, 1))
     steps = "Steps, prefill, generate: 6-layer Llama, D=512, V=32000, random weights, fp32."
-    return save(figure, "speedups", caption(results[0], f"Baseline 1.0: PEFT eager, or nn.LSTM. {steps}"))
+    return save(
+        figure, "speedups", caption(results[0], f"Baseline 1.0: PEFT eager, nn.LSTM, or transformers' loss. {steps}")
+    )
 
 
 def roofline(results: Sequence[dict[str, Any]]) -> Path:
@@ -116,13 +119,13 @@ def roofline(results: Sequence[dict[str, Any]]) -> Path:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8.4, 3.9), width_ratios=(1.35, 1))
     bandwidth, rate = machine["copy_gb_per_s"], machine["matrix_gflop_per_s"]["fp32"]
     knee = rate / bandwidth
-    span = (0.5, 200.0)
+    span = (0.5, 2000.0)
     left.plot([span[0], knee, span[1]], [span[0] * bandwidth, rate, rate], color=GREY, linewidth=1.2)
     left.annotate(f"{rate:.0f} GFLOP/s, measured", (span[1], rate), ha="right", va="bottom", fontsize=7.5)
     left.annotate(f"{bandwidth:.0f} GB/s, measured", (span[0] * 1.2, span[0] * bandwidth * 0.8), fontsize=7.5)
-    markers = {"MLP": "o", "LSTM": "s"}
+    markers = {"MLP": "o", "LSTM": "s", "head loss": "D"}
     for row in with_products:
-        kind = row["case"].split()[0]
+        kind = row["group"] if row["group"] in markers else row["case"].split()[0]
         for name in (OURS, _peer(row)):
             seconds = row["contenders"][name]["median_ms"] / 1e3
             left.scatter(
@@ -133,7 +136,9 @@ def roofline(results: Sequence[dict[str, Any]]) -> Path:
                 s=26,
             )
     for name, kind in ((OURS, "o"), (PEFT, "o")):
-        left.scatter([], [], color=COLOURS[name], marker=kind, label="PEFT or nn.LSTM" if name == PEFT else name)
+        left.scatter(
+            [], [], color=COLOURS[name], marker=kind, label="PEFT, nn.LSTM or transformers" if name == PEFT else name
+        )
     for kind, marker in markers.items():
         left.scatter([], [], color=GREY, marker=marker, label=kind)
     left.set(xscale="log", yscale="log", xlabel="operations per byte (least work)", ylabel="GFLOP/s", xlim=span)

@@ -284,6 +284,53 @@ def splice_case(batch: int, length: int, width: int, device: torch.device, rows:
     )
 
 
+def head_case(rows: int, width: int, vocabulary: int, kind: str, device: torch.device) -> Case:
+    """A language model's head and loss. ATen is a Linear and transformers' loss."""
+    dtype, _, precision, tolerance = _KINDS[kind]
+    source = torch.Generator().manual_seed(0)
+    weight = (torch.randn(vocabulary, width, generator=source) * 0.05).to(device, dtype)
+    labels = torch.randint(vocabulary, (rows,), generator=source).to(device)
+    d_out = torch.ones((), device=device)
+
+    def draw(index: int) -> Tensor:
+        hidden = torch.randn(rows, width, generator=torch.Generator().manual_seed(index))
+        return hidden.to(device, dtype).requires_grad_()
+
+    def plain(hidden: Tensor) -> Tensor:
+        return nn.functional.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
+
+    compiled = torch.compile(plain)
+
+    def make_theirs(index: int, is_compiled: bool) -> Work:
+        hidden = draw(index)
+        return Work(lambda: (compiled if is_compiled else plain)(hidden), [hidden], d_out)
+
+    def make_ours(index: int) -> Work:
+        hidden = draw(index)
+        return Work(lambda: ops.head_loss(hidden, weight, labels), [hidden], d_out)
+
+    def truth() -> tuple[Tensor, Sequence[Tensor]]:
+        hidden = draw(0).detach().double().requires_grad_()
+        loss = nn.functional.cross_entropy(hidden @ weight.double().T, labels, reduction="sum")
+        return loss, torch.autograd.grad(loss, hidden)
+
+    return Case(
+        group="head loss",
+        name=f"R={rows} D={width} V={vocabulary}",
+        dtype=kind,
+        contenders={
+            OURS: make_ours,
+            ATEN: lambda index: make_theirs(index, is_compiled=False),
+            COMPILED: lambda index: make_theirs(index, is_compiled=True),
+        },
+        truth=truth,
+        tolerance=tolerance,
+        set_bytes=(vocabulary + rows) * width * dtype.itemsize,
+        work=_work.head_loss(rows, width, vocabulary, dtype.itemsize),
+        precision=precision,
+    )
+
+
 @dataclass(frozen=True)
 class Planned:
     """A case that is not built yet."""
@@ -309,6 +356,9 @@ def cases(device: torch.device) -> Iterator[Planned]:
     for sizes in large if on_gpu else ((5, 16, 24),):
         for kind in ("fp32", "bf16", "tf32") if on_gpu else ("fp32", "bf16"):
             yield plan(lstm_case, *sizes, kind)
+    for sizes in ((840, 3072, 128256), (8192, 4096, 32000)) if on_gpu else ((9, 16, 40),):
+        for kind in ("bf16", "fp32"):
+            yield plan(head_case, *sizes, kind)
     shapes = ((20, 768), (50, 3072), (20, 4096), (100, 4096), (20, 3072), (100, 8192)) if on_gpu else ((5, 16),)
     for kind in ("fp32", "bf16", "bf16 autocast", "tf32"):
         for rows, width in shapes:

@@ -39,8 +39,8 @@ def head_loss(
         backend: "auto" or "reference".
 
     Returns:
-        A scalar in fp32 (fp64 of fp64). Its gradient with respect to hidden (R, D) is made in the forward pass, if
-        hidden requires one, and has none of its own.
+        A scalar in fp32 (fp64 of fp64). Its gradient with respect to hidden (R, D) has none of its own. It is made in
+        the forward pass, but where all rows fit into one part: then that part is kept for the backward pass.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape; weight or bias require a gradient.
