@@ -94,8 +94,9 @@ bench-metamath: $(READY)  ## measure the shapes of PEFT's MetaMathQA comparison,
 bench-compare: $(READY)  ## what changed between two results: make bench-compare OLD=... NEW=...
 	$(BIN)/python -m benches.compare $(OLD) $(NEW)
 
-pictures: $(READY)  ## draw the committed results into docs/pictures
+pictures: $(READY)  ## draw the committed results into docs/pictures, and write them into README's and docs' tables
 	$(BIN)/python -m benches.pictures
+	$(BIN)/python -m benches.tables
 
 bench-apply: $(READY)  ## measure patched PEFT models against unpatched ones, in about 4 minutes
 	$(call run_bench,benches/test_bench_apply.py,apply,apply)

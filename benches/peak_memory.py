@@ -10,9 +10,9 @@ import resource
 import subprocess
 import sys
 
-from .test_bench_shared import SHAPES, TEXT_LOGITS
+from .test_bench_shared import SHAPES
 
-CONTENDERS = ("fusedprompt", TEXT_LOGITS, "PEFT")
+CONTENDERS = ("fusedprompt", "PEFT")
 
 
 def peak_of_steps(name: str, size: int, rows: int, length: int) -> float:
@@ -21,9 +21,8 @@ def peak_of_steps(name: str, size: int, rows: int, length: int) -> float:
     from .test_bench_shared import theirs_and_ours
 
     theirs, ours = theirs_and_ours(rows)
-    options = {"logits": "text"} if name == TEXT_LOGITS else {}
     model = theirs if name == "PEFT" else ours
-    turn = contender(name, model, model, {**batch_of(size, length), **options})
+    turn = contender(name, model, model, batch_of(size, length))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(2):
         turn.work("training step")()

@@ -54,6 +54,9 @@ STYLE = {
 }
 
 
+MACHINE = "amd-epyc-2-threads"  # whose results README and docs show
+
+
 def load(machine: str, part: str = "") -> dict[str, Any]:
     """A committed result; empty if there is none of that part."""
     path = RESULTS / f"{machine}{f'-{part}' if part else ''}.json"
@@ -254,7 +257,7 @@ def _grouped(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="benches.pictures", description=__doc__)
-    parser.add_argument("machine", nargs="?", default="amd-epyc-2-threads", help="whose results of benches/results")
+    parser.add_argument("machine", nargs="?", default=MACHINE, help="whose results of benches/results")
     options = parser.parse_args(arguments)
     main_result = load(options.machine)
     with matplotlib.rc_context(STYLE):

@@ -26,7 +26,7 @@ SHAPES = {  # B, N, T
     "one row": (1, 20, 512),
     "one token": (4, 1, 210),
 }
-TEXT_LOGITS, ONE_TOKEN = "text logits", "PEFT N=1"
+ONE_TOKEN = "PEFT N=1"
 
 
 def prompt_config(rows: int) -> Any:
@@ -41,14 +41,13 @@ def theirs_and_ours(rows: int) -> tuple[Any, Any]:
 
 
 def build_step(size: int, rows: int, length: int, all_peers: bool = True) -> Case:
-    """Training steps: forward, backward and AdamW. all_peers: with logits of the text alone, and a compiled peer."""
+    """Training steps: forward, backward and AdamW. all_peers: with a compiled peer."""
     batch = batch_of(size, length)
     theirs, ours = theirs_and_ours(rows)
     again, truth = copy.deepcopy(theirs), copy.deepcopy(theirs)
     contenders = [contender(OURS, ours, ours, batch), contender(PEFT, theirs, theirs, batch)]
     if all_peers:
-        text, to_compile = copy.deepcopy(ours), copy.deepcopy(theirs)
-        contenders.append(contender(TEXT_LOGITS, text, text, {**batch, "logits": "text"}))
+        to_compile = copy.deepcopy(theirs)
         contenders.append(contender(COMPILED, to_compile, compiled(to_compile), batch))
     contenders.append(contender(AGAIN, again, again, batch))
     return step_case(
@@ -65,12 +64,11 @@ def build_cost(size: int, rows: int, length: int) -> Case:
     """Training steps with the prompt, with a prompt of one token, without any, and with LoRA instead."""
     batch = batch_of(size, length)
     theirs, ours = theirs_and_ours(rows)
-    again, truth, text = copy.deepcopy(theirs), copy.deepcopy(theirs), copy.deepcopy(ours)
+    again, truth = copy.deepcopy(theirs), copy.deepcopy(theirs)
     one = peft.get_peft_model(llama(*LARGE), prompt_config(1))
     contenders = [
         contender(OURS, ours, ours, batch),
         contender(PEFT, theirs, theirs, batch),
-        contender(TEXT_LOGITS, text, text, {**batch, "logits": "text"}),
         contender(ONE_TOKEN, one, one, batch, comparable=False),
         no_prompt(LARGE, batch),
         lora(LARGE, batch),

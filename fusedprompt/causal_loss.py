@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
@@ -51,15 +51,27 @@ def why_not_wait(model: PromptModel) -> str | None:
 
     Nobody reads them who trains with the output's own loss, and the head's forward and backward over the virtual
     tokens alone took 75 of 1094 ms of a step (B=4, P=200, T=210, V=32000). The base model must not change in the
-    meantime, so it must be frozen; and one process of several that repeats a pass alone would wait for the others.
+    meantime, so it must be frozen; and where each process has a shard of it, one that runs a part alone would wait for
+    the others.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return "several processes may have to call the base model together"
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and _is_sharded(model.base_model):
+        return "each process has a shard of the base model"
     if not has_transformers_loss(model):
         return "the base model's loss is its own"
     if any(parameter.requires_grad for parameter in model.base_model.parameters()):
         return "a part of the base model is trained"
     return None
+
+
+def _is_sharded(base: nn.Module) -> bool:
+    """Whether parameters are anything but whole tensors of this process: by FSDP, `fully_shard`, or ZeRO-3."""
+    return any(
+        type(parameter) is not nn.Parameter
+        or not parameter.numel()
+        or getattr(parameter, "_fsdp_flattened", False)  # of FSDP with use_orig_params
+        or hasattr(parameter, "ds_id")
+        for parameter in base.parameters()
+    )
 
 
 def why_not_head_loss(model: PromptModel) -> str | None:

@@ -138,7 +138,7 @@ def train_wrapped(rank: int, world_size: int, folder: str) -> None:
                 model = peft_model("Llama", method=method).train()
                 for patched, twin in ((False, copy.deepcopy(model)), (True, model)):
                     if patched:
-                        fusedprompt.apply(twin, route=route)
+                        patch = fusedprompt.apply(twin, route=route)
                     wrapped = wrap(twin)
                     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
                     optimizer = torch.optim.AdamW(trained, lr=1e-2)
@@ -151,6 +151,8 @@ def train_wrapped(rank: int, world_size: int, folder: str) -> None:
                         losses[patched].append(loss.item())
                 assert losses[1] == pytest.approx(losses[0], rel=1e-4), (name, method, route)
                 assert losses[0][0] != losses[0][2]
+                # Of a base model in shards the head is called with the rest of it.
+                assert ("head_loss: reference" in str(patch)) == (name == "DDP" and route == "shared")
     finally:
         torch.distributed.destroy_process_group()
 

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benches import pictures
+from benches import pictures, tables
 
 
 def test_every_committed_picture_is_drawn_again_from_the_committed_results(
@@ -34,3 +34,15 @@ def test_a_caption_names_baseline_and_machine() -> None:
     machine = result["machine_info"]
     for part in ("Baseline: PEFT.", machine["cpu"], f"PEFT {machine['versions']['peft']}", result["datetime"][:10]):
         assert part in text
+
+
+@pytest.mark.parametrize("name", tables.FILES)
+def test_every_table_of_figures_is_that_of_the_committed_results(name: str) -> None:
+    text = (tables.ROOT / name).read_text()
+    assert "<!-- table" in text
+    assert tables.filled(text) == text, "run: make pictures"
+
+
+def test_a_table_names_rows_that_are_there_once() -> None:
+    with pytest.raises(LookupError, match=r"step 'prompt tuning'.*expected one row of part '', got 2"):
+        tables.find("", "step", "prompt tuning")
