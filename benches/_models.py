@@ -114,6 +114,7 @@ def encoder_config(kind: str, rows: int, width: int, hidden: int) -> peft.Prompt
 
 def step_work(ours: Contender) -> dict[str, Work]:
     """The operations of our own training step, counted: what any contender must do that shares as much."""
+    ours.work(BACKWARD)()  # a model's first step makes logits, to see whether it can do without them
     flops = counted_flops(ours.work(BACKWARD))  # without the update, so that it still has the peers' parameters
     ours.clear()
     return {STEP: Work(0.0, flops)}

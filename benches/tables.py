@@ -72,8 +72,8 @@ def steps() -> list[list[str]]:
                 ("CPT, B=4, P=16, T=64", "CPT"),
             )
         ),
-        compared("prefill with a kept prompt, B=8, P=100, T=64", find("", "inference", "prefill B=8 P=100")),
-        compared("24 tokens generated, B=8, P=100, T=64", find("", "inference", "generate B=8 P=100")),
+        compared("prefill with a kept prompt, B=8, P=100, T=64", find("", "inference", "prefill B=8 N=100")),
+        compared("24 tokens generated, B=8, P=100, T=64", find("", "inference", "generate B=8 N=100")),
     ]
 
 
@@ -144,7 +144,7 @@ def routes() -> list[list[str]]:
 def cost() -> list[list[str]]:
     others = (NO_PROMPT, "PEFT N=1", LORA, PEFT)
     lines = [["B, N, T", "ours", "no prompt", "one token", "LoRA", "PEFT", "ours / one token", "ours / LoRA", "floor"]]
-    for sizes in ("B=4 N=200 T=210", "B=8 N=100 T=64", "B=16 N=50 T=100", "B=16 N=200 T=210"):
+    for sizes in ("B=4 N=200 T=210", "B=8 N=100 T=64", "B=16 N=50 T=100"):
         row = find("routes", "cost of a prompt", f"training step {sizes}")
         times = {name: figures["median_ms"] for name, figures in row["contenders"].items()}
         own = times[OURS]

@@ -93,7 +93,7 @@ def step(request: pytest.FixtureRequest) -> Iterator[Case]:
     yield build_step(*request.param)
 
 
-@pytest.fixture(scope="module", params=[(4, 200, 210), (8, 100, 64), (16, 50, 100), (16, 200, 210)], ids=_name)
+@pytest.fixture(scope="module", params=[(4, 200, 210), (8, 100, 64), (16, 50, 100)], ids=_name)
 def cost(request: pytest.FixtureRequest) -> Iterator[Case]:
     yield build_cost(*request.param)
 

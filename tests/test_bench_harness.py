@@ -380,3 +380,21 @@ def test_a_result_keeps_figures_and_leaves_out_single_times() -> None:
     assert output["commit_info"] == RESULT["commit_info"]
     assert output["schema"] == conftest.SCHEMA
     assert output["benchmarks"][0] == {**RESULT["benchmarks"][0], "name": "n"}
+
+
+def test_operations_within_our_own_ops_are_counted() -> None:
+    from benches._memory import counted_flops
+    from fusedprompt import ops
+
+    hidden, weight, labels = (
+        torch.randn(6, 8, requires_grad=True),
+        torch.randn(50, 8),
+        torch.tensor([1, -100, 2, 3, 4, 5]),
+    )
+    assert counted_flops(lambda: ops.head_loss(hidden, weight, labels)) == 4 * 5 * 8 * 50
+    assert counted_flops(lambda: ops.head_loss(hidden.detach(), weight, labels)) == 2 * 5 * 8 * 50
+    if ops.explain("lstm", torch.zeros(1, 3, 4)).get("native") == "runs":
+        weights = [torch.randn(*shape, requires_grad=True) for shape in ((20, 4), (20, 5), (20,), (20,))]
+        forward = 2 * 3 * (20 * 4 + 20 * 5)
+        work = lambda: ops.lstm(torch.zeros(1, 3, 4), weights, num_layers=1, bidirectional=False).sum().backward()  # noqa: E731
+        assert counted_flops(work) == 3 * forward

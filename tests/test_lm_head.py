@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedprompt
 from fusedprompt.lm_head import waiting_head, withheld
@@ -124,6 +125,26 @@ def test_the_head_comes_back_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError):
         step(model)
     assert "forward" not in vars(model.base_model.lm_head)
+
+
+def test_the_heads_products_are_of_matrices() -> None:
+    """A batched one, which PyTorch makes of a slice (1, 1, D), copies the whole weight first in bf16."""
+    model, products = model_of(), []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if any(isinstance(value, Tensor) and {VOCAB, WIDTH} <= set(value.shape) for value in args):
+                products.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        nn.functional.linear(torch.zeros(1, ROWS, WIDTH)[:, -1:], model.base_model.lm_head.weight)
+    assert "aten::bmm" in products
+    products.clear()
+    for _ in range(2):
+        with Products():
+            model(**task_inputs("CAUSAL_LM", tokens(6, 10)), route="shared").loss.backward()
+    assert products.count("aten::mm") >= 3 and "aten::bmm" not in products
 
 
 class Doubled(nn.Linear):
