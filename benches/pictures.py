@@ -104,7 +104,7 @@ def speedups(results: Sequence[dict[str, Any]]) -> Path:
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.set_xlabel("times as fast (1 = the same)")
-    axes.set_xlim(0, max(ratios) * 1.3)
+    axes.set_xlim(0, max(ratios) * 1.6)
     figure.tight_layout(rect=(0, 0.5 / figure.get_figheight(), 1, 1))
     steps = "Steps, prefill, generate: 6-layer Llama, D=512, V=32000, random weights, fp32."
     return save(
@@ -244,7 +244,7 @@ def _grouped(
     axes.set_yticks(range(len(rows)), [row["case"].replace(", 6 layers D=512 V=32000", "") for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel(label)
-    axes.legend(fontsize=7.5, loc="lower right")
+    axes.legend(fontsize=7.5, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(names), borderaxespad=0.2)
     figure.tight_layout(rect=(0, 0.5 / figure.get_figheight(), 1, 1))
     model = rows[0]["case"] if name == "metamath" else "6-layer Llama, D=512, V=32000, fp32"
     text = {
