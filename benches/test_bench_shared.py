@@ -7,7 +7,7 @@ LoRA of rank 32, these two through PEFT, at the same batch: how much the prompt'
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import peft
@@ -16,7 +16,7 @@ import pytest
 import fusedprompt
 
 from ._compiled import compiled
-from ._interleave import AGAIN, COMPILED, OURS, PEFT, STEP, Case, measure
+from ._interleave import AGAIN, COMPILED, OURS, PEFT, STEP, Case, Contender, measure
 from ._models import LARGE, batch_of, contender, llama, lora, no_prompt, step_case
 
 SHAPES = {  # B, N, T
@@ -40,48 +40,46 @@ def theirs_and_ours(rows: int) -> tuple[Any, Any]:
     return theirs, ours
 
 
-def build_step(size: int, rows: int, length: int, all_peers: bool = True) -> Case:
-    """Training steps: forward, backward and AdamW. all_peers: with a compiled peer."""
+def build(
+    group: str, shape: tuple[int, int, int], peers: Callable[[Any, dict[str, Any]], list[Contender]], note: str = ""
+) -> Case:
+    """Training steps of ours and PEFT's: forward, backward and AdamW. peers: others, of PEFT's model and the batch."""
+    size, rows, length = shape
     batch = batch_of(size, length)
     theirs, ours = theirs_and_ours(rows)
     again, truth = copy.deepcopy(theirs), copy.deepcopy(theirs)
-    contenders = [contender(OURS, ours, ours, batch), contender(PEFT, theirs, theirs, batch)]
-    if all_peers:
-        to_compile = copy.deepcopy(theirs)
-        contenders.append(contender(COMPILED, to_compile, compiled(to_compile), batch))
-    contenders.append(contender(AGAIN, again, again, batch))
-    return step_case(
-        "shared",
-        f"training step B={size} N={rows} T={length}",
-        contenders,
-        contender("PEFT", truth, truth, batch),
-        seconds=30.0,
-        rounds=(6, 10),
-    )
-
-
-def build_cost(size: int, rows: int, length: int) -> Case:
-    """Training steps with the prompt, with a prompt of one token, without any, and with LoRA instead."""
-    batch = batch_of(size, length)
-    theirs, ours = theirs_and_ours(rows)
-    again, truth = copy.deepcopy(theirs), copy.deepcopy(theirs)
-    one = peft.get_peft_model(llama(*LARGE), prompt_config(1))
     contenders = [
         contender(OURS, ours, ours, batch),
         contender(PEFT, theirs, theirs, batch),
-        contender(ONE_TOKEN, one, one, batch, comparable=False),
-        no_prompt(LARGE, batch),
-        lora(LARGE, batch),
+        *peers(theirs, batch),
         contender(AGAIN, again, again, batch),
     ]
-    return step_case(
-        "cost of a prompt",
-        f"training step B={size} N={rows} T={length}, floor {1 + rows / (size * length):.2f}",
-        contenders,
-        contender("PEFT", truth, truth, batch),
-        seconds=30.0,
-        rounds=(6, 10),
-    )
+    name = f"training step B={size} N={rows} T={length}{note}"
+    return step_case(group, name, contenders, contender("PEFT", truth, truth, batch), seconds=30.0, rounds=(6, 10))
+
+
+def build_step(size: int, rows: int, length: int, all_peers: bool = True) -> Case:
+    """all_peers: with a compiled peer."""
+
+    def peers(theirs: Any, batch: dict[str, Any]) -> list[Contender]:
+        to_compile = copy.deepcopy(theirs)
+        return [contender(COMPILED, to_compile, compiled(to_compile), batch)] if all_peers else []
+
+    return build("shared", (size, rows, length), peers)
+
+
+def build_cost(size: int, rows: int, length: int) -> Case:
+    """Beside a prompt of one token, none, and LoRA instead."""
+
+    def peers(_: Any, batch: dict[str, Any]) -> list[Contender]:
+        one = peft.get_peft_model(llama(*LARGE), prompt_config(1))
+        return [
+            contender(ONE_TOKEN, one, one, batch, comparable=False),
+            no_prompt(LARGE, batch),
+            lora(LARGE, batch),
+        ]
+
+    return build("cost of a prompt", (size, rows, length), peers, f", floor {1 + rows / (size * length):.2f}")
 
 
 def _name(shape: tuple[int, int, int]) -> str:

@@ -106,14 +106,10 @@ def call_with_labels(model: PromptModel, arguments: Mapping[str, Any], route: st
     assert labels is not None
     others = {name: value for name, value in arguments.items() if name not in ("labels", "num_items_in_batch")}
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    number = arguments.get("num_items_in_batch")
-    if number is None:
-        number = (following != IGNORE_INDEX).sum()
+    counted = arguments.get("num_items_in_batch")
 
     def loss_of(source: Tensor | Withheld) -> Tensor:
-        if isinstance(source, Tensor):
-            return summed_loss(source, None, following.to(source.device)) / number
-        return summed_loss(source.stand_in, source, following.to(source.hidden.device)) / number
+        return mean_loss(summed_loss(source, following), counted, following)
 
     return call_for_loss(model, lambda: base(**others), loss_of, wait=True)
 
@@ -127,11 +123,18 @@ def _has_plain_loss(base: Any, arguments: Mapping[str, Any]) -> bool:
     return all(value is None or name in _PLAIN for name, value in arguments.items())
 
 
-def summed_loss(logits: Tensor, head: Withheld | None, following: Tensor) -> Tensor:
-    """Sum of the cross entropies of logits (B, T, V), or of those that `head` would make, with labels (B, T)."""
-    if head is not None:
-        return head.summed_loss(following).float()
-    return summed_cross_entropy(logits.view(-1, logits.shape[-1]), following.flatten())
+def summed_loss(source: Tensor | Withheld, following: Tensor) -> Tensor:
+    """Sum of the cross entropies of logits (B, T, V), or of those that a head would make, with labels (B, T)."""
+    if isinstance(source, Withheld):
+        return source.summed_loss(following.to(source.hidden.device)).float()
+    return summed_cross_entropy(source.view(-1, source.shape[-1]), following.to(source.device).flatten())
+
+
+def mean_loss(total: Tensor, counted: Any, *labels: Tensor) -> Tensor:
+    """A sum of losses over the number of labels that count, or over `counted`, Trainer's `num_items_in_batch`."""
+    number = sum((part != IGNORE_INDEX).sum() for part in labels) if counted is None else counted
+    mean: Tensor = total / (number.to(total.device) if isinstance(number, Tensor) else number)
+    return mean
 
 
 def context_loss(source: Tensor | Withheld, labels: Tensor, token_types: Tensor, decay: float) -> Tensor:

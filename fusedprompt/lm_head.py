@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import ops
 from .deferred import Finish, defer, replaced
 from .sharing import transformers_model
-from .stamp import stamp
+from .stamp import as_now
 
 
 @dataclass
@@ -42,18 +42,7 @@ class Withheld:
 
     def logits(self) -> Callable[[], Tensor]:
         """A function that gives (B, T, V) logits, as the head would have given them now."""
-        device = self.hidden.device.type
-        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        before = stamp(self.head)
-
-        def run() -> Tensor:
-            with torch.autocast(device, dtype=dtype, enabled=enabled):
-                now = stamp(self.head)
-                if before is not None and (now is None or not before.matches(now)):
-                    raise RuntimeError("logits: expected to be read before the base model's weights change")
-                return cast(Tensor, self.head(self.hidden))
-
-        return run
+        return as_now(self.head, self.hidden.device.type, lambda: self.head(self.hidden))
 
 
 def waiting_head(base: Any) -> Any:
@@ -117,7 +106,10 @@ class TextHead:
 
     def may_be_withheld(self, base: nn.Module) -> bool:
         """Whether `call` will hold back the head, as far as one can tell before a model's first call."""
-        return self._comes_last is not False and waiting_head(base) is not None
+        return self._head(base) is not None
+
+    def _head(self, base: nn.Module) -> Any:
+        return None if self._comes_last is False else waiting_head(base)
 
     def call(self, base: nn.Module, call: Callable[[], Any]) -> tuple[Any, Withheld | None]:
         """The output of `call()`, which runs the base model, and the head if it is still to come.
@@ -125,9 +117,9 @@ class TextHead:
         A model's first call is watched: there the head runs, to see whether the output's logits are what it gave.
         `call` may run twice.
         """
-        if not self.may_be_withheld(base):
+        head = self._head(base)
+        if head is None:
             return call(), None
-        head = waiting_head(base)
         if self._comes_last is None:
             found, given = Withheld(head), list[Any]()
 

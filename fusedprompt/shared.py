@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from . import ops
 from .base_model import device_of
-from .causal_loss import has_transformers_loss, summed_loss
+from .causal_loss import has_transformers_loss, mean_loss, summed_loss
 from .deferred import defer, replaced
 from .layout import IGNORE_INDEX, Layout, count_padding, may_be_padded
 from .lm_head import TextHead, Withheld
@@ -27,7 +27,7 @@ from .mixed import Mixture, arrange
 from .ops._backend import BackendUnavailable
 from .routes import check_length, checked_tokens, choose_layout
 from .sharing import active_noise, keeps_all, transformers_model
-from .stamp import stamp
+from .stamp import as_now
 
 if TYPE_CHECKING:
     from .model import PromptModel
@@ -167,19 +167,13 @@ def run_prompt(
 def _all_logits(model: PromptModel, arguments: dict[str, Any], names: Sequence[str] | None) -> Callable[[], Tensor]:
     """A function that runs the prompt once more, as it would run now."""
     base: Any = model.base_model
-    device = arguments["inputs_embeds"].device.type
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    before = stamp(base)
 
     def repeat() -> Tensor:
-        with torch.autocast(device, dtype=dtype, enabled=enabled), _without_noise(base), model.heads_for_rows(names):
-            now = stamp(base)
-            if before is not None and (now is None or not before.matches(now)):
-                raise RuntimeError("logits: expected to be read before the base model's weights change")
+        with _without_noise(base), model.heads_for_rows(names):
             logits: Tensor = base(**arguments, use_cache=False, return_dict=True).logits
         return logits
 
-    return repeat
+    return as_now(base, arguments["inputs_embeds"].device.type, repeat)
 
 
 @contextlib.contextmanager
@@ -346,15 +340,10 @@ def _loss(
         following = following.masked_fill(before_text, IGNORE_INDEX)
     if text.has_prompt is not None:
         first = first.masked_fill(~text.has_prompt, IGNORE_INDEX)
-    number = counted
-    if number is None:
-        number = (following != IGNORE_INDEX).sum() + (first != IGNORE_INDEX).sum()
-    if isinstance(number, Tensor):
-        number = number.to(text_logits.device)
     from_prompt = states.last_logits(size).float()
     total = F.cross_entropy(from_prompt, first, ignore_index=IGNORE_INDEX, reduction="sum")
-    mean: Tensor = (total + summed_loss(text_logits, head, following)) / number
-    return mean
+    total = total + summed_loss(text_logits if head is None else head, following)
+    return mean_loss(total, counted, following, first)
 
 
 def _with_prompt(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,25 @@ def stamp(module: nn.Module) -> Stamp | None:
     with torch.no_grad():
         samples = tuple(_samples(tensors))
     return Stamp(tuple(map(weakref.ref, tensors)), versions, settings, samples)
+
+
+def as_now(module: nn.Module, device: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A function that makes logits later by `call()`, under the autocast of now.
+
+    Raises, when it is called:
+        RuntimeError: the module's weights have changed since.
+    """
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    before = stamp(module)
+
+    def run() -> Tensor:
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            now = stamp(module)
+            if before is not None and (now is None or not before.matches(now)):
+                raise RuntimeError("logits: expected to be read before the base model's weights change")
+            return call()
+
+    return run
 
 
 def _switches(base: nn.Module) -> list[Any]:
