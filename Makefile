@@ -82,13 +82,13 @@ BENCHES := $(addprefix benches/test_bench_,$(addsuffix .py,encode lstm head cpt 
 bench: $(READY)  ## measure ops, training steps, prefill and generate against PEFT, in under 10 minutes
 	$(call run_bench,$(BENCHES),latest,)
 
-bench-routes: $(READY)  ## measure the shared route closely, in about 20 minutes
+bench-routes: $(READY)  ## measure the shared route closely, in about 12 minutes
 	$(call run_bench,benches/test_bench_shared.py benches/test_bench_mixed.py,routes,routes)
 
 bench-scaling: $(READY)  ## measure time against size, in about 8 minutes
 	$(call run_bench,benches/test_scaling.py,scaling,scaling)
 
-bench-metamath: $(READY)  ## measure the shapes of PEFT's MetaMathQA comparison, in about 13 minutes
+bench-metamath: $(READY)  ## measure the shapes of PEFT's MetaMathQA comparison, in about 14 minutes
 	$(call run_bench,benches/test_bench_metamath.py,metamath,metamath)
 
 bench-compare: $(READY)  ## what changed between two results: make bench-compare OLD=... NEW=...
