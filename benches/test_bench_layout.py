@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,24 +9,25 @@ import torch
 from torch import Tensor
 
 from fusedprompt import Template
-from fusedprompt.placing import with_slots
-from fusedprompt.tasks import Batch
+from fusedprompt.base.facts import BaseFacts
+from fusedprompt.base.tasks import task_of
+from fusedprompt.layouts.batch import Batch
+from fusedprompt.layouts.from_template import put_into_template
+from fusedprompt.layouts.prompt import Prompt
 
 from ._interleave import FORWARD, OURS, Case, Contender, check, measure
 
 TEMPLATE = Template.parse("[prompt 8] [text] [prompt 8] [anchor 17 18] [prompt 4]")
-MODEL: Any = SimpleNamespace(
-    active_config=SimpleNamespace(task_type="CAUSAL_LM"), facts=SimpleNamespace(takes_token_type_ids=False)
-)
+PROMPT = Prompt("default", "P_TUNING", task_of("CAUSAL_LM"), 20, template=TEMPLATE)
+FACTS = BaseFacts(False, True, True, False, 0, None)
 Laid = tuple[Tensor, Tensor, Tensor]
 
 
 def ours(ids: Tensor, mask: Tensor) -> Laid:
-    batch = Batch(input_ids=ids, attention_mask=mask, labels=ids)
-    with_slots(MODEL, TEMPLATE, batch, None)
-    assert batch.layout is not None and batch.layout.slots is not None
-    assert batch.attention_mask is not None and batch.labels is not None
-    return batch.layout.slots * batch.attention_mask, batch.attention_mask, batch.labels
+    placed = put_into_template(PROMPT, FACTS, Batch(input_ids=ids, attention_mask=mask, labels=ids), None)
+    mask, slots = placed.batch.attention_mask, placed.layout.slots
+    assert slots is not None and mask is not None
+    return slots * mask, mask, placed.batch.labels
 
 
 def row_by_row(ids: Tensor, mask: Tensor) -> Laid:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedprompt
-from fusedprompt.mixed import Mixture, arrange
+from fusedprompt.layouts.mixture import Mixture, arrange
 from fusedprompt.ops import splice
 
 from ._interleave import AGAIN, BACKWARD, FORWARD, OURS, PEFT, STEP, Case, Contender, check, measure
@@ -159,7 +159,8 @@ def build_layout(batch: int, length: int, rows: int) -> Case:
     names = [*map(str, range(batch))]
 
     def forward() -> Tensor:
-        arranged = arrange(Mixture.of(model, names, ids), model.facts, ids, mask)
+        mixture = Mixture.of(model.prompts, model.prompts[model.active_adapter], names, ids)
+        arranged = arrange(mixture, model.facts, ids, mask)
         fields = (arranged.mask(mask, ids), arranged.labels(ids, True), arranged.position_ids())
         return torch.stack([field for field in fields if field is not None])
 

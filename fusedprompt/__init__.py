@@ -13,47 +13,50 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from . import ops
-    from .config import (
+    from .base.tasks import TaskType
+    from .integrations.peft import apply
+    from .layouts.collator import TemplateCollator
+    from .layouts.layout import Layout
+    from .layouts.template import Template
+    from .methods import (
         CPTConfig,
-        PeftType,
+        CPTEmbedding,
+        PromptEmbedding,
+        PromptEncoder,
         PromptEncoderConfig,
         PromptEncoderReparameterizationType,
-        PromptLearningConfig,
         PromptTuningConfig,
         PromptTuningInit,
-        TaskType,
     )
-    from .integrations.peft import apply
-    from .layout import Layout
-    from .model import PromptModel, get_prompt_model
-    from .modules import CPTEmbedding, PromptEmbedding, PromptEncoder
+    from .methods.config import PeftType, PromptLearningConfig
+    from .model.prompt_model import PromptModel, get_prompt_model
     from .ops import BackendUnavailable, explain, use_backend
-    from .packing import PackingCollator, pack
-    from .rendering import TemplateCollator
-    from .template import Template
+    from .routes.choice import RouteUnavailable
+    from .routes.packing import PackingCollator, pack
 
 _MODULE_OF = {
     "BackendUnavailable": "ops",
-    "CPTConfig": "config",
-    "CPTEmbedding": "modules",
-    "Layout": "layout",
-    "PackingCollator": "packing",
-    "PeftType": "config",
-    "PromptEmbedding": "modules",
-    "PromptEncoder": "modules",
-    "PromptEncoderConfig": "config",
-    "PromptEncoderReparameterizationType": "config",
-    "PromptLearningConfig": "config",
-    "PromptModel": "model",
-    "PromptTuningConfig": "config",
-    "PromptTuningInit": "config",
-    "TaskType": "config",
-    "Template": "template",
-    "TemplateCollator": "rendering",
+    "CPTConfig": "methods",
+    "CPTEmbedding": "methods",
+    "Layout": "layouts.layout",
+    "PackingCollator": "routes.packing",
+    "PeftType": "methods.config",
+    "PromptEmbedding": "methods",
+    "PromptEncoder": "methods",
+    "PromptEncoderConfig": "methods",
+    "PromptEncoderReparameterizationType": "methods",
+    "PromptLearningConfig": "methods.config",
+    "PromptModel": "model.prompt_model",
+    "PromptTuningConfig": "methods",
+    "PromptTuningInit": "methods",
+    "RouteUnavailable": "routes.choice",
+    "TaskType": "base.tasks",
+    "Template": "layouts.template",
+    "TemplateCollator": "layouts.collator",
     "apply": "integrations.peft",
     "explain": "ops",
-    "get_prompt_model": "model",
-    "pack": "packing",
+    "get_prompt_model": "model.prompt_model",
+    "pack": "routes.packing",
     "use_backend": "ops",
 }
 
@@ -72,6 +75,7 @@ __all__ = [
     "PromptModel",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RouteUnavailable",
     "TaskType",
     "Template",
     "TemplateCollator",

@@ -17,11 +17,11 @@ def main(arguments: list[str]) -> int:
     """Run one command; returns its exit code (2 for an unknown command)."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command == "demo":
-        from .demo import main as demo
+        from .commands.demo import main as demo
 
         return demo(rest)
     if command == "doctor":
-        from .doctor import main as doctor
+        from .commands.doctor import main as doctor
 
         return doctor(rest)
     wants_help = command in ("-h", "--help")

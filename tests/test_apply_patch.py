@@ -317,7 +317,7 @@ def test_sharded_parameters_are_read_inside_their_modules_alone() -> None:
             large = {name: torch.cat([value] * 16) for name, value in inputs.items()}
             with torch.no_grad():  # the shared route, whose keys and values cannot be kept: nobody sees weights change
                 torch.testing.assert_close(model(**large).logits[:3], expected, rtol=1e-4, atol=1e-5)
-            assert not len(fusedprompt.integrations.peft.patch_of(model).view.prompt_cache)
+            assert not len(fusedprompt.integrations.peft.patch_of(model).host.prompt_cache)
 
 
 def test_the_switch_patches_new_models_and_nothing_else(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import setuptools
 import torch
 
 import fusedprompt
-from fusedprompt import doctor
+from fusedprompt.commands import doctor
 from fusedprompt.ops import _native
 
 ROOT = Path(fusedprompt.__file__).resolve().parent.parent

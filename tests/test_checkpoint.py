@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 import fusedprompt
-from fusedprompt import checkpoint
+from fusedprompt.methods import checkpoint
 from models import build, config_fields, ours, pair, task_inputs, tokens
 
 TASKS = [

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fusedprompt.deferred import defer, replaced
+from fusedprompt.base.outputs import defer, replaced
 
 
 def deferred(calls: list[int] | None = None) -> Any:

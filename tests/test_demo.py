@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import fusedprompt as fp
-from fusedprompt.demo import main, own_text, story, timing, words
-from fusedprompt.demo.words import IGNORED, PAD, TASKS
+from fusedprompt.commands.demo import main, own_text, story, timing, words
+from fusedprompt.commands.demo.words import IGNORED, PAD, TASKS
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fusedprompt
-from fusedprompt import doctor
+from fusedprompt.commands import doctor
 from pages import ROOT
 
 SECTIONS = ["versions", "system", "devices", "environment", "native code", "backends", "checks"]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import oracle
 from fusedprompt import Layout
-from fusedprompt.layout import count_padding, may_be_padded
-from fusedprompt.picture import join_symbols, row_symbols
+from fusedprompt.layouts.padding import count_padding, may_be_padded
+from fusedprompt.layouts.picture import join_symbols, row_symbols
 from tolerance import examples, generator, one_thread  # noqa: F401
 
 DTYPES = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.bfloat16]

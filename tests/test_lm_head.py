@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedprompt
-from fusedprompt.lm_head import waiting_head, withheld
+from fusedprompt.routes.head import waiting_head, withheld
 from models import CPT_FIELDS, VOCAB, WIDTH, Largest, build, ours, pad, task_inputs, tokens
 from tolerance import largest, one_thread
 

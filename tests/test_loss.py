@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from fusedprompt.loss import summed_cross_entropy
+from fusedprompt.routes.cross_entropy import summed_cross_entropy
 from tolerance import Tensors, assert_as_accurate, dtypes, evaluate, generator, normal
 
 

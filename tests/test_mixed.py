@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fusedprompt
-from fusedprompt.mixed import Mixture, arrange
+from fusedprompt.layouts.mixture import Mixture, arrange
 from mixtures import (
     ADAPTERS,
     BASE,
@@ -100,7 +100,7 @@ def test_arranging_a_batch_never_looks_at_values(family: str) -> None:
     """On the meta device, which has none; a GPU would make the host wait."""
     model = mixed(family, "CAUSAL_LM" if family == "Llama" else "TOKEN_CLS")
     ids, mask = (values.to("meta") for values in padded(*PADDED["both"]))
-    mixture = Mixture.of(model, NAMES, ids)
+    mixture = Mixture.of(model.prompts, model.prompts[model.active_adapter], NAMES, ids)
     for pool_last in (False, True):
         arranged = arrange(mixture, model.facts, ids, mask, pool_last)
         fields = (arranged.mask(mask, ids), arranged.labels(ids, True), arranged.position_ids(), arranged.layout.slots)

@@ -218,9 +218,11 @@ def test_answers_to_questions_count_the_callers_tokens() -> None:
     output = model(input_ids=ids, start_positions=torch.tensor([2]), end_positions=torch.tensor([3]))
     columns = sequence([20, 21, 22], "bert")
     first = columns.index(("P", 1)) + 2
-    spans = {"start_positions": torch.tensor([first + 1]), "end_positions": torch.tensor([first + 2])}
-    alone = model.base_model(inputs_embeds=row_of(model, columns), **spans)
-    assert_close(output.loss, alone.loss)
+    alone = model.base_model(inputs_embeds=row_of(model, columns))
+    places = [0, first, first + 1, first + 2, len(columns) - 1]  # of the caller's tokens
+    pairs = ((alone.start_logits, 2), (alone.end_logits, 3))
+    losses = [F.cross_entropy(logits[:, places], torch.tensor([answer])) for logits, answer in pairs]
+    assert_close(output.loss, (losses[0] + losses[1]) / 2)
     assert_close(output.start_logits[0, 1:4], alone.start_logits[0, first : first + 3])
 
 

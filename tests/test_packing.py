@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 import fusedprompt
-from fusedprompt.packing import block_mask
+from fusedprompt.routes.packing import block_mask
 from mixtures import BASE, assert_close, drawn_model, gradients
 from mixtures import alone as of_adapter
 from models import ours, tokens
@@ -122,7 +122,7 @@ def test_lengths_go_to_flash_attention_alone() -> None:
     model(**packed)
     assert "cu_seq_lens_q" not in seen and seen["use_cache"] is False
     # What transformers would call it with; there is no such attention on a CPU.
-    from fusedprompt.packing import flash_arguments
+    from fusedprompt.routes.packing import flash_arguments
 
     model.base_model.config._attn_implementation_internal = "flash_attention_2"
     given = dict(packed)

@@ -37,13 +37,12 @@ def test_question_answering_trains_on_the_answer_and_returns_the_tokens_logits(f
     inputs = task_inputs("QUESTION_ANS", tokens())
     output = model(**inputs)
     assert output.start_logits.shape == output.end_logits.shape == (3, 7)
-    # The model normalises over prompt and tokens: its own logits, before they are cut, are the oracle.
-    inner = copy.deepcopy(inputs)
+    # The answer is one of the tokens: the model's own logits at these, and no virtual token's, are the oracle.
     spliced = {"inputs_embeds": torch.cat((model.prompt_rows().expand(3, -1, -1), model.word_embeddings(tokens())), 1)}
     whole = model.base_model(**spliced, attention_mask=torch.ones(3, 11))
     expected = (
-        cross_entropy(whole.start_logits, inner["start_positions"] + 4)
-        + cross_entropy(whole.end_logits, inner["end_positions"] + 4)
+        cross_entropy(whole.start_logits[:, 4:], inputs["start_positions"])
+        + cross_entropy(whole.end_logits[:, 4:], inputs["end_positions"])
     ) / 2
     torch.testing.assert_close(output.loss, expected)
     torch.testing.assert_close(output.start_logits, whole.start_logits[:, 4:])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedprompt import Template, TemplateCollator
-from fusedprompt.template import Anchor, Field, Mask, Prompt
+from fusedprompt.layouts.parts import Anchor, Field, Mask, Prompt
 from models import VOCAB
 from tolerance import examples, one_thread  # noqa: F401
 from word_tokenizers import word_tokenizer

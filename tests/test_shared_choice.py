@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fusedprompt
-from fusedprompt.sharing import cost_rule
+from fusedprompt.routes.choice import cost_rule
 from models import build, ours, task_inputs, tokens
 
 LARGE = task_inputs("CAUSAL_LM", tokens(8, 10))  # with a prompt of 20 rows, worth sharing

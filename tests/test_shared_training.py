@@ -378,11 +378,11 @@ def test_the_trainer_reports_splices_losses_and_never_joins_logits(
     """It divides by the number of labels in all batches that it accumulates, and reads nothing but the loss."""
     from transformers import Trainer, TrainingArguments
 
-    from fusedprompt import shared
+    from fusedprompt.routes.states import PromptStates
 
     joined: list[int] = []
-    join = shared._join
-    monkeypatch.setattr(shared, "_join", lambda *given: joined.append(1) or join(*given))
+    join = PromptStates.joined
+    monkeypatch.setattr(PromptStates, "joined", lambda *given: joined.append(1) or join(*given))
     rows = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in tokens(32, 10)]
     histories = []
     for route in ("auto", "splice"):

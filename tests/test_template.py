@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedprompt import Template
-from fusedprompt.template import Anchor, Field, Mask, Prompt, Separator
+from fusedprompt.layouts.parts import Anchor, Field, Mask, Prompt, Separator
 from tolerance import examples
 from word_tokenizers import word_tokenizer
 

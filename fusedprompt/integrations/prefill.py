@@ -11,22 +11,16 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from ..ops._backend import AUTO, BackendUnavailable
-from ..prompt_cache import prompt_states
-from ..sharing import SHARED, SPLICE, keeps_all, why_not_length, why_not_model
+from ..base.cache import keeps_all
+from ..routes.call import PEFT, SHARED, Call
+from ..routes.choice import RouteUnavailable, why_not_length
+from ..routes.plan import plan
+from ..routes.shared import prompt_states
 from .encoders import why_not_adapter
-
-if TYPE_CHECKING:
-    from ..model import PromptModel
-    from .peft import Patch
-
-# What PEFT's generate passes on, or its configurations hold, and what it needs the virtual tokens for.
-_COVERING = ("output_attentions", "output_hidden_states")
-_OTHER_STEPS = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+from .host import PeftHost
+from .record import Record
 
 
 @dataclass
@@ -37,7 +31,7 @@ class Generation:
     without_prompt: PEFT asks for the prompt of a step whose cache holds it.
     """
 
-    patch: Patch
+    patch: Record
     objection: str | None
     without_prompt: bool = False
 
@@ -46,13 +40,13 @@ _running: ContextVar[Generation | None] = ContextVar("fusedprompt_generation", d
 
 
 @contextlib.contextmanager
-def generating(patch: Patch, kwargs: dict[str, Any]) -> Iterator[None]:
+def generating(patch: Record, kwargs: dict[str, Any]) -> Iterator[None]:
     """Around a call of PEFT's generate.
 
     Raises:
-        BackendUnavailable: route "shared" was asked for, and cannot run.
+        RouteUnavailable: route "shared" was asked for, and cannot run.
     """
-    objection = why_not_generate(patch.view, patch.route, kwargs)
+    objection = why_not_generate(patch.host, kwargs)
     if objection is not None:
         _refuse(patch, objection)
     token = _running.set(Generation(patch, objection))
@@ -62,38 +56,24 @@ def generating(patch: Patch, kwargs: dict[str, Any]) -> Iterator[None]:
         _running.reset(token)
 
 
-def without_prompt(patch: Patch) -> bool:
+def without_prompt(patch: Record) -> bool:
     """Whether PEFT asks now for the prompt of a step whose cache holds it."""
     running = _running.get()
     return running is not None and running.patch is patch and running.without_prompt
 
 
-def why_not_generate(view: PromptModel, route: str, kwargs: dict[str, Any]) -> str | None:
+def why_not_generate(host: PeftHost, kwargs: dict[str, Any]) -> str | None:
     """An objection to sharing the active adapter's prompt in this call of generate, or None."""
-    objection = why_not_adapter(view.model.active_peft_config)
+    objection = why_not_adapter(host.model.active_peft_config)
     if objection is not None:
         return objection
-    if route == SPLICE:
-        return "route 'splice' was asked for"
-    assert view.active_adapter is not None
-    objection = why_not_model(view, view.active_adapter)
-    if objection is not None:
-        return objection
-    base = view.base_model
-    if route == AUTO:
-        device, dtype = base.device.type, base.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        if dtype not in (torch.float32, torch.float64):
-            return f"in {dtype} rounding may choose other tokens (route='shared' does not mind)"
-    for name in (*_COVERING, *_OTHER_STEPS):
-        sources = (kwargs.get("generation_config"), base.generation_config, base.config)
-        if kwargs.get(name) or any(getattr(source, name, None) for source in sources):
-            return f"{name} concerns the virtual tokens"
-    return None
+    try:
+        return plan(host, Call.to_generate(None, kwargs, host.route), PEFT).why
+    except RouteUnavailable as error:
+        return error.objection
 
 
-def prepare(patch: Patch, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def prepare(patch: Record, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """PEFT's `prepare_inputs_for_generation`, with a filled cache in place of the prompt where nothing objects."""
     running, cache = _running.get(), kwargs.get("past_key_values")
     ids: Any = args[0] if args else kwargs.get("input_ids")
@@ -113,7 +93,7 @@ def prepare(patch: Patch, original: Any, args: tuple[Any, ...], kwargs: dict[str
     return inputs
 
 
-def _fresh_layers(patch: Patch, cache: Any, ids: Any) -> Any:
+def _fresh_layers(patch: Record, cache: Any, ids: Any) -> Any:
     """Layers that hold the prompt, for a cache that this step begins; None if the cache cannot take them."""
     from transformers import DynamicCache
 
@@ -125,17 +105,17 @@ def _fresh_layers(patch: Patch, cache: Any, ids: Any) -> Any:
     elif ids is None or not ids.shape[1]:
         objection = "there are no input_ids"
     else:
-        objection = why_not_length(patch.view, ids.shape[1])
+        objection = why_not_length(patch.host, ids.shape[1])
     if objection is None:
         try:
-            return prompt_states(patch.view, all_logits=False).for_rows(ids.shape[0]).layers
-        except BackendUnavailable as error:  # found out from the base model's answer
+            return prompt_states(patch.host, patch.host.in_use, all_logits=False).for_rows(ids.shape[0]).layers
+        except RouteUnavailable as error:  # found out from the base model's answer
             objection = str(error)
     _refuse(patch, objection)
     return None
 
 
-def _refuse(patch: Patch, objection: str) -> None:
-    if patch.route == SHARED:
-        raise BackendUnavailable(f"route 'shared' cannot run: {objection}")
+def _refuse(patch: Record, objection: str) -> None:
+    if patch.host.route == SHARED:
+        raise RouteUnavailable(objection)
     patch.generated_alone.add(objection)

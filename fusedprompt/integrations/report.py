@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import ops
-from ..base_model import fusable_table
-from ..causal_loss import why_not_head_loss
-from ..sharing import SHARED, SPLICE, why_not_model
-from .encoders import uses_lstm, why_not_adapter, why_not_encoder
+from ..base.facts import fusable_table
+from ..methods import method_of
+from ..methods.method import name_of
+from ..routes.call import SHARED, SPLICE
+from ..routes.choice import why_not_head_loss, why_not_model
+from .encoders import why_not_adapter, why_not_encoder
 from .prefill import why_not_generate
-
-if TYPE_CHECKING:
-    from .peft import Patch
+from .record import Record
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ DEFECTS = (
 )
 
 
-def report(patch: Patch) -> str:
+def report(patch: Record) -> str:
     """See `Patch.report`."""
     import peft
     import transformers
@@ -92,7 +92,7 @@ def report(patch: Patch) -> str:
         lines.append(f"  generate: {_generate(patch)}")
     elif hasattr(model.base_model, "generate"):
         left["generate"] = "PEFT's own, but with adapter_names; its prompt comes from the encoder above"
-    objection = why_not_head_loss(patch.view)
+    objection = why_not_head_loss(patch.host)
     if objection is not None and any(_computes_loss(patch, config) for config in model.peft_config.values()):
         left["loss"] = f"made of logits, because {objection}"
     embeddings = model.word_embeddings
@@ -106,34 +106,28 @@ def report(patch: Patch) -> str:
     return "\n".join([*lines, *_defects(patch)])
 
 
-def _adapter(patch: Patch, name: str, config: Any) -> str:
-    method = str(getattr(config.peft_type, "value", config.peft_type))
+def _adapter(patch: Record, name: str, config: Any) -> str:
+    method = name_of(config.peft_type)
     if why_not_adapter(config) is not None:
         return f"{method}, left alone"
     runs = ", ".join(f"{op}: {backend}" for op, backend in backends(patch, name).items())
     return f"{method}, {config.num_virtual_tokens} virtual tokens, {runs}, route {_route(patch, name)}"
 
 
-def operations(patch: Patch, name: str) -> list[str]:
+def operations(patch: Record, name: str) -> list[str]:
     """The ops that serve an adapter, in the order they run in."""
     config, encoder = patch.model.peft_config[name], patch.model.prompt_encoder[name]
-    used = ["splice"] if "forward" in patch.replaced else []
-    is_context = str(getattr(config.peft_type, "value", config.peft_type)) == "CPT"
-    if used and _computes_loss(patch, config) and (is_context or patch.route != SPLICE):
-        used += ["head_loss"] if why_not_head_loss(patch.view) is None else []
-    if why_not_encoder(encoder, config) is not None:
-        return used
-    if is_context:
-        return ["cpt", *used]
-    return [*(["lstm"] if uses_lstm(encoder) else []), "mlp", *used]
+    used, method = ["splice"] if "forward" in patch.replaced else [], method_of(config)
+    if used and _computes_loss(patch, config) and (method.targets is not None or patch.route != SPLICE):
+        used += ["head_loss"] if why_not_head_loss(patch.host) is None else []
+    return used if why_not_encoder(encoder, config) is not None else [*method.ops(encoder), *used]
 
 
-def _computes_loss(patch: Patch, config: Any) -> bool:
-    task = str(getattr(config.task_type, "value", config.task_type))
-    return task == "CAUSAL_LM" and patch.view.facts.causal and why_not_adapter(config) is None
+def _computes_loss(patch: Record, config: Any) -> bool:
+    return name_of(config.task_type) == "CAUSAL_LM" and patch.host.facts.causal and why_not_adapter(config) is None
 
 
-def backends(patch: Patch, name: str) -> dict[str, str]:
+def backends(patch: Record, name: str) -> dict[str, str]:
     """The backend of each op that serves an adapter."""
     weight = patch.model.prompt_encoder[name].embedding.weight
     found = {}
@@ -144,30 +138,30 @@ def backends(patch: Patch, name: str) -> dict[str, str]:
     return found
 
 
-def _route(patch: Patch, name: str) -> str:
+def _route(patch: Record, name: str) -> str:
     if "forward" not in patch.replaced:
         return "PEFT's own"
     if patch.route == SPLICE:
         return "splice (asked for)"
-    objection = why_not_model(patch.view, name)
+    objection = why_not_model(patch.host, name)
     if objection is not None:
         return f"splice ({objection})"
     return "shared" if patch.route == SHARED else "shared where it pays, else splice"
 
 
-def _generate(patch: Patch) -> str:
+def _generate(patch: Record) -> str:
     if patch.fix:
         return f"this package's own, route {patch.route}"
-    objection = why_not_generate(patch.view, patch.route, {})
+    objection = why_not_generate(patch.host, {})
     if objection is not None:
         return f"PEFT's own, the prompt in each row ({objection})"
     return "PEFT's own, behind a prompt that is computed once and kept"
 
 
-def _defects(patch: Patch) -> list[str]:
+def _defects(patch: Record) -> list[str]:
     found = []
     for config in patch.model.peft_config.values():
-        task, method = (str(getattr(value, "value", value)) for value in (config.task_type, config.peft_type))
+        task, method = map(name_of, (config.task_type, config.peft_type))
         if why_not_adapter(config) is None:
             found += [defect for defect in DEFECTS if defect not in found and defect.concerns(task, method)]
     if not found:

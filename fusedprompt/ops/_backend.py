@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 AUTO = "auto"
 NAMES = ("reference", "triton", "native")
@@ -57,7 +60,7 @@ class Op:
         """
         name = requested or AUTO
         if name == AUTO:
-            name = _preference[-1]
+            name = _preferred()
             # A preference set for all ops applies to those that have such a backend.
             if name != AUTO and all(backend.name != name for backend in self.backends):
                 name = AUTO
@@ -89,19 +92,35 @@ def _checked_name(source: str, name: str) -> str:
     return name
 
 
-# The last entry is in force; the first is read once from the environment.
-_preference = [_checked_name("FUSEDPROMPT_BACKEND", os.environ.get("FUSEDPROMPT_BACKEND") or AUTO)]
+# Read once from the environment.
+_default = _checked_name("FUSEDPROMPT_BACKEND", os.environ.get("FUSEDPROMPT_BACKEND") or AUTO)
+_preference: ContextVar[str | None] = ContextVar("fusedprompt_backend", default=None)
+# The same for what torch.compile traces, which cannot read a ContextVar: of all threads, the last entry being in force.
+_traced = [_default]
+
+
+def _preferred() -> str:
+    """The backend that `auto` means here."""
+    return _traced[-1] if torch.compiler.is_compiling() else _preference.get() or _default
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Prefer one backend for every op that has it, within a `with` block of this process.
+    """Prefer one backend for every op that has it, within a `with` block: in its thread (or task of asyncio) alone.
 
     Raises:
         ValueError: `name` is not "auto", "reference", "triton" or "native".
     """
-    _preference.append(_checked_name("backend", name))
+    _traced.append(_checked_name("backend", name))
+    token = None if torch.compiler.is_compiling() else _preference.set(name)
     try:
         yield
     finally:
-        _preference.pop()
+        if token is not None:
+            _preference.reset(token)
+        del _traced[-1 - _traced[::-1].index(name)]  # another thread's may stand behind it
+
+
+def using(backend: str) -> contextlib.AbstractContextManager[None]:
+    """`use_backend`, but that "auto" changes nothing: it follows `use_backend` and FUSEDPROMPT_BACKEND."""
+    return contextlib.nullcontext() if backend == AUTO else use_backend(backend)

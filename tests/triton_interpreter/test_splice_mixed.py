@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import types
-from typing import Any
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_splice import check
 
-from fusedprompt.base_model import BaseFacts
-from fusedprompt.mixed import BASE, Mixture, arrange
+from fusedprompt.base.facts import BaseFacts
+from fusedprompt.base.tasks import task_of
+from fusedprompt.layouts.mixture import BASE, Mixture, arrange
+from fusedprompt.layouts.prompt import Prompt
 from tolerance import examples
 
 COUNTS = {"a": 1, "b": 7, "c": 16}
-MODEL: Any = types.SimpleNamespace(
-    peft_config={name: types.SimpleNamespace(task_type="CAUSAL_LM") for name in COUNTS},
-    active_adapter="a",
-    prompt_start={"a": 0, "b": 1, "c": 0},
-    prompt_rows_count=COUNTS.__getitem__,
-    table_rows_count=COUNTS.__getitem__,
-    template_of=lambda _: None,
-)
+PROMPTS = {
+    name: Prompt(name, "PROMPT_TUNING", task_of("CAUSAL_LM"), rows, start=int(name == "b"))
+    for name, rows in COUNTS.items()
+}
 
 
 @examples(5)
@@ -38,6 +33,6 @@ def test_mixed_splices_and_their_gradients_have_the_bits_of_the_oracle(
     names, padding = (list(values) for values in zip(*rows))
     mask = (torch.arange(5) >= torch.tensor(padding).unsqueeze(1)).long()
     facts = BaseFacts(False, causal, True, False, 0, None)
-    layout = arrange(Mixture.of(MODEL, names, mask), facts, mask, mask).layout
+    layout = arrange(Mixture.of(PROMPTS, PROMPTS["a"], names, mask), facts, mask, mask).layout
     assert layout.slots is not None
     check((len(names), layout.num_prompt_rows, 5, 17, 11), layout, layout.slots.tolist(), source, dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...layout import IGNORE_INDEX
+from ...layouts.layout import IGNORE_INDEX
 from .._library import below_autograd, define
 
 

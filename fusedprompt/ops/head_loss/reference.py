@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ...layout import IGNORE_INDEX
+from ...layouts.layout import IGNORE_INDEX
 from .._library import below_autograd, define, is_traced
 
 # Elements of the buffer: 64 MB in fp32. Smaller parts read the weight more often: with 840 rows of V=32000 in one

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ...layout import IGNORE_INDEX, Layout
+from ...layouts.layout import IGNORE_INDEX, Layout
 from .. import _check
 from .._backend import Op, never_objects
 from .._requirements import why_not_triton

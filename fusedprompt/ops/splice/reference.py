@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...layout import Layout
+from ...layouts.layout import Layout
 from ._op import CHECK_IDS, POSITIONS, filled_dtype, out_of_range, register
 
 

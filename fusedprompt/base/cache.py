@@ -1,0 +1,80 @@
+"""A base model's key/value cache: whether it can hold a prompt for all rows, and how long one is."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .facts import BaseFacts, transformers_model
+
+
+@dataclass(frozen=True)
+class SharingFacts:
+    """What decides about the route once and for all: properties of the base model's class and configuration.
+
+    objection: why no prompt of this base model can be shared, or None.
+    window: the fewest positions that a layer attends to, or None; longer sequences are not shared.
+    takes_logits_to_keep: the base model can leave out logits.
+    """
+
+    objection: str | None
+    window: int | None = None
+    takes_logits_to_keep: bool = False
+
+    @classmethod
+    def of(cls, base: nn.Module, facts: BaseFacts) -> SharingFacts:
+        """Look at a transformers model."""
+        if facts.encoder_decoder or not facts.causal:
+            return cls("the base model's attention looks to the right too, so that virtual tokens depend on the text")
+        decoder = transformers_model(base)
+        if decoder is None:
+            return cls(f"{type(base).__name__} is no model of transformers, and nothing is known about its cache")
+        parameters = inspect.signature(decoder.forward).parameters
+        if not {"past_key_values", "inputs_embeds", "use_cache"} <= parameters.keys():
+            return cls(f"{type(decoder).__name__} takes no key/value cache")
+        if decoder.config.get_text_config(decoder=True) is not decoder.config:
+            return cls(f"{type(decoder).__name__} is multimodal, and its attention may depend on more than order")
+        supports = getattr(decoder, "_supports_default_dynamic_cache", None)
+        if getattr(decoder, "_is_stateful", False) or (supports is not None and not supports()):
+            return cls(f"{type(decoder).__name__} keeps a state that is not a key/value cache")
+        for module in decoder.modules():
+            kinds = getattr(module, "rope_type", None)
+            for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+                if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+                    return cls(f"rotary embeddings of type '{kind}' depend on the length of the sequence")
+            name, origin = type(module).__name__, type(module).__module__
+            if origin.startswith("torch.ao.nn.quantized.dynamic") or name == "Linear8bitLt":
+                return cls(f"a quantised {name} rounds its input by the values of the whole batch")
+        return cls._of_cache(decoder, "logits_to_keep" in parameters)
+
+    @classmethod
+    def _of_cache(cls, decoder: Any, takes_logits_to_keep: bool) -> SharingFacts:
+        from transformers.cache_utils import DynamicCache
+
+        layers = DynamicCache(config=decoder.config).layers
+        count = decoder.config.num_hidden_layers
+        odd = [type(layer).__name__ for layer in layers if not keeps_all(layer)]
+        if odd or len(layers) != count:
+            found = f"a layer of kind {odd[0]}" if odd else f"{len(layers)} cached layers of {count}"
+            return cls(f"the base model's cache has {found}, which does not hold every token's keys and values")
+        windows = [layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")]
+        return cls(None, min(windows, default=None), takes_logits_to_keep)
+
+
+def keeps_all(layer: Any) -> bool:
+    """Whether a layer of a cache is a growing tensor of all keys (or of those in its window) and another of values."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)  # subclasses keep further states
+
+
+def cache_length(past_key_values: Any) -> int:
+    """Tokens already held by a key/value cache (transformers' Cache, or the older tuple of tensors)."""
+    if past_key_values is None:
+        return 0
+    if hasattr(past_key_values, "get_seq_length"):
+        return int(past_key_values.get_seq_length())
+    return int(past_key_values[0][0].shape[-2]) if len(past_key_values) else 0

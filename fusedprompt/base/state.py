@@ -1,0 +1,144 @@
+"""What of a base model may change from call to call, found without asking each of its parts again.
+
+A decoder of 32 layers has 420 parts, and loops over them took 3.2 ms of a call. So what a walk found is kept, together
+with all that it depends on: the tree of parts, their modes, and the settings that it read. Whether those are still the
+same is compared by loops that run in C (`map` over lists), in 0.06 ms.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from operator import attrgetter, is_not, itemgetter
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+_mode, _trains = itemgetter("training"), attrgetter("requires_grad")
+_is_there: Any = partial(is_not, None)
+Kind = TypeVar("Kind", bound=nn.Module)
+
+
+class Findings(NamedTuple):
+    """What may change from call to call.
+
+    noise: a dropout (or router noise) above 0 in a part that is in training mode: "attention_dropout = 0.1"; or None.
+    checkpoints: whether a part in training mode recomputes its layers in the backward pass.
+    """
+
+    noise: str | None
+    checkpoints: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Findings:
+        """By asking every part."""
+        parts = (part for part in module.modules() if part.training)
+        return cls(active_noise(module), any(vars(part).get("gradient_checkpointing") for part in parts))
+
+
+class BaseState:
+    """The parts of a module, and the answers to questions about them, as long as those hold."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._tree: _Tree | None = None
+
+    def of_kind(self, kind: type[Kind]) -> list[Kind]:
+        """The parts that are of a class."""
+        return self._current().of_kind(kind)
+
+    def findings(self) -> Findings:
+        """See `Findings`."""
+        return Findings.of(self.module) if torch.compiler.is_compiling() else self._current().findings()
+
+    def trains(self) -> bool:
+        """Whether a parameter requires gradients."""
+        if torch.compiler.is_compiling():
+            return any(parameter.requires_grad for parameter in self.module.parameters())
+        return any(map(_trains, self._current().all_parameters()))
+
+    def _current(self) -> _Tree:
+        tree = self._tree
+        if tree is None or not tree.stands():
+            tree = self._tree = _Tree(self.module)
+        return tree
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy looks for itself."""
+        return {"module": self.module, "_tree": None}
+
+
+class _Tree:
+    """A walk through a module's parts. What it found is replaced as a whole, so that threads may share it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._parts = module, list(module.modules())
+        self._own: list[dict[str, Any]] = [vars(part) for part in self._parts]
+        self._parameters: list[dict[str, Any]] = [part._parameters for part in self._parts if part._parameters]
+        self._children: list[dict[str, Any]] = [part._modules for part in self._parts]
+        self._ties = self._children_now()
+        self._kinds: dict[type[nn.Module], list[Any]] = {}
+        self._found: tuple[list[Any], Findings] | None = None
+        self._owners: list[dict[str, Any]] = []
+        self._keys: list[str] = []
+        for own in self._own:
+            self._watch(own)
+        for config in {id(own["config"]): own["config"] for own in self._own if "config" in own}.values():
+            self._watch(vars(config))
+
+    def stands(self) -> bool:
+        """Whether the parts are still the module's."""
+        return self._children_now() == self._ties
+
+    def of_kind(self, kind: type[Kind]) -> list[Kind]:
+        if kind not in self._kinds:
+            self._kinds[kind] = [part for part in self._parts if isinstance(part, kind)]
+        return self._kinds[kind]
+
+    def findings(self) -> Findings:
+        modes = list(map(_mode, self._own))
+        if True not in modes:
+            return _NOTHING
+        # Sizes, because a setting may be new.
+        settings = [*modes, *map(len, self._own), *map(dict.get, self._owners, self._keys)]
+        found = self._found
+        if found is None or found[0] != settings:
+            found = self._found = (settings, Findings.of(self._module))
+        return found[1]
+
+    def all_parameters(self) -> Iterator[Tensor]:
+        return filter(_is_there, itertools.chain.from_iterable(map(dict.values, self._parameters)))
+
+    def _children_now(self) -> list[int]:
+        return list(map(id, itertools.chain.from_iterable(map(dict.values, self._children))))
+
+    def _watch(self, settings: dict[str, Any]) -> None:
+        keys = [key for key in settings if key in ("p", "config", "gradient_checkpointing") or _is_noise(key)]
+        self._owners += [settings] * len(keys)
+        self._keys += keys
+
+
+_NOTHING = Findings(None, False)
+
+
+def _is_noise(key: str) -> bool:
+    return "drop" in key or "jitter" in key
+
+
+def active_noise(module: nn.Module) -> str | None:
+    """A dropout (or router noise) above 0 in a part that is in training mode: "attention_dropout = 0.1"; else None."""
+    for name, part in module.named_modules():
+        if not part.training:
+            continue
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
+            return f"{name or 'dropout'} = {part.p}"
+        # Some transformers models read their configuration as they run.
+        for settings in (vars(part), vars(part.config) if "config" in vars(part) else {}):
+            for key, value in settings.items():
+                if type(value) is not float or value <= 0 or key.startswith(("classifier", "summary")):
+                    continue
+                if _is_noise(key):
+                    return f"{key} = {value}"
+    return None

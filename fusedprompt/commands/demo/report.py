@@ -1,0 +1,155 @@
+"""What the demo prints, draws and writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..._version import __version__
+from .training import Curve
+
+COLORS = {"MLP": "tab:blue", "LSTM": "tab:orange"}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the numbers were measured with."""
+    import transformers
+
+    return {
+        "versions": {
+            "fusedprompt": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        },
+    }
+
+
+def write_json(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write a summary; numbers that are not finite become null, for JSON has none."""
+    path.write_text(json.dumps(_finite(summary), indent=2) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of equal length, the first of them as a heading, in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for index, row in enumerate(rows):
+        print("   " + "  ".join([row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:])]))
+        if index == 0:
+            print("   " + "-" * (sum(widths) + 2 * len(widths) - 2))
+
+
+def runs(explained: Mapping[str, str]) -> str:
+    """The backend that `auto` takes, from what `fusedprompt.explain` says."""
+    return next(name for name, reason in explained.items() if reason == "runs")
+
+
+def print_prompts(prompts: Mapping[str, Mapping[str, Any]], before: float, with_tag: float) -> None:
+    """Print what each encoder's prompt achieved, as a table with one column an encoder."""
+    columns = [_describe(prompt, before, with_tag) for prompt in prompts.values()]
+    rows = [["", *(f"{kind} encoder" for kind in prompts)]]
+    rows += [[label, *(column[label] for column in columns)] for label in columns[0]]
+    print_table(rows)
+    print("4. Both adapters were saved in PEFT's format and loaded into a fresh copy of the model. It now writes:")
+    for kind, prompt in prompts.items():
+        print(f"     {kind}: " + ", ".join(f"{word}= {answer}" for word, answer in prompt["examples"].items()))
+
+
+def _describe(prompt: Mapping[str, Any], before: float, with_tag: float) -> dict[str, str]:
+    encoding, explained = prompt["encoding"], prompt["backends"]
+    description = {
+        "exact match without prompt or tag": f"{before:.1f} %",
+        "exact match with the untrained prompt": f"{prompt['exact_match_untrained']:.1f} %",
+        "exact match with the learned prompt": f"{prompt['exact_match']:.1f} %",
+        "exact match with the tag, for comparison": f"{with_tag:.1f} %",
+        "training": f"{prompt['steps']} steps, {prompt['seconds']:.1f} s",
+        "trainable parameters (the encoder, for training alone)": f"{prompt['trainable_parameters']:,}",
+        "saved adapter (the prompt that it made)": f"{prompt['adapter_bytes'] / 1024:.1f} KiB",
+        "reloaded: largest difference of a logit": f"{prompt['reloaded_largest_difference']:.1g}",
+        "encoding the prompt, forward + backward: fusedprompt": f"{encoding['fusedprompt_ms']:.3f} ms",
+        "encoding the prompt, forward + backward: plain PyTorch": f"{encoding['pytorch_ms']:.3f} ms",
+    }
+    for op in ("lstm", "mlp", "splice"):
+        description[f"backend of op '{op}'"] = runs(explained[op]) if op in explained else "not used"
+    return description
+
+
+def draw_story(
+    path: Path, pretraining: Curve, curves: Mapping[str, Curve], task: str, before: float, with_tag: float
+) -> None:
+    """Draw loss and exact match of the pre-training (top) and of the prompts (bottom) over time."""
+    figure, axes = _figure(2, 2)
+    _loss(axes[0][0], "all four tasks", pretraining, "tab:green", "training loss (nats per byte)")
+    _checks(axes[0][1], "all four tasks", pretraining, "tab:green")
+    axes[0][0].set_title("Pre-training with the tag: loss")
+    axes[0][1].set_title("Pre-training with the tag: unseen words")
+    for kind, curve in curves.items():
+        _loss(axes[1][0], f"{kind} encoder", curve, COLORS[kind], "training loss (nats per byte)")
+        _checks(axes[1][1], f"{kind} encoder", curve, COLORS[kind])
+    axes[1][0].set_title(f"P-tuning to '{task}', model frozen, no tag: loss")
+    axes[1][1].set_title(f"P-tuning to '{task}', model frozen, no tag: unseen words")
+    axes[1][1].axhline(with_tag, color="gray", linestyle="--", label=f"with the tag, no prompt ({with_tag:.1f} %)")
+    axes[1][1].axhline(before, color="gray", linestyle=":", label=f"without tag or prompt ({before:.1f} %)")
+    for axis in (axes[0][1], axes[1][1]):
+        axis.set_ylim(-5, 105)
+        axis.set_ylabel("exact match (% of words)")
+    _finish(figure, path)
+
+
+def draw_text(path: Path, curve: Curve, encoder: str, without: float) -> None:
+    """Draw the loss on training batches and on the held-out blocks over time."""
+    figure, axes = _figure(1, 1)
+    axis = axes[0][0]
+    axis.plot(curve.seconds, curve.loss, color=COLORS[encoder], alpha=0.35, label="training batch")
+    axis.plot(curve.checked_seconds(), curve.checks, color=COLORS[encoder], marker="o", label="held-out text")
+    axis.axhline(without, color="gray", linestyle="--", label=f"held-out text without prompt ({without:.3f})")
+    axis.set_ylabel("loss (nats per token)")
+    axis.set_title(f"P-tuning with the {encoder} encoder, model frozen")
+    _finish(figure, path)
+
+
+def _figure(rows: int, columns: int) -> tuple[Any, Any]:
+    # Not pyplot: it would look for a window system and keep the figure.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * columns, 3.8 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _loss(axis: Any, label: str, curve: Curve, color: str, unit: str) -> None:
+    axis.plot(curve.seconds, curve.loss, color=color, linewidth=1, label=label)
+    axis.set_yscale("log")
+    axis.set_ylabel(unit)
+
+
+def _checks(axis: Any, label: str, curve: Curve, color: str) -> None:
+    axis.plot(curve.checked_seconds(), curve.checks, color=color, marker="o", markersize=3, label=label)
+
+
+def _finish(figure: Any, path: Path) -> None:
+    for axis in figure.axes:
+        axis.set_xlabel("training time (seconds)")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)

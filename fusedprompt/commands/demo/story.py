@@ -1,0 +1,254 @@
+"""The demo's story: pre-train a small language model on four tasks, freeze it, and let a prompt ask for one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ... import PromptEncoderConfig, PromptModel, get_prompt_model
+from . import report, timing, together
+from .training import Curve, train
+from .words import END, PAD, TASKS, VOCABULARY, Task, Words, exact_match, lines, lines_of_all, load_words, rewrite_words
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes, chosen so that all of it takes about three minutes on two CPU cores."""
+
+    words: int = 12_000
+    validation_words: int = 250
+    test_words: int = 500
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    pretraining_steps: int = 700
+    pretraining_batch: int = 192
+    pretraining_rate: float = 4e-3
+    pretraining_check_every: int = 50
+    virtual_tokens: int = 8
+    encoder_width: int = 128
+    prompt_steps: int = 300
+    prompt_batch: int = 64
+    prompt_rate: float = 1e-2
+    prompt_check_every: int = 10
+    together_steps: int = 300
+    together_batch: int = 128
+    together_check_every: int = 100
+    enough_percent: float = 99.0
+    timing_rounds: int = 100
+    examples: int = 5
+
+
+QUICK = Settings(
+    words=1_000,
+    validation_words=20,
+    test_words=40,
+    width=32,
+    layers=1,
+    heads=2,
+    pretraining_steps=40,
+    pretraining_batch=32,
+    pretraining_check_every=20,
+    encoder_width=16,
+    prompt_steps=12,
+    prompt_batch=16,
+    prompt_check_every=4,
+    together_steps=4,
+    together_batch=16,
+    timing_rounds=5,
+)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers' own for a model of half a million parameters."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
+
+
+@_quiet_transformers()
+def tell(settings: Settings, output: Path, task: Task, seed: int, device: torch.device) -> dict[str, Any]:
+    """Run the story, print it, and write base model, adapters and curves below `output`.
+
+    Args:
+        task: what the prompts learn to ask for.
+
+    Returns:
+        All its numbers, ready for JSON. Exact match is in percent, times in seconds unless a name ends in `_ms`.
+
+    Raises:
+        RuntimeError: a reloaded adapter computes something else than the one that was saved.
+    """
+    from tqdm import tqdm
+
+    start = time.perf_counter()
+    words = load_words(settings.words, settings.validation_words, settings.test_words, seed)
+    print(
+        f"1. {settings.words:,} words from the sources of Python's standard library; "
+        f"{settings.test_words + settings.validation_words} of them are held out.\n"
+        "2. Pre-training a small Llama to rewrite a word in the way that a tag byte tells:"
+    )
+    for each in TASKS.values():
+        print(f"     {each.tag}{words.test[0]}=  ->  {each.rewrite(words.test[0])}   ({each.name})")
+    base, pretraining = pretrain(settings, words, seed, device)
+    base.save_pretrained(output / "base")
+    with_tag = {
+        each.name: exact_match(base, words.test, each, tagged=True)
+        for each in tqdm(TASKS.values(), desc="counting", unit="task", leave=False)
+    }
+    before = exact_match(base, words.test, task, tagged=False)
+    print(
+        f"   {base.num_parameters():,} parameters, {pretraining.seconds[-1]:.0f} s. Exact match on "
+        f"{settings.test_words} unseen words with the tag: "
+        + ", ".join(f"{name} {percent:.1f} %" for name, percent in with_tag.items())
+        + f".\n   Without the tag it cannot know what is wanted: {before:.1f} %. From here on it is frozen.\n"
+        f"3. P-tuning {settings.virtual_tokens} virtual tokens to ask for '{task.name}' in the tag's place:"
+    )
+    prompts, curves = {}, {}
+    for kind in ("MLP", "LSTM"):
+        prompts[kind], curves[kind] = learn_prompt(settings, kind, words, task, output, seed, device)
+    report.print_prompts(prompts, before, with_tag[task.name])
+    trained, fresh = fresh_base(output, device), fresh_base(output, device)
+    all_tasks, _ = together.learn_all(settings, trained, fresh, words, output, seed, device)
+    print(together.describe(all_tasks))
+    report.draw_story(output / "curves.png", pretraining, curves, task.name, before, with_tag[task.name])
+    return {
+        "mode": "story",
+        "task": task.name,
+        "seed": seed,
+        "settings": dataclasses.asdict(settings),
+        **report.environment(device),
+        "base_parameters": base.num_parameters(),
+        "pretraining": dataclasses.asdict(pretraining),
+        "exact_match_with_tag": with_tag,
+        "exact_match_without_tag": before,
+        "prompts": prompts,
+        "together": all_tasks,
+        "total_seconds": time.perf_counter() - start,
+    }
+
+
+def pretrain(settings: Settings, words: Words, seed: int, device: torch.device) -> tuple[Any, Curve]:
+    """A small Llama that rewrites words as their tag tells, and how it learned."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    # Rotary positions are relative: a word is read the same way wherever a prompt moves it.
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=settings.width,
+        intermediate_size=2 * settings.width,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        max_position_embeddings=64,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=END,
+    )
+    model = LlamaForCausalLM(config).to(device)
+    curve = train(
+        model,
+        lines_of_all(words.train, tagged=True, device=device),
+        title="pre-training",
+        steps=settings.pretraining_steps,
+        batch_size=settings.pretraining_batch,
+        learning_rate=settings.pretraining_rate,
+        seed=seed,
+        check=lambda: (
+            sum(exact_match(model, words.validation, task, tagged=True) for task in TASKS.values()) / len(TASKS)
+        ),
+        check_every=settings.pretraining_check_every,
+    )
+    return model, curve
+
+
+def fresh_base(output: Path, device: torch.device) -> nn.Module:
+    """A copy of the pre-trained model from disk."""
+    from transformers import LlamaForCausalLM
+
+    model: nn.Module = LlamaForCausalLM.from_pretrained(output / "base").to(device)
+    return model
+
+
+def learn_prompt(
+    settings: Settings, kind: str, words: Words, task: Task, output: Path, seed: int, device: torch.device
+) -> tuple[dict[str, Any], Curve]:
+    """P-tune a prompt through one kind of encoder, save it, load it again, and use it.
+
+    Args:
+        kind: "MLP" or "LSTM".
+
+    Returns:
+        Its numbers, and how it learned.
+    """
+    torch.manual_seed(seed)
+    config = PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=settings.virtual_tokens,
+        encoder_reparameterization_type=kind,
+        encoder_hidden_size=settings.encoder_width,
+    )
+    model = get_prompt_model(fresh_base(output, device), config)
+    curve = train(
+        model,
+        {name: tensor.to(device) for name, tensor in lines(words.train, task, tagged=False).items()},
+        title=f"P-tuning, {kind}",
+        steps=settings.prompt_steps,
+        batch_size=settings.prompt_batch,
+        learning_rate=settings.prompt_rate,
+        seed=seed,
+        check=lambda: exact_match(model, words.validation, task, tagged=False),
+        check_every=settings.prompt_check_every,
+        enough=settings.enough_percent,
+    )
+    folder = output / kind.lower()
+    model.save_pretrained(folder)
+    reloaded = PromptModel.from_pretrained(fresh_base(output, device), folder)
+    difference = compare_models(model, reloaded, words, task)
+    answers = rewrite_words(reloaded, words.test, task, tagged=False)
+    right = sum(answer == task.rewrite(word) for answer, word in zip(answers, words.test))
+    encoder: Any = model.prompt_encoder["default"]
+    return {
+        "exact_match_untrained": curve.checks[0],
+        "exact_match": 100.0 * right / len(answers),
+        "trainable_parameters": model.get_nb_trainable_parameters()[0],
+        "adapter_bytes": (folder / "adapter_model.safetensors").stat().st_size,
+        "seconds": curve.seconds[-1],
+        "steps": len(curve.loss),
+        "reloaded_largest_difference": difference,
+        "examples": dict(zip(words.test[: settings.examples], answers)),
+        "encoding": timing.compare_encoders(encoder, settings.timing_rounds),
+        "backends": timing.backends(encoder),
+        "curve": dataclasses.asdict(curve),
+    }, curve
+
+
+def compare_models(saved: nn.Module, reloaded: nn.Module, words: Words, task: Task) -> float:
+    """The largest difference of their logits on the test words' lines.
+
+    Raises:
+        RuntimeError: it is more than rounding could make it.
+    """
+    device = next(saved.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in lines(words.test, task, tagged=False).items()}
+    with torch.no_grad():
+        before, after = saved(**batch).logits, reloaded(**batch).logits
+    difference = float((before - after).abs().max())
+    if not difference <= 1e-5 * float(before.abs().max()):
+        raise RuntimeError(f"the reloaded adapter's logits differ from the saved one's by {difference}")
+    return difference

@@ -1,0 +1,104 @@
+"""How long encoding a prompt takes, against plain PyTorch with the same weights."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+from ...methods import PromptEncoder
+
+
+class PlainEncoder(nn.Module):
+    """A prompt encoder of plain `nn.Embedding`, `nn.LSTM` and `nn.Sequential`, with the weights of a given one."""
+
+    def __init__(self, encoder: PromptEncoder) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(*encoder.embedding.weight.shape)
+        self.mlp_head = copy.deepcopy(encoder.mlp_head)
+        self.lstm_head: nn.LSTM | None = None
+        if hasattr(encoder, "lstm_head"):
+            head = encoder.lstm_head
+            self.lstm_head = nn.LSTM(
+                head.input_size, head.hidden_size, head.num_layers, batch_first=True, bidirectional=True
+            )
+        self.load_state_dict(encoder.state_dict())
+        self.to(encoder.embedding.weight.device)
+
+    def encode(self) -> Tensor:
+        """The prompt rows, (P, D)."""
+        rows = self.embedding.weight
+        if self.lstm_head is not None:
+            rows = self.lstm_head(rows.unsqueeze(0))[0].squeeze(0)
+        result: Tensor = self.mlp_head(rows)
+        return result
+
+
+def compare_encoders(encoder: PromptEncoder, rounds: int) -> dict[str, Any]:
+    """Time forward and backward of one encoding, ours and plain PyTorch's, taking turns in the order A B B A.
+
+    Returns:
+        `fusedprompt_ms` and `pytorch_ms`, medians in milliseconds; `calls`, the number of calls of each; and
+        `largest_difference`, relative to the largest entry, over the prompt rows and all gradients.
+    """
+    from tqdm import tqdm
+
+    ours, plain = copy.deepcopy(encoder).train(), PlainEncoder(encoder)
+    rows_gradient = torch.randn_like(ours.embedding.weight)
+    step_ours, step_plain = _step(ours, ours.encode, rows_gradient), _step(plain, plain.encode, rows_gradient)
+    for _ in range(5):
+        step_ours()
+        step_plain()
+    times: dict[Callable[[], Tensor], list[float]] = {step_ours: [], step_plain: []}
+    for _ in tqdm(range(rounds), desc="timing the encoders", leave=False):
+        for step in (step_ours, step_plain, step_plain, step_ours):
+            _wait(rows_gradient.device)
+            start = time.perf_counter()
+            step()
+            _wait(rows_gradient.device)
+            times[step].append(1000 * (time.perf_counter() - start))
+    differences = [_relative_difference(step_ours(), step_plain())]
+    others = dict(plain.named_parameters())
+    for name, parameter in ours.named_parameters():
+        differences.append(_relative_difference(parameter.grad, others[name].grad))
+    return {
+        "fusedprompt_ms": statistics.median(times[step_ours]),
+        "pytorch_ms": statistics.median(times[step_plain]),
+        "calls": 2 * rounds,
+        "largest_difference": max(differences),
+    }
+
+
+def backends(encoder: PromptEncoder) -> dict[str, dict[str, str]]:
+    """What `fusedprompt.explain` says about each op that this encoder's prompt passes through."""
+    rows = encoder.embedding.weight
+    arguments = {"lstm": rows.unsqueeze(0), "mlp": rows, "splice": rows}
+    if not hasattr(encoder, "lstm_head"):
+        del arguments["lstm"]
+    return {op: ops.explain(op, argument) for op, argument in arguments.items()}
+
+
+def _step(module: nn.Module, encode: Callable[[], Tensor], rows_gradient: Tensor) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        module.zero_grad()
+        rows = encode()
+        torch.autograd.backward(rows, rows_gradient)
+        return rows
+
+    return step
+
+
+def _relative_difference(ours: Tensor | None, plain: Tensor | None) -> float:
+    assert ours is not None and plain is not None
+    return float(((ours - plain).abs().max() / plain.abs().max()).detach())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

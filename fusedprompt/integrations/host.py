@@ -1,0 +1,115 @@
+"""A PEFT model as routes see a model with prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..base.cache import SharingFacts
+from ..base.facts import BaseFacts, device_of
+from ..base.saved_modules import for_rows
+from ..base.state import BaseState
+from ..base.tasks import Task, task_of
+from ..layouts.prompt import Prompt
+from ..methods.method import name_of
+from ..ops._backend import using
+from ..routes.head import TextHead
+from ..routes.host import joined
+from ..routes.prompt_cache import PromptCache
+from .encoders import prompt_rows
+
+
+class PeftHost:
+    """The `Host` of a PeftModel. It owns no weights.
+
+    task: of the model's class; None where that has none, and each adapter's configuration says it.
+    """
+
+    def __init__(self, model: Any, backend: str, route: str, task: Task | None) -> None:
+        self.model, self.backend, self.route, self.task = model, backend, route, task
+        self.text_head = TextHead()
+        self._prompt_cache, self._settings = PromptCache(), dict[str, dict[str, Any]]()
+        self._state: BaseState | None = None
+        self._sharing: SharingFacts | None = None
+
+    @property
+    def base_model(self) -> Any:
+        return self.model.base_model
+
+    @functools.cached_property
+    def facts(self) -> BaseFacts:
+        return BaseFacts.of(self.base_model)
+
+    @property
+    def sharing(self) -> SharingFacts:
+        if self._sharing is None:
+            self._sharing = SharingFacts.of(self.base_model, self.facts)
+        return self._sharing
+
+    @sharing.setter
+    def sharing(self, facts: SharingFacts) -> None:
+        self._sharing = facts
+
+    @property
+    def state(self) -> BaseState:
+        if self._state is None or self._state.module is not self.base_model:
+            self._state = BaseState(self.base_model)
+        return self._state
+
+    @property
+    def word_embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self.model.word_embeddings
+        return embeddings
+
+    @property
+    def in_use(self) -> str:
+        return str(self.model.active_adapter)
+
+    @property
+    def prompts(self) -> dict[str, Prompt]:
+        return {name: self._prompt(name, config) for name, config in self.peft_config.items()}
+
+    def _prompt(self, name: str, config: Any) -> Prompt:
+        task = self.task or (Task("none") if config.task_type is None else task_of(config.task_type))
+        return Prompt(name, name_of(config.peft_type), task, int(getattr(config, "num_virtual_tokens", 0)))
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        configs: dict[str, Any] = self.model.peft_config
+        return configs
+
+    @property
+    def prompt_encoder(self) -> Any:
+        return self.model.prompt_encoder
+
+    @property
+    def prompt_cache(self) -> PromptCache:
+        """Without the active adapter's entry if its configuration has changed: `inference_mode` alone makes another
+        prompt of the same weights."""
+        name, settings = self.in_use, dict(vars(self.model.active_peft_config))
+        if self._settings.get(name) != settings:
+            self._prompt_cache.clear(name)
+            self._settings[name] = settings
+        return self._prompt_cache
+
+    def prompt_rows(self, adapter_name: str) -> Tensor:
+        """(P, D): without the rows of an encoder-decoder's table that wait for its decoder."""
+        with using(self.backend):
+            rows = prompt_rows(self.model, adapter_name)
+        count = int(self.peft_config[adapter_name].num_virtual_tokens)
+        return rows if rows.shape[0] == count else rows[:count]
+
+    def table(self, sources: Sequence[str], padded: bool = False) -> Tensor:
+        width = int(self.model.active_peft_config.token_dim)
+        return joined([self.prompt_rows(name) for name in sources], padded, width, device_of(self.word_embeddings))
+
+    def heads_for_rows(self, names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
+        if names is None:
+            return contextlib.nullcontext()
+        from peft.utils import ModulesToSaveWrapper
+
+        return for_rows(self.state.of_kind(ModulesToSaveWrapper), names)

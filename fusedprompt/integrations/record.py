@@ -1,0 +1,41 @@
+"""What a patch on a PEFT model is made of, and what it remembers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .calls import PeftTask
+from .host import PeftHost
+
+_PATCH = "_fusedprompt_patch"
+
+
+class Record:
+    """The attributes of a `Patch`. host: its model, as routes see it. task: what its model's forward does."""
+
+    def __init__(
+        self, model: Any, backend: str, route: str, fix: bool, task: PeftTask | None, left_alone: dict[str, str]
+    ) -> None:
+        self.model, self.backend, self.route, self.fix = model, backend, route, fix
+        self.task, self.left_alone = task, left_alone
+        self.host = PeftHost(model, backend, route, None if task is None else task.task)
+        self.replaced: dict[str, Any] = {}
+        self.refused: set[str] = set()
+        self.spliced: set[str] = set()
+        self.generated_alone: set[str] = set()
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is patched still."""
+        return vars(self.model).get(_PATCH) is self
+
+    def _attach(self) -> None:
+        self.model.__dict__[_PATCH] = self
+
+    def _detach(self) -> None:
+        del self.model.__dict__[_PATCH]
+
+
+def record_on(model: Any) -> Any:
+    """The patch on a PEFT model, or None."""
+    return vars(model).get(_PATCH)

@@ -1,0 +1,118 @@
+"""Rows of different adapters, put in their places. Rows of the same template are laid out together, by themselves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.facts import BaseFacts, to_device
+from .batch import Batch, Placed, check_length, place
+from .from_template import put_into_template
+from .layout import IGNORE_INDEX, Layout
+from .mixture import Mixture, arrange
+from .padding import Turn
+
+
+def place_mixture(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: bool = False) -> Placed:
+    """`put_in_front` for rows of different adapters. Fields are those of the tokens, (B, T).
+
+    The layout's slots refer to the prompts of all, one after another, and to a row of zeros behind them, which pads.
+    """
+    tokens = batch.checked()
+    size, length = batch.shape
+    positions, prompts = batch.position_ids, mixture.prompts
+    if positions is not None and (any(prompt.start for prompt in prompts) or mixture.has_patterns):
+        raise ValueError(f"position_ids: expected None with prompts inside of text, got {tuple(positions.shape)}")
+    lay_out = _by_templates if mixture.has_patterns else _in_front
+    layout, placed = lay_out(mixture, facts, batch, pool_last)
+    if positions is not None:
+        moved = positions.expand(size, length) + mixture.count.unsqueeze(1)
+        firsts = torch.cat([torch.arange(count, device=tokens.device) for count in (*mixture.counts, 1)])
+        positions = layout.fill_rows(moved, (firsts + facts.first_position).to(moved.dtype))
+        placed = replace(placed, position_ids=positions)
+    turn = None
+    if mixture.has_patterns:
+        turn = (Turn.LAST_TO_END if pool_last else None) if facts.causal else Turn.FIRST_TO_START
+    return place(facts, layout, placed, turn)
+
+
+def _in_front(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: bool) -> tuple[Layout, Batch]:
+    """Every prompt in front of its row's text."""
+    tokens, mask, labels = batch.tokens, batch.attention_mask, batch.labels
+    check_length(facts, mixture.longest, tokens.shape[1])
+    arranged = arrange(mixture, facts, tokens, mask, pool_last)
+    layout, types = arranged.layout, batch.token_type_ids
+    wide_mask = arranged.mask(mask, tokens)
+    return layout, replace(
+        batch,
+        attention_mask=wide_mask,
+        labels=None if labels is None else arranged.labels(labels, mixture.task.predicts_next),
+        token_type_ids=None if types is None else layout.fill(types, 0),
+        position_ids=arranged.position_ids() if wide_mask is not None and facts.takes_position_ids else None,
+    )
+
+
+def _by_templates(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: bool) -> tuple[Layout, Batch]:
+    """Rows of the same template, and all rows without one, are laid out together; shorter parts of the batch are padded
+    to the longest, in front in a causal model and behind in an encoder."""
+    pattern_of = {prompt.name: prompt.pattern for prompt in mixture.prompts}
+    groups: dict[str, list[int]] = {}
+    for row, name in enumerate(mixture.names):
+        groups.setdefault(name if pattern_of.get(name) is not None else "", []).append(row)
+    device, parts = batch.tokens.device, list[tuple[Tensor, Batch]]()
+    for name, numbers in groups.items():
+        rows, part = to_device(torch.tensor(numbers), device), mixture.part(numbers)
+        given = {key: field.index_select(0, rows) for key, field in batch.given().items() if isinstance(field, Tensor)}
+        parts.append((_of_template if name else _of_others)(part, facts, Batch(**given)))
+    width = max(slots.shape[1] for slots, _ in parts)
+    order = to_device(torch.tensor([row for numbers in groups.values() for row in numbers]).argsort(), device)
+
+    def join(fields: list[Tensor | None], blank: int) -> Any:
+        """(B, S) of what the parts have, in the batch's order."""
+        known = next((field for field in fields if field is not None), None)
+        if known is None:
+            return None
+        filled = []
+        for field, (slots, _) in zip(fields, parts):
+            values = known.new_zeros(slots.shape) if field is None else field
+            missing = width - values.shape[1]
+            filled.append(torch.nn.functional.pad(values, (missing, 0) if facts.causal else (0, missing), value=blank))
+        return torch.cat(filled)[order]
+
+    masks = [own.attention_mask for _, own in parts]
+    if len({slots.shape[1] for slots, _ in parts}) > 1 or any(mask is not None for mask in masks):
+        masks = [torch.ones_like(slots) if mask is None else mask for mask, (slots, _) in zip(masks, parts)]
+    table_rows = mixture.table_rows + 1
+    slots, mask = join([slots for slots, _ in parts], -table_rows), join(masks, 0)
+    labels = join([own.labels for _, own in parts], IGNORE_INDEX)
+    if labels is not None and mixture.task.predicts_next and mask is not None:
+        first = (mask != 0).to(torch.int8).argmax(1, keepdim=True)
+        labels = labels.scatter(1, first, IGNORE_INDEX)  # nothing predicts a row's first position
+    types = join([own.token_type_ids for _, own in parts], 0)
+    placed = replace(batch, attention_mask=mask, labels=labels, token_type_ids=types, position_ids=None)
+    return Layout.from_slots(slots, table_rows), placed
+
+
+def _of_template(part: Mixture, facts: BaseFacts, batch: Batch) -> tuple[Tensor, Batch]:
+    """Slots and fields of rows of one adapter with a template."""
+    (prompt,) = part.prompts
+    placed = put_into_template(prompt, facts, batch, None)
+    slots = placed.layout.slots
+    assert slots is not None
+    return torch.where(slots < 0, slots - part.rows[2].unsqueeze(1), slots), placed.batch
+
+
+def _of_others(part: Mixture, facts: BaseFacts, batch: Batch) -> tuple[Tensor, Batch]:
+    """Slots and fields of rows whose prompts are in front, or that have none."""
+    arranged = arrange(part, facts, batch.tokens, batch.attention_mask)
+    labels, types = batch.labels, batch.token_type_ids
+    assert arranged.layout.slots is not None
+    return arranged.layout.slots, replace(
+        batch,
+        attention_mask=arranged.mask(batch.attention_mask, batch.tokens),
+        labels=None if labels is None else arranged.labels(labels, next_token=False),
+        token_type_ids=None if types is None else arranged.layout.fill(types, 0),
+    )

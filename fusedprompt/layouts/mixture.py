@@ -1,0 +1,240 @@
+"""A batch whose rows use different adapters: which prompt each row gets, and where it stands.
+
+The prompts of the distinct adapters, each encoded once, are one table; a row's slots point at its own adapter's rows. A
+shorter prompt makes up for its missing rows by padding: in front in a causal model, behind in an encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..base.facts import BaseFacts, to_device
+from ..base.tasks import Task
+from .layout import IGNORE_INDEX, Layout
+from .padding import count_padding, may_be_padded
+from .prompt import Prompt
+
+BASE = "__base__"  # PEFT's name for rows without an adapter
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The adapters of a batch, row by row.
+
+    names: one per row, BASE for none. prompts: of the distinct adapters, in the order of their first row.
+    table_rows: R, of the whole batch's prompts.
+    task: the adapters' task; the active adapter's if no row has one.
+    rows: (4, B) int64: each row's adapter (0 without one), its number of prompt rows (0), the first of them in the
+        table (0), and its start (0).
+    """
+
+    names: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
+    table_rows: int
+    task: Task
+    rows: Tensor
+
+    @classmethod
+    def of(cls, prompts: Mapping[str, Prompt], active: Prompt, names: Any, tokens: Tensor) -> Mixture:
+        """Check `adapter_names` for a batch of tokens (B, ...), and look its adapters up among `prompts`.
+
+        Raises:
+            TypeError, ValueError: it is not one known name per row, or the adapters' tasks differ.
+        """
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"adapter_names: expected a list of one name per row, got {names!r}")
+        if len(names) != tokens.shape[0]:
+            raise ValueError(f"adapter_names: expected B = {tokens.shape[0]} names, one per row, got {len(names)}")
+        adapters = tuple(dict.fromkeys(name for name in names if name != BASE))
+        unknown = [name for name in adapters if name not in prompts]
+        if unknown:
+            raise ValueError(f"adapter_names: expected names among {[*prompts, BASE]}, got {unknown}")
+        own = tuple(prompts[name] for name in adapters)
+        tasks = {prompt.name: prompt.task.name for prompt in own}
+        if len(set(tasks.values())) > 1:
+            raise ValueError(f"adapter_names: expected adapters of one task type, got {tasks}")
+        first, of_adapter = 0, {BASE: (0, 0, 0, 0)}
+        for index, prompt in enumerate(own):
+            of_adapter[prompt.name] = (index, prompt.rows, first, prompt.start)
+            first += prompt.table_rows
+        rows = torch.tensor([of_adapter[name] for name in names], dtype=torch.int64).view(-1, 4).T.contiguous()
+        task = own[0].task if own else active.task
+        return cls(tuple(names), own, first, task, to_device(rows, tokens.device))
+
+    def part(self, rows: Sequence[int]) -> Mixture:
+        """Some rows of the batch alone, with the same table."""
+        names = tuple(self.names[row] for row in rows)
+        index = to_device(torch.tensor(rows), self.rows.device)
+        prompts = tuple(prompt for prompt in self.prompts if prompt.name in names)
+        return replace(self, names=names, prompts=prompts, rows=self.rows.index_select(1, index))
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The distinct adapters."""
+        return tuple(prompt.name for prompt in self.prompts)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Prompt rows of each adapter."""
+        return tuple(prompt.rows for prompt in self.prompts)
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether a prompt is not all in front of the text."""
+        return any(prompt.pattern for prompt in self.prompts)
+
+    @property
+    def which(self) -> Tensor:
+        """(B,) int64: the row's adapter; 0 for one without."""
+        return self.rows[0]
+
+    @property
+    def count(self) -> Tensor:
+        """(B,) int64: the row's prompt rows."""
+        return self.rows[1]
+
+    @property
+    def longest(self) -> int:
+        """N: the most prompt rows of an adapter."""
+        return max(self.counts, default=0)
+
+    @property
+    def even(self) -> bool:
+        """Whether every row has N prompt rows."""
+        return len(set(self.counts)) <= 1 and (BASE not in self.names or not self.counts)
+
+    def stack(self, prompts: Sequence[Tensor]) -> Tensor:
+        """(A, N, ...): all prompts, the shorter ones padded by zeros in front."""
+        longest = self.longest
+        padding = (0, 0) * (prompts[0].dim() - 1)
+        return torch.stack([F.pad(rows, (*padding, longest - rows.shape[0], 0)) for rows in prompts])
+
+    def unstack(self, stacked: Tensor) -> Tensor:
+        """(A, N, X) as the rows of a table (R + 1, X), of which the last is zeros, and pads."""
+        own = [values[self.longest - count :] for values, count in zip(stacked, self.counts)]
+        return torch.cat([*own, stacked.new_zeros(1, stacked.shape[2])])
+
+    def stack_mask(self, device: torch.device) -> Tensor | None:
+        """(A, N) int64: 1 at the prompt rows of a stack; None if there is nothing else."""
+        if len(set(self.counts)) <= 1:
+            return None
+        mask = torch.tensor([[0] * (self.longest - count) + [1] * count for count in self.counts])
+        return to_device(mask, device)
+
+    def prompt_first_mask(self, mask: Tensor | None, length: int) -> Tensor | None:
+        """(B, N + T): the mask (B, T) of the text behind each row's own prompt in a stack; None if all counts."""
+        if self.even:
+            return None if mask is None else F.pad(mask, (self.longest, 0), value=1)
+        columns = torch.arange(self.longest, device=self.rows.device)
+        own = columns >= self.longest - self.count.unsqueeze(1)
+        if mask is None:
+            mask = torch.ones(len(self.names), length, dtype=torch.int64, device=self.rows.device)
+        return torch.cat((own.to(mask.dtype), mask), dim=1)
+
+    def take(self, values: Tensor, copies: int = 1) -> Tensor:
+        """Each row's part of (A, ...) values, (B, ...), or (copies · B, ...) with the copies of a row together.
+
+        Its backward adds in a fixed order: index_select's does on a CPU, indexing's on CUDA.
+        """
+        which = self.which if copies == 1 else self.which.repeat_interleave(copies)
+        return values.index_select(0, which) if values.device.type == "cpu" else values[which]
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Where prompt, text and padding of a mixed batch stand.
+
+    layout: (B, N + T) slots into a mixture's table.
+    padding: (B,) int64: padding tokens of the text before each row's own; None if there are none.
+    lead: (B,) int64: padding positions before the row, those of the prompt included, in a causal model; else None.
+    is_filler: (B, N + T): padding that is no token; None without.
+    """
+
+    layout: Layout
+    padding: Tensor | None
+    lead: Tensor | None
+    is_filler: Tensor | None
+    first_position: int
+
+    def mask(self, mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+        """The attention mask (B, N + T) of tokens with a mask (B, T), or None where everything counts."""
+        if mask is None and self.is_filler is None:
+            return None
+        if mask is None:
+            mask = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+        filled = self.layout.fill(mask, 1)
+        return filled if self.is_filler is None else filled.masked_fill(self.is_filler, 0)
+
+    def labels(self, labels: Tensor, next_token: bool) -> Tensor:
+        """Labels (B, N + T) of labels per token (B, T).
+
+        next_token: each position predicts the label behind it; then nothing predicts a row's first position.
+        """
+        filled = self.layout.fill(labels, IGNORE_INDEX)
+        if not next_token or self.lead is None or not filled.shape[1]:
+            return filled
+        return filled.scatter(1, self.lead.clamp(max=filled.shape[1] - 1).unsqueeze(1), IGNORE_INDEX)
+
+    def position_ids(self) -> Tensor:
+        """Position ids (B, N + T) that do not count padding in front."""
+        size, length = self.layout.slots.shape  # type: ignore[union-attr]
+        position = torch.arange(length, device=self.layout.slots.device)  # type: ignore[union-attr]
+        if self.lead is None:
+            return position.expand(size, -1) + self.first_position
+        return (position - self.lead.unsqueeze(1)).clamp(min=0) + self.first_position
+
+
+def arrange(
+    mixture: Mixture, facts: BaseFacts, tokens: Tensor, attention_mask: Tensor | None, pool_last: bool = False
+) -> Arrangement:
+    """Arrange prompt, text and padding of (B, T) tokens so that padding changes nothing.
+
+    A causal model gets padding, prompt, text; with `pool_last` the padding at the right moves to the left too. An
+    encoder gets prompt, text, padding: what was at the left moves to the right.
+    """
+    length, longest, device = tokens.shape[1], mixture.longest, tokens.device
+    _, count, first, start = (row.unsqueeze(1) for row in mixture.rows)
+    padding = shift = None
+    if attention_mask is not None:
+        right = pool_last and facts.causal and may_be_padded(attention_mask, -1)
+        if right or may_be_padded(attention_mask, 0):
+            at_left, at_right = count_padding(attention_mask)
+            shift = (-at_right if right else None) if facts.causal else at_left
+            padding = (at_left + at_right if right else at_left) if facts.causal else None
+    position = torch.arange(longest + length, device=device)
+    # `text` counts the row's text as it stands: padding tokens of its own, then tokens, and the prompt among them.
+    filler_in_front = facts.causal and not mixture.even
+    text = position - (longest - count) if filler_in_front else position.expand(tokens.shape[0], -1)
+    begin = start if padding is None else start + padding.unsqueeze(1)
+    prompt_row = text - begin
+    is_prompt = (prompt_row >= 0) & (prompt_row < count)
+    token = torch.where(prompt_row < 0, text, text - count)
+    is_filler = None
+    if not mixture.even:
+        is_filler = text < 0 if facts.causal else text >= count + length
+        token = token.clamp(0, max(length - 1, 0))
+    if shift is not None and length:
+        token = (token + shift.unsqueeze(1)).remainder(length)
+    slots = torch.where(is_prompt, ~(prompt_row + first), token)
+    table_rows = mixture.table_rows + 1
+    if is_filler is not None:
+        slots = slots.masked_fill(is_filler, -table_rows)
+    lead = None
+    if facts.causal:
+        lead = longest - mixture.count if padding is None else longest - mixture.count + padding
+    return Arrangement(Layout.from_slots(slots, table_rows), padding, lead, is_filler, facts.first_position)
+
+
+def refuse_cache(adapter_names: Sequence[str] | None) -> None:
+    """For a call with a cache that is not empty."""
+    if adapter_names is not None:
+        raise ValueError(
+            "adapter_names: expected None for tokens that follow a cache, in which the prompts stand already; call the "
+            "base model with the mask of all columns"
+        )

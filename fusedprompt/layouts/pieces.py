@@ -1,0 +1,143 @@
+"""A template as pieces, and slots from pieces.
+
+A sequence is a list of pieces: runs of consecutive rows of the prompt's table, or of consecutive tokens. All that
+changes from row to row is how long the texts are and where they begin, so that slots are a few operations on
+(B, pieces) and (B, S) tensors, on any device, and the host never waits for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .parts import Anchor, Field, Mask, Pattern, Prompt, Separator
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of a sequence: `length` rows of the table from `row` on, or (row is None) tokens.
+
+    field: index of the field whose text it is, or None.
+    part: number of the template's part; -1 for special tokens at the ends.
+    token_type: of all of it.
+    """
+
+    row: int | None
+    length: int
+    field: int | None = None
+    part: int = -1
+    token_type: int = 0
+
+
+@functools.lru_cache(maxsize=64)
+def pieces_of(template: Pattern) -> tuple[Piece, ...]:
+    """The pieces of a template whose texts come without special tokens."""
+    constants, specials = dict(template.constant_ids()), template.specials
+    before, first, between, second, after = specials.types_of_parts if specials else ((), 0, (), 0, ())
+    rows, row, field, token_type = 0, template.num_prompt_rows, 0, first
+    pieces = []
+
+    def constant(types: Sequence[int], part: int) -> None:
+        nonlocal row
+        for kind, run in itertools.groupby(types):
+            pieces.append(Piece(row, len(list(run)), None, part, kind))
+            row += pieces[-1].length
+
+    constant(before, -1)
+    for index, part in enumerate(template.parts):
+        if isinstance(part, Prompt):
+            pieces.append(Piece(rows, part.rows, None, index, token_type))
+            rows += part.rows
+        elif isinstance(part, Field):
+            pieces.append(Piece(None, 0, field, index, token_type))
+            field += 1
+        elif isinstance(part, Separator):
+            constant(between, index)
+            token_type = second
+        else:
+            constant([token_type] * len(constants[index]), index)
+    constant(after, -1)
+    return tuple(pieces)
+
+
+def table_ids(template: Pattern) -> list[int]:
+    """The constant tokens, in the order in which their rows stand behind the prompt's."""
+    constants, specials = dict(template.constant_ids()), template.specials
+    ids = list(specials.before) if specials else []
+    for tokens in constants.values():
+        ids.extend(tokens)
+    return [*ids, *(specials.after if specials else ())]
+
+
+def mask_rows(template: Pattern) -> list[int]:
+    """Rows of the table that are mask tokens, in order."""
+    rows = ((piece.row, piece.part) for piece in pieces_of(template))
+    return [row for row, part in rows if row is not None and part >= 0 and isinstance(template.parts[part], Mask)]
+
+
+def check_names(template: Pattern, given: Mapping[str, Any], argument: str = "fields") -> None:
+    """Refuse names that are no fields of a template and, for its texts, fields without one."""
+    for name in given:
+        if name not in template.fields:
+            raise ValueError(
+                f"{argument}: {name!r} is no field of the template '{template}', which has {template.fields}"
+            )
+    for index, part in enumerate(template.parts):
+        if isinstance(part, Field) and part.name not in given and argument == "fields":
+            raise ValueError(f"{argument}: {template.where(index)}: expected a value, got only {sorted(given)}")
+
+
+def lay_out(
+    lengths: Tensor, firsts: Tensor, steps: Tensor, width: int, at_left: bool | Tensor, filler: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots of rows that are made of pieces.
+
+    Args:
+        lengths: (B, K) int64, of the pieces. firsts: (B, K), their first slots.
+        steps: (K,) from slot to slot within a piece: 1 for tokens, -1 for rows of the table.
+        width: S. at_left: whether padding goes to the left; a bool, or (B, 1) of them.
+        filler: the slot of padding.
+
+    Returns:
+        Slots (B, S), which of them are not padding (B, S) bool, and each column's piece (B, S).
+    """
+    ends = lengths.cumsum(1)
+    total = ends[:, -1:]
+    column = torch.arange(width, device=lengths.device).unsqueeze(0) - (width - total) * at_left
+    piece = torch.searchsorted(ends[:, :-1].contiguous(), column, right=True)  # padding belongs to the piece beside it
+    starts = firsts - steps * (ends - lengths)
+    # In place: at B=64, T=512 each further tensor of this size costs as much as the arithmetic on it.
+    slots = starts.gather(1, piece).addcmul_(steps.expand_as(starts).gather(1, piece), column)
+    real = (column >= 0) & (column < total)
+    return slots.masked_fill_(~real, filler), real, piece
+
+
+def anchor_slots(template: Pattern, slots: Sequence[int], mask: Sequence[float] | None) -> set[int]:
+    """Which slots of a row are anchors or mask tokens: rows of the table, or tokens of a batch that was rendered.
+
+    Of tokens only their number is known, so that texts beside each other, with no prompt between, have none.
+    """
+    anchors: set[int] = set()
+    real = [slot for slot, kept in zip(slots, mask or [1] * len(slots)) if kept]
+    rows = template.num_prompt_rows
+    runs = [list(run) for is_prompt, run in itertools.groupby(real, lambda slot: -rows <= slot < 0) if not is_prompt]
+    prompts = itertools.groupby(pieces_of(template), lambda piece: piece.row is not None and piece.row < rows)
+    groups = [list(group) for is_prompt, group in prompts if not is_prompt]
+    for run, group in zip(runs, groups):
+        texts = sum(piece.field is not None for piece in group)
+        text = len(run) - sum(piece.length for piece in group)
+        if len(runs) != len(groups) or texts > 1:
+            continue
+        place = 0
+        for piece in group:
+            length = text if piece.field is not None else piece.length
+            if piece.part >= 0 and isinstance(template.parts[piece.part], Anchor | Mask):
+                anchors.update(run[place : place + length])
+            place += length
+    return anchors

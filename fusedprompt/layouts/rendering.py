@@ -1,0 +1,284 @@
+"""Texts in a template as a batch: ids, slots, mask, labels, and what else a model is called with."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import IGNORE_INDEX, Layout
+from .parts import Anchor, Field, Mask, Pattern
+from .picture import join_symbols, row_symbols
+from .pieces import Piece, check_names, lay_out, pieces_of, table_ids
+from .tokenizer import encode
+
+Ids = list[int]
+
+
+class RenderedBatch(dict[str, Any]):
+    """A batch as keyword arguments of a `PromptModel`.
+
+    Keys: input_ids (B, T); slots, attention_mask and, as far as they were asked for, labels, token_type_ids and
+    position_ids, (B, S) each; pool_index (B,).
+    """
+
+    anchors: list[list[int]] | None = None  # per row, which tokens are anchors or the mask token
+
+    @property
+    def layout(self) -> Layout:
+        """Where each of the S columns comes from."""
+        return Layout.from_slots(self["slots"], -int(self["slots"].min()))
+
+    def to(self, device: torch.device | str) -> RenderedBatch:
+        """This batch with its tensors on a device; the batch itself."""
+        for name, value in self.items():
+            self[name] = value.to(device) if isinstance(value, Tensor) else value
+        return self
+
+    def picture(self, row: int = 0) -> str:
+        """One row: P a prompt row, t a token, A an anchor or the mask token, · padding."""
+        anchors = () if self.anchors is None else self.anchors[row]
+        return join_symbols(row_symbols(self["slots"][row].tolist(), self["attention_mask"][row].tolist(), anchors))
+
+
+def render(
+    template: Pattern,
+    fields: Mapping[str, Sequence[Any]] | Sequence[Any],
+    tokenizer: Any = None,
+    *,
+    loss: Sequence[str] = (),
+    mask_labels: Sequence[Any] | None = None,
+    labels: Any = None,
+    padding_side: str | None = None,
+    max_length: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    pad_token_id: int | None = None,
+    position_ids: bool = False,
+    pool: str | None = None,
+    slots: bool = True,
+) -> RenderedBatch:
+    """Put B examples into a template.
+
+    Args:
+        fields: per field, B texts or lists of ids without special tokens; of a template with one field, just these.
+        tokenizer: a transformers tokenizer, for texts, and for a template that is not bound to one.
+        loss: fields whose own tokens are labels; all other columns get -100.
+        mask_labels: per example, the token at the mask (a text of one token, or an id), or a list of one for each mask.
+        labels: (B,) one per sequence, passed on as they are; or per field lists of one label for each token.
+        padding_side: "left" or "right"; the tokenizer's own, else right.
+        max_length: the most columns of a row, prompt and anchors included. Fields are shortened, the longest first, at
+            the tokenizer's truncation side (else at their ends).
+        pad_to_multiple_of: make S a multiple of this.
+        pad_token_id: the id of padding; the tokenizer's own, else 0.
+        position_ids: also give the columns' positions, counted from 0. A `PromptModel` counts them by itself.
+        pool: also give pool_index: the "last" column that is not padding, or the "first".
+        slots: False gives ids, mask and labels as for a model without a template, (B, T); for plain prefixes only.
+
+    Raises:
+        ValueError: what is given does not fit the template; the message names the part.
+    """
+    if not slots and not template.is_plain_prefix:
+        raise ValueError(f"slots: expected True for '{template}', which is not a prompt in front of all text")
+    pieces = pieces_of(template)
+    values = _field_ids(template, fields, tokenizer)
+    size = len(next(iter(values.values()))) if values else len(mask_labels or labels or [()])
+    side = padding_side or getattr(tokenizer, "padding_side", "right")
+    for name, value, allowed in (("padding_side", side, ("left", "right")), ("pool", pool, (None, "first", "last"))):
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
+    targets = _targets(template, values, loss, labels)
+    if max_length is not None:
+        _shorten(template, values, targets, max_length, getattr(tokenizer, "truncation_side", "right"))
+    at_mask = _mask_labels(template, mask_labels, size, tokenizer)
+    constants = table_ids(template)
+    made = [_row(template, pieces, constants, values, targets, at_mask, b) for b in range(size)]
+    ids, token_labels, anchors = ([row[part] for row in made] for part in range(3))
+    rows, longest = template.num_prompt_rows, max(map(len, ids), default=0)
+    total = rows + longest
+    if pad_to_multiple_of is not None:
+        total = -(-total // pad_to_multiple_of) * pad_to_multiple_of
+    left, length = side == "left", total - rows
+    pad = pad_token_id if pad_token_id is not None else getattr(tokenizer, "pad_token_id", None) or 0
+    batch = RenderedBatch(input_ids=_padded(ids, length, pad, left))
+    per_token = bool(targets) or at_mask is not None
+    if per_token:
+        batch["labels"] = _padded(token_labels, length, IGNORE_INDEX, left)
+    elif labels is not None:
+        batch["labels"] = torch.as_tensor(labels)
+    if not slots:
+        batch["attention_mask"] = _padded([[1] * len(row) for row in ids], length, 0, left)
+        return batch
+    real = _add_layout(batch, template, values, total, left)
+    if per_token:
+        batch["labels"] = Layout(rows, batch["slots"]).fill(batch["labels"], IGNORE_INDEX)
+    if position_ids:
+        batch["position_ids"] = (real.cumsum(1) - 1).clamp(min=0)
+    if pool is not None:
+        flags = real.to(torch.int8)
+        batch["pool_index"] = flags.argmax(1) if pool == "first" else total - 1 - flags.flip(1).argmax(1)
+    batch.anchors = [[token + (length - len(row)) * left for token in found] for row, found in zip(ids, anchors)]
+    return batch
+
+
+def _field_ids(template: Pattern, fields: Any, tokenizer: Any) -> dict[str, list[Ids]]:
+    """Per field, B lists of ids."""
+    if not isinstance(fields, Mapping):
+        if len(template.fields) != 1:
+            raise ValueError(
+                f"fields: the template '{template}' has the fields {template.fields}; expected a value for each by name"
+            )
+        fields = {template.fields[0]: fields}
+    check_names(template, fields)
+    found: dict[str, list[Ids]] = {}
+    for index, part in enumerate(template.parts):
+        if not isinstance(part, Field):
+            continue
+        where, values = f"fields: {template.where(index)}", fields[part.name]
+        if isinstance(values, str):
+            raise ValueError(f"{where}: expected a list of texts, one for each example, got one text")
+        values = [value.tolist() if isinstance(value, Tensor) else value for value in values]
+        if any(isinstance(value, str) for value in values):
+            if tokenizer is None:
+                raise ValueError(f"{where}: texts need a tokenizer; render(..., tokenizer=...)")
+            encoded = (
+                iter(encode(tokenizer, texts)) if (texts := [v for v in values if isinstance(v, str)]) else iter(())
+            )
+            values = [next(encoded) if isinstance(value, str) else value for value in values]
+        size = len(next(iter(found.values()))) if found else len(values)
+        if len(values) != size:
+            raise ValueError(f"{where}: expected {size} values, as in the field before it, got {len(values)}")
+        found[part.name] = [list(value) for value in values]
+    return found
+
+
+def _targets(template: Pattern, values: dict[str, list[Ids]], loss: Sequence[str], labels: Any) -> dict[str, list[Ids]]:
+    """Per field that has labels, B lists of one for each token."""
+    by_field = labels if isinstance(labels, Mapping) else {}
+    names = [loss] if isinstance(loss, str) else list(loss)
+    check_names(template, dict.fromkeys(names), "loss")
+    check_names(template, by_field, "labels")
+    if labels is not None and not isinstance(labels, Mapping) and names:
+        raise ValueError("labels: expected None, or labels per field, with `loss`, got labels per sequence")
+    targets = {name: [list(ids) for ids in values[name]] for name in names}
+    for name, rows in by_field.items():
+        targets[name] = [list(row) for row in rows]
+        if [len(row) for row in targets[name]] != [len(ids) for ids in values[name]]:
+            raise ValueError(f"labels: field '{name}': expected one label for each of its tokens")
+    return targets
+
+
+def _mask_labels(template: Pattern, given: Sequence[Any] | None, size: int, tokenizer: Any) -> list[list[int]] | None:
+    """Per example, a label for each mask."""
+    if given is None:
+        return None
+    if not template.num_masks or len(given) != size:
+        raise ValueError(
+            f"mask_labels: expected {size} labels for a template with [mask], got {len(given)} for '{template}'"
+        )
+    found = []
+    for value in given:
+        row = [_one_token(label, tokenizer) for label in (value if isinstance(value, list | tuple) else [value])]
+        if len(row) != template.num_masks:
+            raise ValueError(f"mask_labels: expected one label for each of {template.num_masks} masks, got {value!r}")
+        found.append(row)
+    return found
+
+
+def _one_token(label: Any, tokenizer: Any) -> int:
+    if not isinstance(label, str):
+        return int(label)
+    if tokenizer is None:
+        raise ValueError(f"mask_labels: expected an id, because there is no tokenizer, got {label!r}")
+    ids = encode(tokenizer, [label])[0]
+    if len(ids) != 1:
+        raise ValueError(f"mask_labels: expected a text of one token, got {label!r}, which is {len(ids)}")
+    return ids[0]
+
+
+def _shorten(
+    template: Pattern, values: dict[str, list[Ids]], targets: dict[str, list[Ids]], max_length: int, side: str
+) -> None:
+    """Cut fields until each row has at most `max_length` columns: the longest first, so that they end up alike."""
+    room = max_length - template.num_prompt_rows - len(table_ids(template))
+    if room < 0 or (room == 0 and values):
+        raise ValueError(
+            f"max_length: expected more than the {max_length - room} columns of prompt and anchors of '{template}', "
+            f"got {max_length}"
+        )
+    for b in range(len(next(iter(values.values()), ()))):
+        lengths = {name: len(rows[b]) for name, rows in values.items()}
+        if sum(lengths.values()) <= room:
+            continue
+        counts = list(lengths.values())
+        highest = range(max(counts) + 1)
+        cap = bisect.bisect_right(highest, room, key=lambda c: sum(min(count, c) for count in counts)) - 1
+        spare = room - sum(min(count, cap) for count in counts)
+        for name, count in lengths.items():
+            keep = min(count, cap)
+            if count > cap and spare:
+                keep, spare = cap + 1, spare - 1
+            for rows in (values, targets):
+                if name in rows:
+                    rows[name][b] = rows[name][b][count - keep :] if side == "left" else rows[name][b][:keep]
+
+
+def _row(
+    template: Pattern,
+    pieces: Sequence[Piece],
+    constants: Ids,
+    values: dict[str, list[Ids]],
+    targets: dict[str, list[Ids]],
+    at_mask: list[list[int]] | None,
+    b: int,
+) -> tuple[Ids, Ids, Ids]:
+    """One row's ids, its labels, and which of its tokens are anchors."""
+    ids: Ids = []
+    labels: Ids = []
+    anchors: Ids = []
+    masks = iter(at_mask[b] if at_mask is not None else ())
+    for piece in pieces:
+        part = template.parts[piece.part] if piece.part >= 0 else None
+        if isinstance(part, Field):
+            ids += values[part.name][b]
+            labels += targets[part.name][b] if part.name in targets else [IGNORE_INDEX] * len(values[part.name][b])
+        elif piece.row is not None and piece.row >= template.num_prompt_rows:
+            if isinstance(part, Anchor | Mask):
+                anchors += range(len(ids), len(ids) + piece.length)
+            first = piece.row - template.num_prompt_rows
+            ids += constants[first : first + piece.length]
+            labels += [next(masks, IGNORE_INDEX) if isinstance(part, Mask) else IGNORE_INDEX] * piece.length
+    return ids, labels, anchors
+
+
+def _add_layout(
+    batch: RenderedBatch, template: Pattern, values: dict[str, list[Ids]], total: int, left: bool
+) -> Tensor:
+    """Give a batch of ids its slots, mask and token types, (B, S); returns which columns are not padding."""
+    pieces, size = pieces_of(template), batch["input_ids"].shape[0]
+    lengths = torch.tensor([piece.length for piece in pieces]).expand(size, -1).clone()
+    from_prompt = torch.tensor([piece.row is not None and piece.row < template.num_prompt_rows for piece in pieces])
+    names = template.fields
+    for index, piece in enumerate(pieces):
+        if piece.field is not None:
+            lengths[:, index] = torch.tensor([len(ids) for ids in values[names[piece.field]]])
+    of_tokens = lengths * ~from_prompt
+    padding = total - lengths.sum(1, keepdim=True)
+    tokens = of_tokens.cumsum(1) - of_tokens + padding * left
+    firsts = torch.where(from_prompt, torch.tensor([~(piece.row or 0) for piece in pieces]), tokens)
+    filler = 0 if left else total - template.num_prompt_rows - 1  # a padding token
+    slots, real, of_column = lay_out(lengths, firsts, torch.where(from_prompt, -1, 1), total, left, filler)
+    batch["attention_mask"] = real.long()
+    batch["slots"] = slots
+    if template.specials is not None and template.specials.types is not None:
+        types = torch.tensor([piece.token_type for piece in pieces])
+        batch["token_type_ids"] = types[of_column] * real
+    return real
+
+
+def _padded(rows: Sequence[Ids], length: int, fill: int, left: bool) -> Tensor:
+    """(B, length) int64."""
+    filled = [[fill] * (length - len(row)) + row if left else row + [fill] * (length - len(row)) for row in rows]
+    return torch.tensor(filled, dtype=torch.int64).view(len(rows), length)

@@ -1,0 +1,112 @@
+"""A prompt-learning method: one record, which is all that the rest of the package knows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layouts.batch import Batch
+from ..layouts.layout import Layout
+from .config import PromptLearningConfig
+from .module import PromptModule
+
+Part = tuple[str, nn.Module, type[nn.Module]]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a method's own loss is made of: next-token cross entropy as of `ops.cpt_loss`.
+
+    labels: (B, S), -100 where nothing counts. types: (B, S) type codes, which decide with decay about weights.
+    or_nan: the loss is NaN, and not 0, in a batch without labels.
+    """
+
+    labels: Tensor
+    types: Tensor
+    decay: float = 1.0
+    or_nan: bool = False
+
+
+@dataclass(frozen=True)
+class PeftEncoder:
+    """A method's module in PEFT, run on ops of this package.
+
+    class_name: of the module, in `peft`.
+    parts: parts with the class that each must be, for ops to read their weights.
+    run: (module, indices (1, R)) to rows (R, D).
+    run_sharded: the same for weights that are there only while their module runs (ZeRO-3), if PEFT's code reads them
+        before that; None for others.
+    targets: as of `Method`, in PEFT's arithmetic; the second configuration is that of the adapter "default".
+    side_effect: what PEFT's loss does to its caller's tensors.
+    """
+
+    class_name: str
+    parts: Callable[[Any], Iterator[Part]]
+    run: Callable[[Any, Tensor], Tensor]
+    run_sharded: Callable[[Any, Tensor], Tensor | None] | None = None
+    targets: Callable[[Any, Any, Layout, Batch], Targets] | None = None
+    side_effect: Callable[[Any, Batch], None] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A prompt-learning method.
+
+    config: its configuration class, whose `method` names it.
+    module: (resolved configuration, word embeddings) to the module that owns its parameters.
+    ops: (module) to names of the ops that make its product, in the order in which they run.
+    product: what its module makes: "rows" of input embeddings.
+    frozen: parts of its module that are never trained.
+    saves_encoder: whether training goes on from more than the product, so that it is saved too.
+    from_prompt: (module, rows) sets a module that is to be trained from its product alone; None where nothing can.
+    targets: (configuration, layout, batch with prompts in their places) to what its own loss counts; None for the base
+        model's loss. The batch's labels are the tokens' where the layout has no slots, else the output's.
+    peft: its module in PEFT; None where that has nothing to compute.
+    """
+
+    config: type[PromptLearningConfig]
+    module: Callable[[Any, nn.Module], PromptModule]
+    ops: Callable[[Any], tuple[str, ...]]
+    product: str = "rows"
+    frozen: tuple[str, ...] = ()
+    saves_encoder: bool = True
+    from_prompt: Callable[[Any, Tensor], None] | None = None
+    targets: Callable[[Any, Layout, Batch], Targets] | None = None
+    peft: PeftEncoder | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name, in PEFT's terms if PEFT has it."""
+        return name_of(self.config.method)
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register_method(method: Method) -> None:
+    """Make a method known: configurations of its class build its module.
+
+    Raises:
+        ValueError: there is one of that name, or its configuration class has none.
+    """
+    if method.config.method is None or method.name in _METHODS:
+        raise ValueError(f"method: expected a configuration class with a new `method`, got {method.config.method!r}")
+    _METHODS[method.name] = method
+
+
+def name_of(method: Any) -> str:
+    """A method's name: PEFT's enumerations come back from a file as plain strings."""
+    return str(getattr(method, "value", method))
+
+
+def find_method(peft_type: Any) -> Method | None:
+    """The method of a configuration's `peft_type`, or None."""
+    return _METHODS.get(name_of(peft_type))
+
+
+def method_of(config: Any) -> Method:
+    """The method of a configuration of this package, or of one of PEFT's that this package has too."""
+    return _METHODS[name_of(config.peft_type)]

@@ -1,0 +1,122 @@
+"""From a model's adapter to files, and back."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..base import saved_modules
+from ..layouts.template import Template
+from ..methods import PromptModule, checkpoint, method_of
+from ..methods.config import CONFIG_NAME, PromptLearningConfig, format_json
+from .adapters import PromptAdapters
+
+# Beside PEFT's fields in adapter_config.json, and only where the prompt is not at PEFT's place: PEFT warns of it.
+PROMPT_START_KEY = "fusedprompt_prompt_start"
+
+
+# For adapters whose template is not the plain prefix: the field that PEFT dispatches on says why it cannot load them,
+# and the true value stands under a key of our own.
+PEFT_TYPE_KEY = "fusedprompt_peft_type"
+
+
+def _refusal(template: Template) -> str:
+    return f"a fusedprompt adapter with the template {template}, while PEFT only puts prompts in front of a text"
+
+
+@dataclass
+class LoadedAdapter:
+    """An adapter read from files and checked against a model, not yet part of it."""
+
+    config: PromptLearningConfig
+    prompt_start: int
+    encoder: PromptModule
+    head_tensors: dict[str, Tensor]
+    template: Template | None
+
+
+def save(model: PromptAdapters, adapter_name: str, folder: Path) -> None:
+    """Write one adapter of a model into a folder."""
+    config = copy.copy(model.peft_config[adapter_name])
+    encoder = None
+    if not config.inference_mode and method_of(config).saves_encoder:
+        encoder = model.prompt_encoder[adapter_name].state_dict()
+    config.inference_mode = True  # PEFT's files always say so
+    prompt = model.get_prompt_embedding_to_save(adapter_name)
+    tensors = {checkpoint.PROMPT_KEY: prompt, **saved_modules.tensors(model.base_model, adapter_name)}
+    fields = config.to_dict()
+    place = model.prompts[adapter_name]
+    if place.start:
+        fields[PROMPT_START_KEY] = place.start
+    if place.pattern is not None:
+        fields[PEFT_TYPE_KEY], fields["peft_type"] = fields["peft_type"], _refusal(place.pattern)
+    text = None if place.template is None else place.template.to_json()
+    checkpoint.save_adapter(folder, format_json(fields), CONFIG_NAME, tensors, encoder, text)
+
+
+def load(model: PromptAdapters, folder: Path, is_trainable: bool) -> LoadedAdapter:
+    """Read an adapter from a folder and check every tensor against a model, which is not changed."""
+    fields = checkpoint.read_json(folder / CONFIG_NAME)
+    prompt_start = int(fields.pop(PROMPT_START_KEY, 0))
+    peft_type = fields.pop(PEFT_TYPE_KEY, None)
+    if peft_type is not None:
+        fields["peft_type"] = peft_type
+    config = model._resolve(PromptLearningConfig.from_dict(fields, origin=str(folder / CONFIG_NAME)))
+    config.inference_mode = not is_trainable
+    template = _load_template(model, folder, config, prompt_start, required=peft_type is not None)
+    file = checkpoint.stored(folder, checkpoint.ADAPTER_NAME)
+    tensors, _ = checkpoint.read_tensors(file)
+    encoder = method_of(config).module(config.blank(), model.word_embeddings)
+    expected = {
+        checkpoint.PROMPT_KEY: encoder.embedding.weight,
+        **saved_modules.expected_tensors(model.base_model, config.modules_to_save or []),
+    }
+    checkpoint.check_tensors(file, tensors, expected)
+    prompt = tensors.pop(checkpoint.PROMPT_KEY)
+    with torch.no_grad():
+        if not is_trainable:
+            encoder.embedding.weight.copy_(prompt)
+        else:
+            _load_encoder(encoder, config, folder, prompt)
+    return LoadedAdapter(config, prompt_start, encoder, tensors, template)
+
+
+def _load_template(
+    model: PromptAdapters, folder: Path, config: PromptLearningConfig, prompt_start: int, required: bool
+) -> Template | None:
+    """The folder's template, checked against the model. One that is not required is the plain prefix, or left over."""
+    path = checkpoint.stored(folder, checkpoint.TEMPLATE_NAME)
+    if not path.is_file():
+        if required:
+            raise FileNotFoundError(f"{path}: no such file; {CONFIG_NAME} says that the adapter has a template")
+        return None
+    try:
+        template = Template.from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not required and not template.is_plain_prefix:
+        return None
+    model._check_template(template, config, prompt_start)
+    return template
+
+
+def _load_encoder(encoder: PromptModule, config: PromptLearningConfig, folder: Path, prompt: Tensor) -> None:
+    method = method_of(config)
+    stored = checkpoint.read_encoder(folder, prompt) if method.saves_encoder else None
+    if stored is not None:
+        file, tensors = stored
+        checkpoint.check_tensors(file, tensors, encoder.state_dict())
+        # In the dtype it was trained in, so that it computes the same prompt.
+        encoder.to(next(iter(tensors.values())).dtype)
+        encoder.load_state_dict(tensors)
+    elif method.from_prompt is not None:
+        method.from_prompt(encoder, prompt)
+    else:
+        raise ValueError(
+            f"{folder}: expected {checkpoint.ENCODER_NAME} to train on, but it is not there: PEFT saves only what the "
+            "encoder computed. Load with is_trainable=False, or train from a folder saved by fusedprompt."
+        )

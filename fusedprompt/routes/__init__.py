@@ -1,0 +1,1 @@
+"""How prompts reach the base model: `plan` decides, `run` does it."""

@@ -1,0 +1,125 @@
+"""What is asked of a model with prompts, and what is decided about it: two values that nobody changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import Tensor
+
+from ..base.tasks import Task
+from ..layouts.batch import FIELDS, Batch
+from ..layouts.layout import Layout
+from ..layouts.mixture import Mixture
+from ..ops._backend import AUTO
+from .loss import Loss
+
+# Routes. The first two put no prompt in: for a base model alone, and for one whose cache holds the prompt.
+BASE, CONTINUE, SPLICE, SHARED = "base", "continue", "splice", "shared"
+FULL, TEXT = "full", "text"  # logits of prompt and text, or of text alone
+# Placements of a prompt in front of a text: ours moves padding out of the way, PEFT's leaves it where it is.
+OURS, PEFT = "ours", "peft"
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a call of `forward` or `generate`.
+
+    batch: those that have a value for each token.
+    others: those that the base model gets as they are.
+    route, logits, slots, pool_index, fields, adapter_names: see `PromptModel`.
+    generates: whether it is one of `generate`.
+    """
+
+    batch: Batch
+    others: Mapping[str, Any] = field(default_factory=dict)
+    past_key_values: Any = None
+    route: str = AUTO
+    logits: str = FULL
+    slots: Tensor | None = None
+    pool_index: Tensor | None = None
+    fields: Mapping[str, Any] | None = None
+    adapter_names: Sequence[str] | None = None
+    generates: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], route: str, generates: bool = False) -> Call:
+        """From keyword arguments; those that are None are none. route: where the call does not name one."""
+        named = {name: value for name, value in given.items() if name in _OWN and value is not None}
+        batch = Batch(**{name: value for name, value in given.items() if name in FIELDS})
+        others = {name: value for name, value in given.items() if name not in _OWN and name not in FIELDS}
+        return cls(batch, others, generates=generates, **{"route": route, **named})
+
+    @classmethod
+    def to_generate(cls, inputs: Tensor | None, given: Mapping[str, Any], route: str) -> Call:
+        """From the arguments of `generate`, of which the first is `inputs`, that is `input_ids`."""
+        if inputs is not None:
+            if given.get("input_ids") is not None:
+                raise ValueError("inputs, input_ids: expected one of the two, got both")
+            given = {**given, "input_ids": inputs}
+        return cls.of(given, route, generates=True)
+
+
+_OWN = tuple(one.name for one in fields(Call) if one.name not in ("batch", "others", "generates"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done with a call, and why.
+
+    route: "base", "continue", "splice" or "shared".
+    call: what was asked.
+    why: why the prompt is not shared; None where it is, or could not be meant to.
+    pays: whether sharing would pay, if it could.
+    task: of the adapters.
+    table: the adapters whose tables the layout's slots refer to, one after another.
+    mixture: the adapter of each row, where they differ.
+    layout: where each column of the output comes from. None where there is no prompt to put in.
+    fields: what the base model gets with the tokens: of the output or, shared, of the text behind the prompt.
+    carries: mask and labels are yet to be carried from the tokens to the output, by `ops.splice_batch`.
+    looks_up: ids become embeddings before the base model sees them.
+    others: what else it gets.
+    loss: what is made here of its logits; None where it makes the loss.
+    waits: whether logits are left until they are read.
+    reads: whether it is of interest if somebody reads them.
+    logits: "full" or "text". cuts: fields of its output that are cut down to the tokens.
+    placement: as it was planned with.
+    """
+
+    route: str
+    call: Call
+    why: str | None = None
+    pays: bool = True
+    placement: str = OURS
+    task: Task | None = None
+    table: tuple[str, ...] = ()
+    mixture: Mixture | None = None
+    layout: Layout | None = None
+    fields: Batch = field(default_factory=Batch)
+    carries: bool = False
+    looks_up: bool = False
+    others: Mapping[str, Any] = field(default_factory=dict)
+    loss: Loss | None = None
+    waits: bool = False
+    reads: bool = False
+    logits: str = FULL
+    cuts: tuple[str, ...] = ()
+
+
+def refuse_fields(fields: Any, case: str) -> None:
+    """For a call that has no use for a template's fields."""
+    if fields is not None:
+        raise ValueError(f"fields: expected None {case}, got {sorted(fields)}")
+
+
+def refuse_slots(slots: Tensor | None, place: str) -> None:
+    """For a call that has no use for slots."""
+    if slots is not None:
+        raise ValueError(f"slots: expected None for {place}, got a tensor of shape {tuple(slots.shape)}")
+
+
+def refuse_adapter_names(names: Sequence[str] | None) -> None:
+    """For a call without adapters."""
+    if names is not None:
+        raise ValueError(f"adapter_names: expected None where adapters are disabled or there is none, got {names!r}")

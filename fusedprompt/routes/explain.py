@@ -1,0 +1,114 @@
+"""What a model does with a prompt, in words."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+from .. import ops
+from ..layouts.picture import PADDING, join_symbols, row_symbols
+from ..layouts.pieces import anchor_slots
+from ..layouts.prompt import Prompt
+from ..methods import method_of
+from .call import BASE, CONTINUE, SHARED, SPLICE, Call, Plan
+from .choice import RouteUnavailable, why_not_head_loss, why_not_model
+from .host import Host
+from .plan import plan
+
+_LETTERS = "PQRSUVWXYZ"  # of prompt rows, adapter by adapter
+
+
+def explain(host: Host, call: Call) -> str:
+    """How the prompt of a call reaches the base model, why so, and a picture of its first row."""
+    try:
+        planned = plan(host, call)
+    except RouteUnavailable as error:
+        planned = plan(host, replace(call, route=SPLICE))
+        return "\n".join([f"route shared, which cannot run: {error.objection}", *_pictures(host, planned)])
+    return describe(host, planned)
+
+
+def describe(host: Host, planned: Plan) -> str:
+    """A plan in words."""
+    line = f"route {planned.route}" + ("" if planned.why is None else f": {planned.why}")
+    if planned.route in (BASE, CONTINUE):
+        return line
+    # The spliced order of a batch is that of its output on both routes.
+    spliced = plan(host, replace(planned.call, route=SPLICE)) if planned.route == SHARED else planned
+    return "\n".join([line, *_pictures(host, spliced)])
+
+
+def describe_adapter(host: Host, name: str) -> str:
+    """An adapter: its method, route and backends."""
+    active, config = ", active" if name == host.in_use else "", host.peft_config[name]
+    return (
+        f"{name}{active}: {method_of(config).name}, {config.num_virtual_tokens} virtual tokens, "
+        f"{_route_of_model(host, host.prompts[name])}, {_backends(host, name)}"
+    )
+
+
+def _backends(host: Host, name: str) -> str:
+    config, encoder, prompt = host.peft_config[name], host.prompt_encoder[name], host.prompts[name]
+    method = method_of(config)
+    used = [*(() if config.inference_mode else method.ops(encoder)), "splice"]
+    makes_loss = prompt.task.predicts_next and host.facts.causal
+    if makes_loss and (host.route != SPLICE or method.targets is not None) and why_not_head_loss(host) is None:
+        used.append("head_loss")
+    found = (ops.explain(op, encoder.embedding.weight) for op in used)
+    runs = (next(name for name, why in reasons.items() if why == "runs") for reasons in found)
+    return ", ".join(f"{op}: {backend}" for op, backend in zip(used, runs))
+
+
+def _route_of_model(host: Host, prompt: Prompt) -> str:
+    if host.route == SPLICE:
+        return "route splice (asked for)"
+    objection = why_not_model(host, prompt.name)
+    if prompt.pattern is not None:
+        objection = f"its template is {prompt.pattern}, and not a prompt in front of all text"
+    if objection is None:
+        return "route shared" if host.route == SHARED else "route shared where it pays"
+    return f"route {'shared, which cannot run' if host.route == SHARED else 'splice'} ({objection})"
+
+
+def _pictures(host: Host, planned: Plan) -> list[str]:
+    """The first row of a spliced batch; of a mixed one, that of each adapter, with a letter of its own."""
+    layout, batch, mixture = planned.layout, planned.fields, planned.mixture
+    if layout is None or not batch.shape[0]:
+        return []
+    mask = batch.attention_mask
+    if planned.carries and mask is not None:
+        mask = layout.fill(mask, 1)
+    names = planned.table
+    letters = dict(zip(names, itertools.cycle(_LETTERS)))
+    if len(names) == 1 and mixture is None and planned.call.adapter_names is None:
+        return [f"row 0: {_single(host, host.prompts[names[0]], planned, mask)}"]
+    # Where each adapter's rows of the table end; a template's constant tokens stand behind its prompt.
+    prompts = [host.prompts[name] for name in names]
+    owners = [(prompt.name, row < prompt.rows) for prompt in prompts for row in range(prompt.table_rows)]
+
+    def letter(index: int) -> str:
+        owner, is_prompt = owners[index] if index < len(owners) else ("", False)
+        return letters[owner] if is_prompt else "A" if owner else PADDING
+
+    assert layout.slots is not None
+    if mixture is None:
+        return [f"row 0: {join_symbols(row_symbols(layout.slots[0].tolist(), letter=letter))}"]
+    lines = []
+    for name in dict.fromkeys(mixture.names):
+        row, number = mixture.names.index(name), mixture.names.count(name)
+        real = None if mask is None else mask[row].tolist()
+        picture = join_symbols(row_symbols(layout.slots[row].tolist(), real, letter=letter))
+        lines.append(f"{name}, {number} row{'s' * (number > 1)}, row {row}: {picture}")
+    return lines
+
+
+def _single(host: Host, prompt: Prompt, planned: Plan, mask: Any) -> str:
+    layout, length = planned.layout, planned.fields.shape[1]
+    assert layout is not None
+    rows = layout.num_prompt_rows
+    slots = [*range(-1, -rows - 1, -1), *range(length)] if layout.slots is None else layout.slots[0].tolist()
+    real = None if mask is None else mask[0].tolist()
+    anchors = () if prompt.pattern is None else anchor_slots(prompt.pattern, slots, real)
+    # A table's further rows are a template's constant tokens.
+    return join_symbols(row_symbols(slots, real, anchors, lambda row: "P" if row < prompt.rows else "t"))

@@ -1,0 +1,89 @@
+"""What routes may ask of a model with prompts: `PromptModel` is one, a PEFT model under `apply` another."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..base.cache import SharingFacts
+from ..base.facts import BaseFacts
+from ..base.state import BaseState
+from ..layouts.prompt import Prompt
+from .head import TextHead
+from .prompt_cache import PromptCache
+
+
+class Host(Protocol):
+    """A base model, its prompts, and what is remembered of both.
+
+    sharing: whether prompts of this base model can be shared at all; what a call finds out is written into it.
+    text_head: whether the next training step may leave its logits until they are read.
+    """
+
+    sharing: SharingFacts
+    text_head: TextHead
+
+    @property
+    def base_model(self) -> Any:
+        """The transformers model."""
+
+    @property
+    def facts(self) -> BaseFacts:
+        """What does not change of it."""
+
+    @property
+    def state(self) -> BaseState:
+        """What may change of it."""
+
+    @property
+    def word_embeddings(self) -> nn.Module:
+        """Its input embedding."""
+
+    @property
+    def in_use(self) -> str | None:
+        """The adapter of calls that name none; None if they are for the base model alone."""
+
+    @property
+    def prompts(self) -> Mapping[str, Prompt]:
+        """Each adapter's prompt and its place."""
+
+    @property
+    def peft_config(self) -> Mapping[str, Any]:
+        """Each adapter's configuration, ours or PEFT's."""
+
+    @property
+    def prompt_encoder(self) -> Any:
+        """Each adapter's module, in an `nn.ModuleDict`."""
+
+    @property
+    def prompt_cache(self) -> PromptCache:
+        """Prompts' keys and values for calls that train nothing."""
+
+    @property
+    def route(self) -> str:
+        """ "auto", "shared" or "splice", for calls that name none."""
+
+    @property
+    def backend(self) -> str:
+        """The backend of the ops."""
+
+    def prompt_rows(self, adapter_name: str) -> Tensor:
+        """An adapter's prompt, (P, D)."""
+
+    def table(self, sources: Sequence[str], padded: bool = False) -> Tensor:
+        """(R, D): the tables of adapters, one after another, to which slots refer. padded: and a row of zeros."""
+
+    def heads_for_rows(self, names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
+        """Within it each row of a batch goes through its own adapter's copies of modules that are saved in full."""
+
+
+def joined(tables: Sequence[Tensor], padded: bool, width: int, device: torch.device) -> Tensor:
+    """`Host.table` of the adapters' tables."""
+    if len(tables) == 1 and not padded:
+        return tables[0]
+    like = tables[0] if tables else torch.empty(0, width, device=device)
+    return torch.cat([*(tables or [like]), *([like.new_zeros(1, like.shape[1])] if padded else [])])

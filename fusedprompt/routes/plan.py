@@ -1,0 +1,166 @@
+"""What will be done with a call, decided in one place without running the base model: `plan`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..base.cache import cache_length
+from ..base.tasks import Task
+from ..layouts.batch import Batch
+from ..layouts.from_template import put_into_template, without_prefix_slots
+from ..layouts.layout import Layout
+from ..layouts.mixture import Mixture, refuse_cache
+from ..layouts.padding import choose_layout
+from ..layouts.prompt import Prompt
+from .call import (
+    BASE,
+    CONTINUE,
+    FULL,
+    OURS,
+    PEFT,
+    TEXT,
+    Call,
+    Plan,
+    refuse_adapter_names,
+    refuse_fields,
+    refuse_slots,
+)
+from .choice import checked_route
+from .host import Host
+from .packing import slots_of
+from .plan_generate import plan_generate
+from .planner import Planner
+from .states import prompt_first
+
+__all__ = ["Call", "Plan", "plan"]
+
+
+def plan(host: Host, call: Call, placement: str = OURS) -> Plan:
+    """What will be done with a call of `forward` or `generate`; see `Plan`.
+
+    Args:
+        placement: of a prompt in front of a text. "ours" moves padding to where it changes nothing; "peft" leaves it,
+            and positions and outputs, as PEFT does.
+
+    Raises:
+        RouteUnavailable: the call asks for a route by name that cannot serve it.
+        ValueError, TypeError: its arguments do not fit each other.
+    """
+    checked_route(call.route)
+    if call.generates:
+        return plan_generate(host, call, placement)
+    if host.in_use is None:
+        return _without_prompt(call)
+    active = host.prompts[host.in_use]
+    call, given, table = _slots(host, active, call)
+    mixture = None
+    if given is None and call.adapter_names is not None:
+        refuse_fields(call.fields, "with adapter_names, whose templates may have others")
+        mixture = Mixture.of(host.prompts, active, call.adapter_names, call.batch.tokens)
+        table = mixture.adapters
+    task = active.task if mixture is None else mixture.task
+    _check_logits(call.logits, task)
+    if call.past_key_values is not None:
+        if placement == OURS and not host.facts.encoder_decoder and cache_length(call.past_key_values) > 0:
+            return _continued(host, active, call)
+        call = replace(call, others={**call.others, "past_key_values": call.past_key_values})
+    call = _of_task(task, call, placement)
+    if given is None and mixture is None and active.pattern is not None:
+        placed = put_into_template(active, host.facts, call.batch, call.fields)
+        call, given = replace(call, batch=placed.batch), placed.layout
+    else:
+        refuse_fields(call.fields, "for an adapter without a template of several parts")
+    if call.pool_index is not None and (given is None or not task.pools):
+        raise ValueError(
+            f"pool_index: expected None but for SEQ_CLS with slots or a template, got it for task {task.name}"
+        )
+    batch = call.batch
+    if batch.token_type_ids is not None and (
+        task.token_types == "never" or (task.token_types == "placed" and (given is None or host.facts.causal))
+    ):
+        call = replace(call, batch=replace(batch, token_type_ids=None))
+    if placement == OURS and host.facts.encoder_decoder and call.others.get("encoder_outputs") is not None:
+        return _encoded(host, active, call, mixture, given)
+    return Planner(host, call, placement, task, active, mixture, given, table).plan()
+
+
+def _without_prompt(call: Call) -> Plan:
+    refuse_slots(call.slots, "a model without a prompt")
+    refuse_adapter_names(call.adapter_names)
+    refuse_fields(call.fields, "for a model without a prompt")
+    _check_logits(call.logits, None)
+    others = dict(call.others)
+    if call.past_key_values is not None:
+        others["past_key_values"] = call.past_key_values
+    return Plan(BASE, call, "the model has no prompt, or it is disabled", fields=call.batch, others=others)
+
+
+def _slots(host: Host, active: Prompt, call: Call) -> tuple[Call, Layout | None, tuple[str, ...]]:
+    """The layout that the caller gives, and the adapters whose tables it refers to. Slots that only say what is done
+    without them are none."""
+    if call.slots is None:
+        return call, None, (active.name,)
+    refuse_fields(call.fields, "with slots, which are of a batch that is complete")
+    call, layout, table = slots_of(host, active, call)
+    assert layout.slots is not None
+    if call.adapter_names is None and active.pattern is None and not active.start and call.pool_index is None:
+        plain = without_prefix_slots(call.batch, layout.slots, active.rows)
+        if plain is not None:
+            return replace(call, batch=plain, slots=None), None, table
+    return call, layout, table
+
+
+def _of_task(task: Task, call: Call, placement: str) -> Call:
+    """Labels that are no tokens' are the base model's own argument."""
+    labels = call.batch.labels
+    per_token = task.predicts_next if placement == PEFT else task.labels == "tokens"
+    if labels is None or per_token:
+        return call
+    others = call.others if task.labels is None and placement == OURS else {**call.others, "labels": labels}
+    return replace(call, batch=replace(call.batch, labels=None), others=others)
+
+
+def _continued(host: Host, active: Prompt, call: Call) -> Plan:
+    """Tokens after a cache in which the prompt stands: it is not put in again, only counted in the mask."""
+    refuse_slots(call.slots, "tokens that follow a cache, in which the prompt stands already")
+    refuse_cache(call.adapter_names)
+    refuse_fields(call.fields, "for tokens that follow a cache")
+    facts, batch, cache, rows = host.facts, call.batch, call.past_key_values, active.rows
+    length, total = batch.shape[1], cache_length(cache) + batch.shape[1]
+    mask, positions = batch.attention_mask, batch.position_ids
+    if positions is not None:
+        positions = positions + rows
+    if mask is not None and mask.shape[1] == total - rows:
+        layout, padding = choose_layout(facts, rows, mask, mask, start=active.start)
+        mask = (Layout.prefix(rows) if prompt_first(cache) else layout).fill(mask, 1)
+        if padding is not None and positions is None and facts.takes_position_ids:
+            counted = torch.arange(total - length, total, device=mask.device) - padding.unsqueeze(1)
+            positions = counted.clamp(min=0) + facts.first_position
+    elif mask is not None and mask.shape[1] != total:
+        raise ValueError(
+            f"attention_mask: expected {total - rows} columns (cached and new tokens) or {total} (and the prompt), "
+            f"got {mask.shape[1]}"
+        )
+    fields = replace(batch, attention_mask=mask, position_ids=positions, token_type_ids=None, input_type_mask=None)
+    others = {**call.others, "past_key_values": cache}
+    return Plan(CONTINUE, call, "the cache holds the prompt", task=active.task, fields=fields, others=others)
+
+
+def _encoded(host: Host, active: Prompt, call: Call, mixture: Mixture | None, given: Layout | None) -> Plan:
+    """The encoder has run already, with the prompt: its mask must cover the prompt's rows."""
+    if mixture is not None:
+        raise ValueError("adapter_names: expected None with encoder_outputs, in which the prompts stand already")
+    mask, length = call.batch.attention_mask, call.others["encoder_outputs"][0].shape[1]
+    if mask is not None and mask.shape[1] != length and given is None:
+        mask = choose_layout(host.facts, active.rows, mask, mask, start=active.start)[0].fill(mask, 1)
+    why = "the encoder's output holds the prompt"
+    return Plan(CONTINUE, call, why, task=active.task, fields=Batch(attention_mask=mask), others=call.others)
+
+
+def _check_logits(logits: str, task: Task | None) -> None:
+    if logits not in (FULL, TEXT):
+        raise ValueError(f"logits: expected 'full' or 'text', got {logits!r}")
+    if logits == TEXT and task is not None and not task.predicts_next:
+        raise ValueError(f"logits: expected 'full' for task {task.name}, got {logits!r}")

@@ -1,0 +1,327 @@
+"""What will be done with a call of `generate`: where its prompt stands, and whether that is computed once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..base.cache import cache_length
+from ..base.facts import device_of
+from ..layouts.batch import Batch, Placed, check_length, place, put_in_front
+from ..layouts.from_template import put_into_template
+from ..layouts.layout import Layout
+from ..layouts.mixed_batch import place_mixture
+from ..layouts.mixture import Mixture, refuse_cache
+from ..layouts.padding import Turn, choose_layout
+from ..layouts.prompt import Prompt
+from ..ops._backend import AUTO
+from .call import BASE, CONTINUE, PEFT, SHARED, SPLICE, Call, Plan, refuse_adapter_names, refuse_fields, refuse_slots
+from .choice import RouteUnavailable, why_not_length, why_not_now, why_not_prompts
+from .host import Host
+from .states import prompt_first
+
+# Options that cover the virtual tokens, and such with other steps than one token at a time.
+_COVERING = ("output_attentions", "output_hidden_states", "prefill_chunk_size")
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
+
+
+def plan_generate(host: Host, call: Call, placement: str) -> Plan:
+    """See `plan`. The fields are those of the first step, with the prompt in its place."""
+    if host.in_use is None:
+        refuse_slots(call.slots, "a model without a prompt")
+        refuse_adapter_names(call.adapter_names)
+        refuse_fields(call.fields, "for a model without a prompt")
+        others = dict(call.others)
+        if call.past_key_values is not None:
+            others["past_key_values"] = call.past_key_values
+        return Plan(BASE, call, "the model has no prompt, or it is disabled", fields=call.batch, others=others)
+    active = host.prompts[host.in_use]
+    if placement == PEFT:
+        why = _why_not_peft(host, active, call)
+        if why is not None and call.route == SHARED:
+            raise RouteUnavailable(why)
+        return Plan(SHARED if why is None else SPLICE, call, why, task=active.task, table=(active.name,))
+    call = replace(call, batch=replace(call.batch, token_type_ids=None))
+    if call.slots is not None and call.adapter_names is not None:
+        raise ValueError("adapter_names: expected None with slots, got both")
+    in_template = active.pattern is not None and call.slots is None and call.adapter_names is None
+    if not in_template:
+        refuse_fields(call.fields, "for an adapter without a template of several parts")
+    if in_template or call.slots is not None:
+        return _given(host, active, call)
+    if call.adapter_names is not None:
+        _refuse_mixed(host, call)
+    return (_encoder_decoder if host.facts.encoder_decoder else _decoder)(host, active, call)
+
+
+def _refuse_mixed(host: Host, call: Call) -> None:
+    """What cannot be done for rows of different adapters."""
+    if any(option(host.base_model, call.others, name) for name in _ASSISTED):
+        raise ValueError(
+            "adapter_names: expected None with assisted decoding, which generates one row: use set_adapter"
+        )
+    if cache_length(call.past_key_values):
+        refuse_cache(adapter_names=())
+
+
+def _planned(host: Host, call: Call, active: Prompt, placed: Placed, others: Mapping[str, Any], **more: Any) -> Plan:
+    """The plan of a batch with its prompt in its place."""
+    if call.past_key_values is not None:
+        others = {**others, "past_key_values": call.past_key_values}
+    more = {"route": SPLICE, "table": (active.name,), **more}
+    return Plan(
+        call=call,
+        task=active.task,
+        layout=placed.layout,
+        fields=placed.batch,
+        carries=placed.carries,
+        others=others,
+        **more,
+    )
+
+
+def _with_mask(host: Host, call: Call) -> Call:
+    """With the mask that transformers would infer from ids."""
+    batch = call.batch
+    if batch.attention_mask is not None or batch.input_ids is None:
+        return call
+    return replace(call, batch=replace(batch, attention_mask=_infer_mask(host, batch.input_ids, call.others)))
+
+
+def _to_splice(batch: Batch) -> Batch:
+    """Embeddings where they are given, though transformers wants the ids as well."""
+    return batch if batch.inputs_embeds is None else replace(batch, input_ids=None)
+
+
+def _encoder_decoder(host: Host, active: Prompt, call: Call) -> Plan:
+    if call.others.get("encoder_outputs") is not None:
+        raise ValueError(
+            "encoder_outputs: expected None, because the prompt goes through the encoder; pass input_ids instead"
+        )
+    call = _with_mask(host, call)
+    why = _choice(host, call, (active,), active.rows)
+    if call.adapter_names is None:
+        placed = put_in_front(host.facts, active.rows, call.batch, start=active.start)
+        return _planned(host, call, active, placed, call.others, why=why)
+    mixture = Mixture.of(host.prompts, active, call.adapter_names, call.batch.tokens)
+    placed = place_mixture(mixture, host.facts, call.batch)
+    return _planned(host, call, active, placed, call.others, why=why, table=mixture.adapters, mixture=mixture)
+
+
+def _decoder(host: Host, active: Prompt, call: Call) -> Plan:
+    base, facts = host.base_model, host.facts
+    if call.batch.input_ids is None and call.batch.inputs_embeds is None:
+        call = replace(call, batch=replace(call.batch, input_ids=_start_of_text(host, call.others)))
+    call = _with_mask(host, call)
+    batch, others, cache = call.batch, dict(call.others), call.past_key_values
+    ids, embeds, mask = batch.input_ids, batch.inputs_embeds, batch.attention_mask
+    _count_new_tokens(base, batch.shape[1], others)
+    mixture = None
+    if call.adapter_names is not None:
+        mixture = Mixture.of(host.prompts, active, call.adapter_names, batch.tokens)
+    elif ids is not None and mask is not None and mask.shape[1] != ids.shape[1]:
+        return _continued(host, active, call, others)
+    if embeds is not None and ids is not None and embeds.shape[1] != ids.shape[1]:
+        raise ValueError(f"inputs_embeds: expected the length of input_ids, {ids.shape[1]}, got {embeds.shape[1]}")
+    prompts, rows = ((active,), active.rows) if mixture is None else (mixture.prompts, mixture.longest)
+    why = _choice(host, replace(call, others=others), prompts, rows)
+    tokens = _to_splice(batch)
+    if why is None:
+        check_length(facts, rows, tokens.shape[1])
+        tokens.checked()
+        if mixture is not None:
+            mask = mixture.prompt_first_mask(mask, tokens.shape[1])
+        elif mask is not None:
+            mask = F.pad(mask, (rows, 0), value=1)
+        placed = Placed(Layout.prefix(rows), replace(tokens, attention_mask=mask))
+    elif mixture is not None:
+        placed = place_mixture(mixture, facts, tokens, pool_last=facts.causal)
+    elif prompt_first(cache):  # the prompt goes before the padding, as it stands in the cache
+        placed = put_in_front(facts, rows, replace(tokens, attention_mask=None), start=active.start)
+        placed = replace(placed, batch=replace(placed.batch, attention_mask=mask))
+    else:
+        placed = put_in_front(facts, rows, tokens, start=active.start)
+    route, table = (SHARED if why is None else SPLICE), tuple(prompt.name for prompt in prompts)
+    return _planned(
+        host, call, active, _counted(placed, call), others, route=route, why=why, table=table, mixture=mixture
+    )
+
+
+def _counted(placed: Placed, call: Call) -> Placed:
+    """Without position ids that are not the caller's: transformers counts them from the mask, at every step."""
+    if call.batch.position_ids is not None:
+        return placed
+    return replace(placed, batch=replace(placed.batch, position_ids=None))
+
+
+def _continued(host: Host, active: Prompt, call: Call, others: Mapping[str, Any]) -> Plan:
+    """Only new tokens, after a cache that the mask covers: the prompt is in the cache."""
+    cache, mask, ids, rows = call.past_key_values, call.batch.attention_mask, call.batch.input_ids, active.rows
+    assert mask is not None and ids is not None
+    if mask.shape[1] != cache_length(cache) - rows + ids.shape[1]:
+        raise ValueError(
+            f"attention_mask: expected shape (B, T) = {tuple(ids.shape)}, or the columns of the cached text too, "
+            f"got {tuple(mask.shape)}"
+        )
+    layout = choose_layout(host.facts, rows, mask, mask, start=active.start)[0]
+    if prompt_first(cache):
+        layout = Layout.prefix(rows)
+    fields = Batch(input_ids=ids, attention_mask=layout.fill(mask, 1))
+    others = {**others, "past_key_values": cache}
+    return Plan(CONTINUE, call, "the cache holds the prompt", task=active.task, fields=fields, others=others)
+
+
+def _given(host: Host, active: Prompt, call: Call) -> Plan:
+    """Behind rows whose layout is the template's, or given. Padding at the right is moved to the left, as decoders
+    need it."""
+    facts, others, pattern = host.facts, dict(call.others), active.pattern
+    if call.slots is None:
+        assert pattern is not None
+        if cache_length(call.past_key_values):
+            raise ValueError(
+                f"past_key_values: expected an empty cache with the template {str(pattern)!r}: what follows a cache is "
+                "not put into the template again"
+            )
+        if not call.batch.given() and call.fields is None:
+            raise ValueError(
+                f"input_ids: expected input_ids, inputs_embeds or fields for the template {str(pattern)!r}"
+            )
+        if call.fields is None:
+            call = _with_mask(host, call)
+        placed = put_into_template(active, facts, call.batch, call.fields)
+    else:
+        if call.batch.input_ids is None and call.batch.inputs_embeds is None:
+            raise ValueError("input_ids: expected input_ids or inputs_embeds with slots, got neither")
+        if cache_length(call.past_key_values):
+            raise ValueError("slots: expected None for tokens that follow a cache, in which the prompt stands already")
+        placed = Placed(Layout.from_slots(call.slots, active.table_rows), call.batch)
+    why = "the slots say where each prompt row goes"
+    if call.route == SHARED:
+        raise RouteUnavailable(why)
+    batch, slots = placed.batch, placed.layout.slots
+    assert slots is not None
+    # The ids of a template's fields are joined.
+    call = replace(call, batch=replace(call.batch, input_ids=batch.input_ids))
+    if batch.attention_mask is None:
+        batch = replace(batch, attention_mask=torch.ones_like(slots))
+    decoder = not facts.encoder_decoder
+    placed = place(facts, placed.layout, _to_splice(batch), Turn.LAST_TO_END if decoder else None)
+    if decoder:
+        _count_new_tokens(host.base_model, batch.shape[1], others)
+        placed = _counted(placed, call)
+    return _planned(host, call, active, placed, others, why="it was asked for" if call.route == SPLICE else why)
+
+
+def _choice(host: Host, call: Call, prompts: tuple[Prompt, ...], rows: int) -> str | None:
+    """Why this call prefills the prompt in each row, or None: it prefills the text alone.
+
+    Raises:
+        RouteUnavailable: the shared route was asked for by name, and cannot run.
+    """
+    if call.route == SPLICE:
+        return "it was asked for"
+    if cache_length(call.past_key_values):
+        return "the cache is not empty"
+    objection = why_not_prompts(host, prompts) or _why_not_arguments(host, call)
+    if objection is None:
+        new = most_new_tokens(host.base_model, call.others)
+        objection = why_not_length(host, rows + call.batch.shape[1] + new) or why_not_now(host)
+    if objection is not None and call.route == SHARED:
+        raise RouteUnavailable(objection)
+    return objection
+
+
+def _why_not_arguments(host: Host, call: Call) -> str | None:
+    base, others = host.base_model, call.others
+    if not all(call.batch.shape):
+        return "there are no tokens"
+    if call.batch.position_ids is not None:
+        return "transformers counts position_ids of a cached prompt by itself"
+    if call.past_key_values is not None:
+        return "the caller's own cache is to be filled"
+    kind, own = option(base, others, "cache_implementation"), base.generation_config.cache_implementation
+    if kind not in (None, "dynamic", "static") or (own is not None and others.get("generation_config") is None):
+        return f"transformers makes the cache of kind '{kind}' by itself"
+    covering = next((name for name in _COVERING if option(base, others, name)), None)
+    return None if covering is None else f"{covering} covers the virtual tokens"
+
+
+def _why_not_peft(host: Host, active: Prompt, call: Call) -> str | None:
+    """An objection to PEFT's own `generate` behind a prompt that is computed once, or None."""
+    if call.route == SPLICE:
+        return "route 'splice' was asked for"
+    base = host.base_model
+    objection = why_not_prompts(host, (active,)) or why_not_now(host)
+    if objection is None and call.route == AUTO:
+        device, dtype = base.device.type, base.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        if dtype not in (torch.float32, torch.float64):
+            objection = f"in {dtype} rounding may choose other tokens (route='shared' does not mind)"
+    if objection is None:
+        sources = (call.others.get("generation_config"), base.generation_config, base.config)
+        for name in (*_COVERING, *_ASSISTED):
+            if call.others.get(name) or any(getattr(source, name, None) for source in sources):
+                return f"{name} concerns the virtual tokens"
+    return objection
+
+
+def option(base: Any, kwargs: Mapping[str, Any], name: str) -> Any:
+    """A generation option: from the call, else from its generation_config, else from the model's."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    config = kwargs.get("generation_config")
+    value = getattr(config, name, None) if config is not None else None
+    return value if value is not None else getattr(base.generation_config, name, None)
+
+
+def most_new_tokens(base: Any, kwargs: Mapping[str, Any]) -> int:
+    """The most tokens that are generated; transformers' default is 20."""
+    return int(option(base, kwargs, "max_new_tokens") or 20)
+
+
+def _start_of_text(host: Host, kwargs: Mapping[str, Any]) -> Tensor:
+    """As transformers: without any input, one row that starts with the BOS token."""
+    bos = option(host.base_model, kwargs, "bos_token_id")
+    if bos is None:
+        raise ValueError("input_ids: expected input_ids or inputs_embeds, because the model has no bos_token_id")
+    return torch.full((1, 1), int(bos), dtype=torch.int64, device=device_of(host.word_embeddings))
+
+
+def _infer_mask(host: Host, ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """As transformers: padding is told from text by the pad token, if that is not also an end-of-text token."""
+    pad = option(host.base_model, kwargs, "pad_token_id")
+    eos = option(host.base_model, kwargs, "eos_token_id")
+    ends = eos if isinstance(eos, (list, tuple)) else [eos]
+    if pad is None or pad in ends:
+        return torch.ones_like(ids)
+    mask: Tensor = (ids != pad).to(ids.dtype)
+    return mask
+
+
+def _count_new_tokens(base: Any, length: int, kwargs: dict[str, Any]) -> None:
+    """Turn limits on the whole sequence into limits on new tokens.
+
+    With embeddings and ids of different lengths transformers subtracts the embeddings' length from max_length, and so
+    would count the prompt as text.
+    """
+    config = kwargs.get("generation_config")
+    for whole, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        limit = kwargs.pop(whole, None)
+        if limit is None and kwargs.get(new) is None and getattr(config, new, None) is None:
+            source = config if config is not None else base.generation_config
+            limit = getattr(source, whole, None)
+            if limit and config is not None:
+                config = kwargs["generation_config"] = copy.copy(config)
+                setattr(config, whole, None)
+        if not limit or kwargs.get(new) is not None:
+            continue
+        if whole == "max_length" and limit <= length:
+            raise ValueError(f"max_length: expected more than the {length} tokens of the input, got {limit}")
+        kwargs[new] = max(int(limit) - length, 0)

@@ -1,0 +1,307 @@
+"""A call whose prompts go in, decided in full: the route, where everything stands, and what becomes of the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..base.tasks import Task
+from ..layouts.batch import Batch, Placed, check_length, place, put_in_front
+from ..layouts.layout import IGNORE_INDEX, Layout
+from ..layouts.mixed_batch import place_mixture
+from ..layouts.mixture import Mixture, arrange
+from ..layouts.padding import Turn, choose_layout, count_padding, may_be_padded, unpredicted
+from ..layouts.prompt import Prompt
+from ..methods import Targets, find_method
+from ..ops._backend import AUTO
+from .call import FULL, OURS, PEFT, SHARED, SPLICE, TEXT, Call, Plan
+from .choice import (
+    cost_rule,
+    why_not_batch,
+    why_not_loss,
+    why_not_now,
+    why_not_prompts,
+    why_not_shared,
+    why_not_wait,
+)
+from .host import Host
+from .loss import Answers, Loss, NextToken, OwnFunction, Weighted, has_transformers_loss
+
+
+class Planner:
+    """A call whose prompts go in: what is known of it, for the two routes to plan with."""
+
+    def __init__(
+        self,
+        host: Host,
+        call: Call,
+        placement: str,
+        task: Task,
+        active: Prompt,
+        mixture: Mixture | None,
+        given: Layout | None,
+        table: tuple[str, ...],
+    ) -> None:
+        self.host, self.call, self.placement, self.task, self.active = host, call, placement, task, active
+        self.mixture, self.given, self.table = mixture, given, table
+        self.batch, self.facts = call.batch, host.facts
+        self.rows = active.rows if mixture is None else mixture.longest
+        self.targets_of = self._own_targets()
+        self.labelled = self.batch.labels is not None and task.predicts_next
+
+    def plan(self) -> Plan:
+        why, pays = self._choice()
+        make = self._shared if why is None else self._spliced
+        return make(
+            Plan(
+                SHARED if why is None else SPLICE,
+                self.call,
+                why,
+                pays,
+                self.placement,
+                self.task,
+                self.table,
+                self.mixture,
+            )
+        )
+
+    def _choice(self) -> tuple[str | None, bool]:
+        host, call, batch = self.host, self.call, self.batch
+        prompts = [host.prompts[name] for name in self.table]
+        size, length = batch.shape
+
+        def cost(kept: bool) -> str | None:
+            return cost_rule(self.rows, size, length, kept, batch.tokens.device.type, len(prompts))
+
+        objections: list[Callable[[], str | None]] = [
+            lambda: why_not_prompts(host, prompts),
+            lambda: why_not_batch(host, batch, call.others, self.given is not None, self.rows),
+            lambda: why_not_loss(host) if self.labelled and self.targets_of is None else None,
+            lambda: why_not_now(host),
+        ]
+        return why_not_shared(host, call.route, objections, cost, self.table)
+
+    def _own_targets(self) -> Callable[[Layout, Batch], Targets] | None:
+        """What a method's own loss counts, of a layout and fields; None for the base model's loss.
+
+        Raises:
+            ValueError: there are several adapters in a batch that is to be learned.
+        """
+        host, own = self.host, {name: find_method(self.host.prompts[name].method) for name in self.table}
+        has_own = any(method is not None and method.targets is not None for method in own.values())
+        if self.mixture is not None or (self.call.slots is not None and self.call.adapter_names is not None):
+            if has_own and self.batch.labels is not None:
+                raise ValueError(
+                    "labels: expected None with adapter_names of CPT, whose loss weighs a batch of its own prompt"
+                )
+            return None
+        name, method = self.active.name, own.get(self.active.name)
+        if method is None or method.targets is None or not self.task.predicts_next:
+            return None
+        config, targets = host.peft_config[name], method.targets
+        if self.placement == PEFT and method.peft is not None and method.peft.targets is not None:
+            settings, as_peft = host.peft_config["default"], method.peft.targets
+            return lambda layout, batch: as_peft(config, settings, layout, batch)
+        return lambda layout, batch: targets(config, layout, batch)
+
+    def _waits(self) -> bool:
+        """Whether logits are left until they are read: a shared prompt's, and the text's if their head can wait too."""
+        return self.labelled and not self.host.text_head.read and self._could_wait()
+
+    def _could_wait(self) -> bool:
+        return not torch.compiler.is_compiling() and why_not_wait(self.host) is None
+
+    def _holds_back(self) -> bool:
+        return self._could_wait() and self.host.text_head.may_be_withheld(self.host.base_model)
+
+    # Route splice
+
+    def _spliced(self, plan: Plan) -> Plan:
+        task, call, logits = self.task, self.call, self.call.logits
+        placed = self._placed()
+        fields, others = placed.batch, dict(call.others)
+        cuts = () if self.placement == PEFT else task.token_outputs
+        loss: Loss | None = None
+        waits = reads = False
+        if self.targets_of is not None:
+            cuts = (*cuts, "logits") if logits == TEXT else cuts
+            if self.labelled:
+                loss = Weighted(self.targets_of(placed.layout, fields))
+                waits = logits == FULL and self._waits()
+                if self.placement == PEFT:
+                    others["return_dict"] = True
+            fields = replace(fields, labels=None)
+        elif logits == TEXT:
+            cuts = (*cuts, "logits")
+        elif self.labelled and call.route == AUTO and self._has_plain_loss(others) and self._holds_back():
+            waits = not self.host.text_head.read
+            loss = NextToken(counted=others.get("num_items_in_batch")) if waits else None
+            reads = not waits
+        if self.placement == OURS and task.answers:
+            loss = self._move_answers(placed, others)
+        fields = replace(fields, input_type_mask=None)
+        return replace(
+            plan,
+            layout=placed.layout,
+            fields=fields,
+            carries=placed.carries,
+            others=others,
+            loss=loss,
+            waits=waits,
+            reads=reads,
+            logits=logits,
+            cuts=cuts,
+        )
+
+    def _placed(self) -> Placed:
+        """Prompts, tokens and padding in their places."""
+        facts, task, batch = self.facts, self.task, self.batch
+        if self.placement == PEFT:
+            layout, types = Layout.prefix(self.rows), batch.token_type_ids
+            types = None if types is None else layout.fill(types, 0).long()
+            return Placed(layout, replace(batch, token_type_ids=types), carries=True)
+        if self.mixture is not None:
+            return place_mixture(self.mixture, facts, batch, pool_last=task.pools)
+        if self.given is None:
+            return put_in_front(facts, self.rows, batch, pool_last=task.pools, start=self.active.start)
+        mask = batch.attention_mask
+        if self.labelled and mask is not None and facts.causal and self.targets_of is None:
+            batch = replace(batch, labels=batch.labels.masked_fill(unpredicted(mask), IGNORE_INDEX))
+        return place(facts, self.given, batch, Turn.of(task, facts), self.call.pool_index)
+
+    def _has_plain_loss(self, others: Mapping[str, Any]) -> bool:
+        """Whether nothing but labels and logits decides about the base model's loss, and its output has names."""
+        as_dict, config = others.get("return_dict"), self.host.base_model.config
+        named = getattr(config, "return_dict", True) if as_dict is None else as_dict
+        if not named or getattr(config, "output_router_logits", False):
+            return False
+        plain = ("use_cache", "return_dict", "output_hidden_states", "num_items_in_batch")
+        return all(value is None or name in plain for name, value in others.items())
+
+    def _move_answers(self, placed: Placed, others: dict[str, Any]) -> Answers | None:
+        """Answer positions count tokens: they move with the tokens. Their loss is that of the tokens' own logits."""
+        size, length = self.batch.shape
+        mask = None if self.given is None else placed.batch.attention_mask
+        total, given = placed.layout.output_length(length), []
+        for name in self.task.answers:
+            value = others.pop(name, None)
+            given.append(value)
+            if value is not None:
+                positions = placed.layout.token_positions(size, length, self.batch.tokens.device, mask)
+                index = value.view(size, -1)[:, :1].clamp(min=0)
+                moved = positions.gather(1, index.clamp(max=length - 1)).squeeze(1)
+                # transformers ignores answers at or behind the end of the sequence; so they stay there.
+                others[name] = torch.where(index.squeeze(1) < length, moved, total)
+        if any(value is None for value in given):
+            return None
+        start, end = (value.view(size, -1)[:, 0] for value in given)
+        return Answers((start, end), others.get("num_items_in_batch"))
+
+    # Route shared
+
+    def _shared(self, plan: Plan) -> Plan:
+        """Text behind a prompt in the cache: mask and positions count the prompt, and padding changes nothing."""
+        if self.placement == PEFT:
+            fields, layout, padding = self._text_as_peft(), Layout.prefix(self.rows), None
+        else:
+            fields, layout, padding = self._text()
+        call, loss = self.call, None
+        logits = call.logits
+        if self.labelled:
+            fields = replace(fields, labels=None)
+            loss = self._loss_of_text(layout, padding)
+        cuts: tuple[str, ...] = ()
+        waits = self._waits()
+        if self.targets_of is not None:  # of logits of prompt and text
+            cuts, waits, logits = (("logits",) if logits == TEXT else ()), waits and logits == FULL, FULL
+        return replace(
+            plan,
+            layout=layout,
+            fields=replace(fields, input_type_mask=None),
+            looks_up=self.task.pools,
+            others=self._others_of_text(),
+            loss=loss,
+            waits=waits,
+            logits=logits,
+            cuts=cuts,
+        )
+
+    def _others_of_text(self) -> dict[str, Any]:
+        others = dict(self.call.others)
+        if self.placement == PEFT and self.targets_of is not None and self.labelled:
+            others["return_dict"] = True
+        return others
+
+    def _text_as_peft(self) -> Batch:
+        """Prompt, padding, text, with positions left to the base model."""
+        mask = self.batch.attention_mask
+        return self.batch if mask is None else replace(self.batch, attention_mask=F.pad(mask, (self.rows, 0), value=1))
+
+    def _text(self) -> tuple[Batch, Layout, Tensor | None]:
+        """The text's fields, where prompt and text stand in the output, and (B,) padding at the left of each row."""
+        facts, rows, mixture, batch = self.facts, self.rows, self.mixture, self.batch
+        (size, length), tokens = batch.shape, batch.tokens
+        check_length(facts, rows, length)
+        batch.checked()
+        mask, positions = batch.attention_mask, batch.position_ids
+        # With ids the base model would look for a classifier's padding by its token; the mask has said where it is.
+        if self.task.pools and mask is not None and may_be_padded(mask, -1):
+            batch = _padding_to_left(batch, mask)
+            mask, positions, tokens = batch.attention_mask, batch.position_ids, batch.tokens
+        behind: int | Tensor = rows
+        if mixture is None:
+            layout, padding = choose_layout(facts, rows, tokens, mask)
+            wide_mask = None if mask is None else F.pad(mask, (rows, 0), value=1)
+        else:
+            arranged = arrange(mixture, facts, tokens, mask)
+            layout, padding, behind = arranged.layout, arranged.padding, mixture.count.unsqueeze(1)
+            wide_mask = mixture.prompt_first_mask(mask, length)
+        if positions is not None:
+            positions = positions.expand(size, length) + behind
+        elif facts.takes_position_ids and (padding is not None or not isinstance(behind, int)):
+            text = torch.arange(length, device=tokens.device)
+            text = text.unsqueeze(0) if padding is None else text - padding.unsqueeze(1)
+            positions = text.clamp(min=0) + (behind + facts.first_position)
+        return replace(batch, attention_mask=wide_mask, position_ids=positions), layout, padding
+
+    def _loss_of_text(self, layout: Layout, padding: Tensor | None) -> Loss:
+        """The base model's loss as it would be over prompt and text, of whose virtual tokens only the last counts."""
+        if self.targets_of is not None:
+            return Weighted(self.targets_of(layout, self.batch))
+        labels, counted, base = self.batch.labels, self.call.others.get("num_items_in_batch"), self.host.base_model
+        if not has_transformers_loss(base):
+            # A loss of its own gets what it would get from splice.
+            return OwnFunction(base, layout.fill(labels, IGNORE_INDEX), counted)
+        # The last virtual token predicts each row's first token; a position of the text predicts the one behind it.
+        length, mixture = labels.shape[1], self.mixture
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        first = labels[:, 0]
+        if padding is not None:
+            begin = padding.clamp(max=length - 1).unsqueeze(1)
+            first = labels.gather(1, begin).squeeze(1)
+            before_text = torch.arange(length, device=labels.device) == begin - 1
+            following = following.masked_fill(before_text, IGNORE_INDEX)
+        if mixture is not None and not mixture.even:
+            first = first.masked_fill(mixture.count == 0, IGNORE_INDEX)
+        return NextToken(following, first, counted)
+
+
+def _padding_to_left(batch: Batch, mask: Tensor) -> Batch:
+    """Padding at the right of each row moved to its left."""
+    (size, length), shift = batch.shape, -count_padding(mask)[1]
+    turned = Layout.insert(0, length, torch.zeros_like(shift), shift)
+    assert turned.slots is not None
+    ids, embeds, positions = batch.input_ids, batch.inputs_embeds, batch.position_ids
+    if ids is not None:
+        ids = turned.fill(ids, 0)
+    if embeds is not None:
+        embeds = embeds.gather(1, turned.slots.unsqueeze(-1).expand_as(embeds))
+    if positions is not None:
+        positions = turned.fill(positions.expand(size, length), 0)
+    mask = turned.fill(mask, 0)
+    return replace(batch, input_ids=ids, inputs_embeds=embeds, attention_mask=mask, position_ids=positions)

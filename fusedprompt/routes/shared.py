@@ -1,0 +1,243 @@
+"""Route `shared`: the prompt goes through the base model once, and every row of text reads its keys and values.
+
+In a causal decoder virtual token p depends on virtual tokens 0 ... p alone, so its hidden states are the same in every
+row. A step computes P + B·T tokens in each layer where splicing computes B·(P + T), and autograd sums the rows'
+gradients of the keys and values before they go back through the prompt's own pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.cache import keeps_all
+from ..base.facts import device_of
+from ..base.outputs import defer, replaced
+from ..base.stamp import as_now
+from ..base.state import active_noise
+from ..layouts.layout import Layout
+from ..layouts.mixture import Mixture
+from .call import FULL, Plan
+from .choice import RouteUnavailable, is_kept
+from .head import TextHead, Withheld
+from .host import Host
+from .loss import Answers, NextToken, OwnFunction
+from .splice import cut
+from .states import PromptStates
+
+
+def run_prompt(
+    host: Host,
+    names: Sequence[str],
+    mixture: Mixture | None = None,
+    *,
+    all_logits: bool,
+    hidden_states: bool = False,
+    wait: bool = False,
+    own_heads: bool = False,
+) -> PromptStates:
+    """Run an adapter's prompt through the base model, or all prompts of a mixture as one batch.
+
+    all_logits: of every virtual token, and not of the last one alone, where the base model can leave out logits.
+    wait: instead of all logits, be ready to make them: by the head alone or, where it cannot wait, in a second pass.
+    own_heads: each prompt goes through its adapter's own heads, whichever is active. So it is for a mixture.
+
+    Raises:
+        RouteUnavailable: the base model answers with a cache that cannot be shared. `auto` will not try again.
+    """
+    tables = [host.prompt_rows(name) for name in names]
+    rows = tables[0] if mixture is None else mixture.stack(tables)
+    table: Any = getattr(host.word_embeddings, "weight", None)
+    # Of a quantised module it is no plain tensor, or none at all.
+    plain = isinstance(table, Tensor) and table.is_floating_point()
+    dtype = table.dtype if plain else host.base_model.dtype
+    options: dict[str, Any] = {"output_hidden_states": True} if hidden_states else {}
+    device = device_of(host.word_embeddings)
+    withholds = wait and host.text_head.may_be_withheld(host.base_model)
+    if host.sharing.takes_logits_to_keep and not all_logits and not withholds:
+        # Not 1, which slices (see below). A tensor of indices gathers.
+        options["logits_to_keep"] = torch.arange(rows.shape[-2] - 1, rows.shape[-2], device=device)
+    repeats = wait and "logits_to_keep" in options
+    # A copy where it must outlive the optimizer's next step.
+    embeds = rows.to(device, dtype, copy=repeats)
+    arguments: dict[str, Any] = {"inputs_embeds": embeds.unsqueeze(0) if mixture is None else embeds}
+    mask = None if mixture is None else mixture.stack_mask(device)
+    if mask is not None:
+        arguments["attention_mask"] = mask
+        if host.facts.takes_position_ids:
+            arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + host.facts.first_position
+    of_rows = names if own_heads or mixture is not None else None
+
+    def call() -> Any:
+        return host.base_model(**arguments, use_cache=True, return_dict=True, **options)
+
+    with host.heads_for_rows(of_rows):
+        output, head = host.text_head.call(host.base_model, call) if withholds else (call(), None)
+    layers = getattr(output.past_key_values, "layers", ())
+    shape = torch.Size(arguments["inputs_embeds"].shape[:2])
+    if not layers or not all(keeps_all(layer) and layer.keys.shape[::2] == shape for layer in layers):
+        reason = f"the base model answers with a {type(output.past_key_values).__name__} that does not hold the prompt"
+        host.sharing = type(host.sharing)(reason)
+        raise RouteUnavailable(reason)
+    hidden = output.get("hidden_states")
+    if head is not None:
+        # Of a matrix: a slice (1, 1, D) makes a batched product, which in bf16 copies the whole weight first: 2.5 s at
+        # V=128256, D=3072, where this takes 0.05.
+        last = head.head(head.hidden[:, -1]).unsqueeze(1)
+        return PromptStates(output.past_key_values, last, hidden, head.logits(), mixture, head)
+    logits: Tensor = output.logits
+    repeat = _all_logits(host, arguments, of_rows) if repeats else lambda: logits
+    return PromptStates(output.past_key_values, logits, hidden, repeat, mixture)
+
+
+def _all_logits(host: Host, arguments: dict[str, Any], names: Sequence[str] | None) -> Callable[[], Tensor]:
+    """A function that runs the prompt once more, as it would run now."""
+    base: Any = host.base_model
+
+    def repeat() -> Tensor:
+        with _without_noise(base), host.heads_for_rows(names):
+            logits: Tensor = base(**arguments, use_cache=False, return_dict=True).logits
+        return logits
+
+    return as_now(base, arguments["inputs_embeds"].device.type, repeat)
+
+
+@contextlib.contextmanager
+def _without_noise(base: nn.Module) -> Iterator[None]:
+    """In evaluation mode, where training mode has become random since."""
+    parts = [part for part in base.modules() if part.training] if active_noise(base) else []
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.training = True
+
+
+def prompt_states(
+    host: Host,
+    name: str,
+    mixture: Mixture | None = None,
+    *,
+    all_logits: bool,
+    hidden_states: bool = False,
+    wait: bool = False,
+) -> PromptStates:
+    """A prompt's states, or a mixture's: kept ones where that is allowed, else from a pass of their own.
+
+    all_logits: of every virtual token, and not of the last one alone.
+    wait: a pass of their own may leave logits of all virtual tokens until they are read.
+    """
+    names = (name,) if mixture is None else mixture.adapters
+    if hidden_states or not is_kept(host, names):
+        waits = all_logits and wait
+        options: dict[str, Any] = {"all_logits": all_logits and not waits, "hidden_states": hidden_states}
+        return run_prompt(host, names, mixture, wait=waits, **options)
+    encoders = {name: host.prompt_encoder[name] for name in names}
+    per_row = mixture is not None
+
+    def make(name: str) -> PromptStates:
+        return run_prompt(host, (name,), None, all_logits=all_logits, own_heads=per_row)
+
+    states = host.prompt_cache.get(host.base_model, encoders, all_logits, make)
+    return states[0] if mixture is None else PromptStates.stacked(states, mixture)
+
+
+def run_shared(host: Host, plan: Plan) -> Any:
+    """The base model's output on text behind its prompt, with the prompt's positions in front where they belong.
+
+    Raises:
+        RouteUnavailable: the base model answers with a cache that cannot be shared. `auto` will not try again.
+    """
+    others, base, loss, task = dict(plan.others), host.base_model, plan.loss, plan.task
+    assert task is not None and plan.layout is not None
+    size, config = plan.fields.shape[0], base.config
+    hidden = others.get("output_hidden_states", config.output_hidden_states)
+    full = plan.logits == FULL
+    # Of a loss of its own the prompt's logits are part.
+    all_logits = task.predicts_next and (full or isinstance(loss, OwnFunction))
+    states = prompt_states(
+        host,
+        plan.table[0] if plan.table else "",
+        plan.mixture,
+        all_logits=all_logits,
+        hidden_states=bool(hidden),
+        wait=plan.waits,
+    )
+    arguments, as_dict = _text_arguments(host, plan), others.pop("return_dict", None)
+    use_cache = others.pop("use_cache", None)
+    if task.predicts_next:
+        others.pop("num_items_in_batch", None)
+
+    def call() -> Any:
+        cache = states.for_rows(size)
+        return base(**arguments, **others, past_key_values=cache, use_cache=True, return_dict=True)
+
+    output, head = host.text_head.call(base, call) if plan.waits else (call(), None)
+    fields: dict[str, Any] = {}
+    if not (getattr(config, "use_cache", True) if use_cache is None else use_cache):
+        fields["past_key_values"] = None
+    if isinstance(loss, NextToken):
+        fields["loss"] = loss.of(output.logits if head is None else head, states.last_logits(size))
+    elif loss is not None and not isinstance(loss, Answers):
+        fields["loss"] = loss.of(_full_source(states, plan.layout, output.logits, head))
+    output = replaced(output, **fields)
+    readers = None if "loss" not in fields else host.text_head
+    output = _with_prompt(
+        output, plan.layout, states, full_logits=task.predicts_next and full, head=head, readers=readers
+    )
+    output = cut(plan, output, None)
+    return output.to_tuple() if as_dict is False else output
+
+
+def _text_arguments(host: Host, plan: Plan) -> dict[str, Any]:
+    given = plan.fields.given()
+    if plan.looks_up and "input_ids" in given:
+        given["inputs_embeds"] = host.word_embeddings(given.pop("input_ids"))
+    return given
+
+
+def _full_source(states: PromptStates, layout: Layout, text_logits: Tensor, head: Withheld | None) -> Tensor | Withheld:
+    """Logits (B, P + T, V) of prompt and text; or what makes them, if it can wait for both."""
+    if head is None:
+        return states.joined(layout, states.all_logits(), text_logits)
+    if states.head is None:
+        return states.joined(layout, states.all_logits(), head.logits()())
+    return Withheld(head.head, states.joined(layout, states.head.hidden, head.hidden))
+
+
+def _with_prompt(
+    output: Any,
+    layout: Layout,
+    states: PromptStates,
+    *,
+    full_logits: bool,
+    head: Withheld | None = None,
+    readers: TextHead | None = None,
+) -> Any:
+    """The output with the virtual tokens' positions in front of its hidden states and, if wanted, its logits.
+
+    head: what makes the text's logits, if the output's only stand in for them. readers: is told when they are read.
+    """
+    text_logits, text_states = output.logits, output.get("hidden_states")
+    if not full_logits and states.hidden_states is None and readers is None:
+        return output
+    logits_of_text = (lambda: text_logits) if head is None else head.logits()
+
+    def finish() -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        if full_logits:
+            fields["logits"] = states.joined(layout, states.all_logits(), logits_of_text())
+        elif head is not None:
+            fields["logits"] = logits_of_text()
+        if states.hidden_states is not None:
+            pairs = zip(states.hidden_states, text_states)
+            fields["hidden_states"] = tuple(states.joined(layout, prompt, text) for prompt, text in pairs)
+        return fields
+
+    return defer(output, finish) if readers is None else readers.told_of(output, finish)

@@ -1,0 +1,113 @@
+"""Route `splice`: prompt rows go into every row of the batch, and the base model runs on embeddings of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..base.facts import fusable_table
+from ..base.outputs import replaced
+from ..layouts.batch import Batch
+from ..layouts.layout import Layout
+from ..ops._backend import using
+from .call import Plan
+from .host import Host
+from .loss import Answers, NextToken, Source, answers_loss
+
+
+def spliced_arguments(host: Host, plan: Plan) -> dict[str, Any]:
+    """The arguments of the base model that come from tokens and prompts: fields that are there."""
+    batch, layout = plan.fields, plan.layout
+    assert layout is not None
+    ids, embeds = batch.input_ids, batch.inputs_embeds
+    table = fusable_table(host.word_embeddings) if ids is not None else None
+    if ids is not None and table is None:
+        embeds = host.word_embeddings(ids)
+    tokens = ids if table is not None else embeds
+    assert tokens is not None
+    with using(host.backend):
+        filled = ops.splice_batch(
+            host.table(plan.table, padded=plan.mixture is not None).to(tokens.device),
+            layout,
+            input_ids=None if table is None else ids,
+            table=table,
+            inputs_embeds=embeds,
+            attention_mask=batch.attention_mask if plan.carries else None,
+            labels=batch.labels if plan.carries else None,
+        )
+    arguments = {
+        "inputs_embeds": filled.inputs_embeds,
+        "attention_mask": filled.attention_mask if plan.carries else batch.attention_mask,
+        "labels": filled.labels if plan.carries else batch.labels,
+        "position_ids": batch.position_ids,
+        "token_type_ids": batch.token_type_ids,
+    }
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def run_spliced(host: Host, plan: Plan) -> Any:
+    """The base model's output on prompt and tokens."""
+    arguments, others, base = spliced_arguments(host, plan), dict(plan.others), host.base_model
+    loss = plan.loss
+    if loss is None and not plan.cuts:
+        output = base(**arguments, **others)
+        return host.text_head.told_of(output, dict) if plan.reads else output
+    as_dict = others.pop("return_dict", None)
+    mask = None if plan.carries else arguments.get("attention_mask")
+    if isinstance(loss, NextToken):
+        loss = loss.of_spliced(arguments.pop("labels"))
+        others.pop("num_items_in_batch", None)
+
+    def call() -> Any:
+        return base(**arguments, **others, return_dict=True)
+
+    if loss is None or isinstance(loss, Answers):
+        output = cut(plan, call(), mask, loss, base)
+    else:
+        output = cut(plan, _with_loss(host, call, loss.of, plan.waits), mask)
+    return output.to_tuple() if as_dict is False else output
+
+
+def _with_loss(host: Host, call: Callable[[], Any], loss_of: Callable[[Source], Tensor], wait: bool) -> Any:
+    """The output of `call()`, which runs the base model without labels, with the loss of its logits.
+
+    wait: the logits may be left until they are read; `loss_of` then gets the head that would make them.
+    """
+    output, head = host.text_head.call(host.base_model, call) if wait else (call(), None)
+    if head is None:
+        return host.text_head.told_of(replaced(output, loss=loss_of(output.logits)), dict)
+    logits = head.logits()
+    return host.text_head.told_of(replaced(output, loss=loss_of(head)), lambda: {"logits": logits()})
+
+
+def cut(plan: Plan, output: Any, mask: Tensor | None, loss: Answers | None = None, base: Any = None) -> Any:
+    """The output with its per-position fields `plan.cuts` cut down to the tokens, in the tokens' order.
+
+    mask: (B, S), of a layout whose padding may be tokens that stand elsewhere too.
+    loss: of answers, whose own logits are those of the tokens.
+    """
+    if not plan.cuts:
+        return output
+    layout = plan.layout
+    assert layout is not None
+    found: dict[str, Any] = {name: _at_tokens(output[name], layout, plan.fields, mask) for name in plan.cuts}
+    if loss is not None and output.get("loss") is not None:
+        moved = (plan.others["start_positions"], plan.others["end_positions"])
+        pair = (found["start_logits"], found["end_logits"])
+        found["loss"] = answers_loss(base, loss, output, pair, moved)
+    for name, value in found.items():
+        output[name] = value
+    return output
+
+
+def _at_tokens(values: Tensor, layout: Layout, batch: Batch, mask: Tensor | None) -> Tensor:
+    """(B, T, X): the rows of (B, S, X) values that belong to the tokens. mask: (B, S)."""
+    size, length = batch.shape
+    if layout.slots is None:
+        return values[:, layout.num_prompt_rows :]
+    positions = layout.token_positions(size, length, values.device, mask)
+    return values[torch.arange(size, device=values.device).unsqueeze(1), positions]

@@ -1,0 +1,89 @@
+"""What a base model makes of a prompt by itself, for the text of every row to read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..layouts.layout import Layout
+from ..layouts.mixture import Mixture
+from .head import Withheld
+
+
+@dataclass(frozen=True)
+class PromptStates:
+    """What the base model made of the prompt at batch 1, or of A prompts. Nothing in it is changed after it was made.
+
+    cache: keys and values of every layer, (1, heads, P, head width) each.
+    logits: (1, P, V), or (1, 1, V) of the last virtual token alone; (1, C) for sequence classification.
+    hidden_states: (1, P, D) of every layer, if they were asked for.
+    all_logits: gives (1, P, V), from the head or a second pass if need be.
+    head: what will make the logits, and the (1, P, D) that it makes them of, if they wait for it.
+    mixture: None for one prompt. Of several, shapes begin with A, and shorter prompts are padded in front.
+    """
+
+    cache: Any
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+    all_logits: Callable[[], Tensor]
+    mixture: Mixture | None = None
+    head: Withheld | None = None
+
+    def for_rows(self, size: int) -> Any:
+        """A cache of its own for `size` rows of text. Of one prompt its tensors are views: no row has a copy."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in cache.layers:
+            layer.keys, layer.values = self._of_rows(layer.keys, size), self._of_rows(layer.values, size)
+        cache.prompt_first = True
+        return cache
+
+    def last_logits(self, size: int) -> Tensor:
+        """(size, V): logits of each row's last virtual token."""
+        return self._of_rows(self.logits[:, -1], size)
+
+    def table(self, values: Tensor) -> Tensor:
+        """(R, X): values (A, P, X) of the prompts as a table for the slots of a layout."""
+        return values[0] if self.mixture is None else self.mixture.unstack(values)
+
+    def joined(self, layout: Layout, prompt: Tensor, text: Tensor) -> Tensor:
+        """(A, P, X) of the prompts and (B, T, X) of the text as (B, P + T, X), in the order that splice gives them."""
+        return ops.splice(self.table(prompt), layout, inputs_embeds=text)
+
+    def _of_rows(self, values: Tensor, size: int) -> Tensor:
+        if self.mixture is None:
+            return values.expand(size, *values.shape[1:])
+        return self.mixture.take(values, size // len(self.mixture.names))
+
+    @classmethod
+    def stacked(cls, states: Sequence[PromptStates], mixture: Mixture) -> PromptStates:
+        """The states of each of a mixture's prompts, (1, ...), as one."""
+        cache = copy.copy(states[0].cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        for index, layer in enumerate(cache.layers):
+            own = [one.cache.layers[index] for one in states]
+            # Positions first: a stack pads its members' first dimension.
+            layer.keys, layer.values = (
+                mixture.stack([tensor[0].transpose(0, 1) for tensor in tensors]).transpose(1, 2)
+                for tensors in ([each.keys for each in own], [each.values for each in own])
+            )
+        if states[0].logits.dim() == 2:
+            logits = torch.cat([one.logits for one in states])
+        else:
+            logits = torch.cat([one.logits[:, -1:] for one in states])
+
+        def all_logits() -> Tensor:
+            return mixture.stack([one.all_logits()[0] for one in states])
+
+        return cls(cache, logits, None, all_logits, mixture)
+
+
+def prompt_first(cache: Any) -> bool:
+    """Whether a cache was begun by `PromptStates.for_rows`: prompt, padding, text in this order."""
+    return getattr(cache, "prompt_first", False)
