@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fusedprompt as fp
-from fusedprompt.commands.demo import main, own_text, story, timing, words
+from fusedprompt.commands.demo import main, own_text, story, timing, training, words
 from fusedprompt.commands.demo.words import IGNORED, PAD, TASKS
 
 CPU = torch.device("cpu")
@@ -100,9 +100,9 @@ def test_story_writes_every_number(told: tuple[Path, dict[str, Any]]) -> None:
     assert (summary["mode"], summary["task"], summary["seed"]) == ("story", "reverse", 3)
     assert set(summary["versions"]) == {"fusedprompt", "python", "torch", "transformers"}
     assert summary["machine"]["threads"] == 1
-    assert summary["settings"] == dataclasses.asdict(story.QUICK)
+    assert summary["settings"] == dataclasses.asdict(training.QUICK)
     assert set(summary["exact_match_with_tag"]) == set(TASKS)
-    assert len(summary["pretraining"]["loss"]) == story.QUICK.pretraining_steps
+    assert len(summary["pretraining"]["loss"]) == training.QUICK.pretraining_steps
     assert set(summary["prompts"]) == {"MLP", "LSTM"}
     for prompt in summary["prompts"].values():
         assert 0.0 <= prompt["exact_match"] <= 100.0
@@ -110,12 +110,12 @@ def test_story_writes_every_number(told: tuple[Path, dict[str, Any]]) -> None:
         assert prompt["encoding"]["largest_difference"] < 1e-4
         assert min(prompt["encoding"]["fusedprompt_ms"], prompt["encoding"]["pytorch_ms"]) > 0.0
         assert prompt["backends"]["mlp"]["reference"] == "runs"
-        assert len(prompt["examples"]) == story.QUICK.examples
+        assert len(prompt["examples"]) == training.QUICK.examples
         curve = prompt["curve"]
         assert curve["checked_steps"] == [0, 4, 8, 12] and len(curve["checks"]) == 4
         assert len(curve["loss"]) == len(curve["seconds"]) == 12
     together = summary["together"]
-    assert set(together["exact_match"]) == set(TASKS) and together["rows"] == 4 * story.QUICK.test_words
+    assert set(together["exact_match"]) == set(TASKS) and together["rows"] == 4 * training.QUICK.test_words
     assert [row[0] for row in together["examples"]] == list(TASKS) and together["steps"] == 4
     assert "lstm" in summary["prompts"]["LSTM"]["backends"] and "lstm" not in summary["prompts"]["MLP"]["backends"]
 
@@ -167,7 +167,7 @@ def test_words_are_rewritten_alike_alone_and_in_a_padded_batch(told: tuple[Path,
 
 
 def test_pretraining_is_the_same_for_the_same_seed(some_words: words.Words) -> None:
-    settings = dataclasses.replace(story.QUICK, pretraining_steps=4)
+    settings = dataclasses.replace(training.QUICK, pretraining_steps=4)
     losses = [story.pretrain(settings, some_words, seed, CPU)[1].loss for seed in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
 

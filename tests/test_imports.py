@@ -94,7 +94,10 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def imported_names(path: Path, top_level_only: bool = False) -> Iterator[str]:
-    """Full names of what a file imports, with relative imports resolved; type-checking imports are not counted."""
+    """Full names of what a file imports, with relative imports resolved.
+
+    top_level_only: without those inside of functions, and those for type checkers.
+    """
     tree = ast.parse(path.read_text())
     package = ["fusedprompt", *path.relative_to(PACKAGE).parent.parts]
 
@@ -106,7 +109,7 @@ def imported_names(path: Path, top_level_only: bool = False) -> Iterator[str]:
                 stem = package[: len(package) - child.level + 1] if child.level else []
                 base = ".".join([*stem, *([child.module] if child.module else [])])
                 yield from (f"{base}.{alias.name}" for alias in child.names)
-            elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            elif top_level_only and isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
                 yield from ()
             elif not (top_level_only and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))):
                 yield from visit(child)
@@ -122,35 +125,91 @@ def imports_of(path: Path, forbidden: tuple[str, ...], top_level_only: bool = Fa
     ]
 
 
-def test_the_scan_of_imports_sees_relative_and_nested_imports() -> None:
+def test_the_scan_of_imports_sees_relative_nested_and_type_checking_imports() -> None:
     folder = PACKAGE / "ops" / "mlp"
     assert "fusedprompt.ops._check" in set(imported_names(folder / "__init__.py"))
     assert "fusedprompt.ops.mlp.reference" in set(imported_names(folder / "__init__.py"))
     assert "fusedprompt.ops._library.LIBRARY" in set(imported_names(folder / "reference.py"))
-    config = PACKAGE / "config.py"
-    assert "fusedprompt.checkpoint.read_json" in set(imported_names(config))
-    assert "fusedprompt.checkpoint.read_json" not in set(imported_names(config, top_level_only=True))
+    face, doctor = PACKAGE / "__init__.py", PACKAGE / "commands" / "doctor.py"
+    assert "fusedprompt.layouts.layout.Layout" in set(imported_names(face))
+    assert "fusedprompt.layouts.layout.Layout" not in set(imported_names(face, top_level_only=True))
+    assert "fusedprompt.ops" in set(imported_names(doctor))
+    assert "fusedprompt.ops" not in set(imported_names(doctor, top_level_only=True))
     assert len(OPS) > 10 and len(SOURCES) > 20
 
 
-ABOVE_OPS = (
-    "transformers",
-    "peft",
-    *(
-        f"fusedprompt.{name.stem}"
-        for name in PACKAGE.glob("*.py")
-        if name.stem not in ("layout", "__init__", "_version")
-    ),
-    "fusedprompt.modules",
-    "fusedprompt.integrations",
-    "fusedprompt.demo",
+# From the top of the house to the ground: a room knows those below it.
+ROOMS = ("commands", "integrations", "model", "routes", "methods", "ops", "layouts", "base")
+ENTRIES = {"__init__.py", "__main__.py", "_version.py", "py.typed", *ROOMS}
+
+
+def test_the_package_has_twelve_entries() -> None:
+    built = {"__pycache__"}
+    assert {entry.name for entry in PACKAGE.iterdir() if entry.suffix != ".so"} - built == ENTRIES
+
+
+def room_of(name: str) -> str | None:
+    """The room of a module or of a name in it."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "fusedprompt" and len(parts) > 1 and parts[1] in ROOMS else None
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if path.parent != PACKAGE], ids=lambda path: str(path.relative_to(PACKAGE))
 )
+def test_imports_run_downwards(path: Path) -> None:
+    own = path.relative_to(PACKAGE).parts[0]
+    above = ROOMS[: ROOMS.index(own)]
+    assert [name for name in imported_names(path) if room_of(name) in above] == []
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(("fusedprompt", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+def test_no_file_imports_itself_in_a_circle() -> None:
+    """Imports for type checkers and inside of functions count too."""
+    modules = {module_of(path): path for path in SOURCES}
+    faces = {name for name, path in modules.items() if path.name == "__init__.py"}
+
+    def target(name: str) -> str | None:
+        while name not in modules:
+            name = name.rpartition(".")[0]
+            if not name:
+                return None
+        return name
+
+    edges = {name: {target(one) for one in imported_names(path)} - {None, name} for name, path in modules.items()}
+    # The package's own face hands all names on when they are first used; a room's face imports what it hands on.
+    edges["fusedprompt"] = set()
+    assert faces and sum(map(len, edges.values())) > 200
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
+        if name not in done:
+            for other in sorted(filter(None, edges[name])):
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in sorted(modules):
+        visit(name, ())
+
+
+def test_files_and_functions_are_small() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in SOURCES}
+    assert max(lengths.values()) <= 450
+    assert sorted(lengths.values())[len(lengths) // 2] <= 150
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno is not None and node.end_lineno - node.lineno < 80, f"{path}: {node.name}"
 
 
 @pytest.mark.parametrize("path", OPS, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_ops_import_nothing_that_sits_on_top_of_them(path: Path) -> None:
-    assert {"fusedprompt.model", "fusedprompt.routes", "fusedprompt.checkpoint"} <= set(ABOVE_OPS)
-    assert imports_of(path, ABOVE_OPS) == []
+def test_ops_import_nothing_of_transformers_or_peft(path: Path) -> None:
+    assert imports_of(path, ("transformers", "peft")) == []
 
 
 BACKENDS = ("reference", "triton", "native")
@@ -169,21 +228,6 @@ def test_a_backend_imports_no_other_backend_and_no_other_op(path: Path) -> None:
     )
     assert len(other_ops) == 4
     assert imports_of(path, others + other_ops) == []
-
-
-@pytest.mark.parametrize("name", ["config.py", "layout.py"])
-def test_config_and_layout_import_nothing_of_the_package_at_module_level(name: str) -> None:
-    assert imports_of(PACKAGE / name, ("fusedprompt",), top_level_only=True) == []
-
-
-@pytest.mark.parametrize(
-    "path",
-    [path for path in SOURCES if path.parent.name == "modules" or path.name in ("config.py", "layout.py")],
-    ids=lambda path: str(path.relative_to(PACKAGE)),
-)
-def test_modules_import_nothing_of_models(path: Path) -> None:
-    names = ("model", "routes", "tasks", "heads", "generation", "saving", "base_model", "integrations", "demo")
-    assert imports_of(path, tuple(f"fusedprompt.{name}" for name in names)) == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -77,16 +77,16 @@ class _Tree:
         self._module, self._parts = module, list(module.modules())
         self._own: list[dict[str, Any]] = [vars(part) for part in self._parts]
         self._parameters: list[dict[str, Any]] = [part._parameters for part in self._parts if part._parameters]
-        self._children: list[dict[str, Any]] = [part._modules for part in self._parts]
+        self._children: list[dict[str, Any]] = [part._modules for part in self._parts if part._modules]
         self._ties = self._children_now()
         self._kinds: dict[type[nn.Module], list[Any]] = {}
         self._found: tuple[list[Any], Findings] | None = None
         self._owners: list[dict[str, Any]] = []
         self._keys: list[str] = []
-        for own in self._own:
-            self._watch(own)
-        for config in {id(own["config"]): own["config"] for own in self._own if "config" in own}.values():
-            self._watch(vars(config))
+        configs = {id(own["config"]): vars(own["config"]) for own in self._own if "config" in own}
+        self._settings = [*self._own, *configs.values()]
+        for settings in self._settings:
+            self._watch(settings)
 
     def stands(self) -> bool:
         """Whether the parts are still the module's."""
@@ -102,7 +102,7 @@ class _Tree:
         if True not in modes:
             return _NOTHING
         # Sizes, because a setting may be new.
-        settings = [*modes, *map(len, self._own), *map(dict.get, self._owners, self._keys)]
+        settings = [*modes, *map(len, self._settings), *map(dict.get, self._owners, self._keys)]
         found = self._found
         if found is None or found[0] != settings:
             found = self._found = (settings, Findings.of(self._module))
@@ -111,8 +111,8 @@ class _Tree:
     def all_parameters(self) -> Iterator[Tensor]:
         return filter(_is_there, itertools.chain.from_iterable(map(dict.values, self._parameters)))
 
-    def _children_now(self) -> list[int]:
-        return list(map(id, itertools.chain.from_iterable(map(dict.values, self._children))))
+    def _children_now(self) -> list[nn.Module]:
+        return list(itertools.chain.from_iterable(map(dict.values, self._children)))
 
     def _watch(self, settings: dict[str, Any]) -> None:
         keys = [key for key in settings if key in ("p", "config", "gradient_checkpointing") or _is_noise(key)]

@@ -139,7 +139,7 @@ def why_not_shared(
     """Why a call does not take the shared route, or None; and whether that would pay.
 
     Args:
-        objections: from cheap to dear. With `auto` the last is asked after the cheaper of the two costs.
+        objections: from cheap to dear. The last, which asks all parts of the base model, comes after the costs.
         costs: what `cost_rule` says, of a prompt that is kept or not.
         names: the adapters.
 
@@ -150,16 +150,12 @@ def why_not_shared(
         return "it was asked for", True
     *cheap, dear = objections
     objection = next((found for question in cheap if (found := question()) is not None), None)
-    # Whatever is kept, sharing costs at least this; asking the base model costs more.
-    pays = route == SHARED or costs(True) is None
-    if objection is None and pays:
+    cost = None if route == SHARED else costs(is_kept(host, names))
+    if objection is None and cost is None:
         objection = dear()
     if objection is not None and route == SHARED:
         raise RouteUnavailable(objection)
-    if objection is not None or route == SHARED:
-        return objection, pays
-    cost = costs(is_kept(host, names))
-    return cost, cost is None
+    return cost if objection is None else objection, cost is None
 
 
 def is_kept(host: Host, names: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from dataclasses import dataclass
@@ -25,8 +26,13 @@ Source = Tensor | Withheld
 def calls_loss_function(base: nn.Module) -> bool:
     """Whether a transformers model's loss is what its `loss_function` makes of logits and labels."""
     model = transformers_model(base)
+    return model is not None and _calls_loss_function(type(model))
+
+
+@functools.cache
+def _calls_loss_function(kind: Any) -> bool:
     # BART's decoder has the property, and computes another loss, of labels that are not moved.
-    return model is not None and "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
+    return "loss_function" in inspect.unwrap(kind.forward).__code__.co_names
 
 
 def has_transformers_loss(base: nn.Module) -> bool:

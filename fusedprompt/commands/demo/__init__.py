@@ -16,6 +16,7 @@ import torch
 
 from . import own_text, report, story
 from .own_text import TextSettings
+from .training import QUICK, Settings
 from .words import TASKS
 
 PACKAGES = ("transformers", "tqdm", "matplotlib")
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads or threads_before)
     try:
         if args.model is None:
-            settings = story.QUICK if args.quick else story.Settings()
+            settings = QUICK if args.quick else Settings()
             summary = story.tell(settings, args.output, TASKS[args.task], args.seed, args.device)
         else:
             text_settings = TextSettings(**{**(own_text.QUICK if args.quick else {}), **text_options})

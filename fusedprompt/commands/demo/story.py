@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +14,8 @@ from torch import nn
 
 from ... import PromptEncoderConfig, PromptModel, get_prompt_model
 from . import report, timing, together
-from .training import Curve, train
+from .training import Curve, Settings, train
 from .words import END, PAD, TASKS, VOCABULARY, Task, Words, exact_match, lines, lines_of_all, load_words, rewrite_words
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Sizes, chosen so that all of it takes about three minutes on two CPU cores."""
-
-    words: int = 12_000
-    validation_words: int = 250
-    test_words: int = 500
-    width: int = 128
-    layers: int = 3
-    heads: int = 4
-    pretraining_steps: int = 700
-    pretraining_batch: int = 192
-    pretraining_rate: float = 4e-3
-    pretraining_check_every: int = 50
-    virtual_tokens: int = 8
-    encoder_width: int = 128
-    prompt_steps: int = 300
-    prompt_batch: int = 64
-    prompt_rate: float = 1e-2
-    prompt_check_every: int = 10
-    together_steps: int = 300
-    together_batch: int = 128
-    together_check_every: int = 100
-    enough_percent: float = 99.0
-    timing_rounds: int = 100
-    examples: int = 5
-
-
-QUICK = Settings(
-    words=1_000,
-    validation_words=20,
-    test_words=40,
-    width=32,
-    layers=1,
-    heads=2,
-    pretraining_steps=40,
-    pretraining_batch=32,
-    pretraining_check_every=20,
-    encoder_width=16,
-    prompt_steps=12,
-    prompt_batch=16,
-    prompt_check_every=4,
-    together_steps=4,
-    together_batch=16,
-    timing_rounds=5,
-)
 
 
 @contextlib.contextmanager

@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ... import PromptEncoderConfig, PromptModel, get_prompt_model
-from .training import Curve, train
+from .training import Curve, Settings, train
 from .words import TASKS, Words, lines_of_all, rewrite_words
-
-if TYPE_CHECKING:
-    from .story import Settings
 
 
 def learn_all(

@@ -27,6 +27,22 @@ def _carry(field_ptr, filled_ptr, token_at, at, inside, is_token, is_prompt, pro
     tl.store(filled_ptr + at, value.to(filled_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _sources(slots_ptr, s, at, inside, R, T, PREFIX: tl.constexpr):
+    """Of columns s: the slot, the prompt row that a negative one means, and which of them are prompt and token."""
+    if PREFIX:
+        prompt_row = s.to(tl.int64)
+        slot = prompt_row - R
+        is_prompt = inside & (slot < 0)
+        is_token = inside & (slot >= 0)
+    else:
+        slot = tl.load(slots_ptr + at, mask=inside, other=0)
+        prompt_row = -1 - slot
+        is_prompt = inside & (slot < 0) & (prompt_row < R)
+        is_token = inside & (slot >= 0) & (slot < T)
+    return slot, prompt_row, is_prompt, is_token
+
+
 @triton.jit(do_not_specialize=_CHANGING)
 def splice_forward(
     prompt_ptr,  # (R, D)
@@ -68,16 +84,7 @@ def splice_forward(
     s = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     inside = s < S
     at = b * S + s
-    if PREFIX:
-        prompt_row = s.to(tl.int64)
-        slot = prompt_row - R
-        is_prompt = inside & (slot < 0)
-        is_token = inside & (slot >= 0)
-    else:
-        slot = tl.load(slots_ptr + at, mask=inside, other=0)
-        prompt_row = -1 - slot
-        is_prompt = inside & (slot < 0) & (prompt_row < R)
-        is_token = inside & (slot >= 0) & (slot < T)
+    slot, prompt_row, is_prompt, is_token = _sources(slots_ptr, s, at, inside, R, T, PREFIX)
     token_at = b * T + slot
     if FROM_TABLE:
         row = tl.load(ids_ptr + token_at, mask=is_token, other=0).to(tl.int64)
