@@ -89,6 +89,7 @@ class Plan:
 
     route: str
     call: Call
+    fields: Batch  # without a default: torch.compile cannot trace one
     why: str | None = None
     pays: bool = True
     placement: str = OURS
@@ -96,7 +97,6 @@ class Plan:
     table: tuple[str, ...] = ()
     mixture: Mixture | None = None
     layout: Layout | None = None
-    fields: Batch = field(default_factory=Batch)
     carries: bool = False
     looks_up: bool = False
     others: Mapping[str, Any] = field(default_factory=dict)

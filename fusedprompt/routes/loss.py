@@ -26,7 +26,8 @@ Source = Tensor | Withheld
 def calls_loss_function(base: nn.Module) -> bool:
     """Whether a transformers model's loss is what its `loss_function` makes of logits and labels."""
     model = transformers_model(base)
-    return model is not None and _calls_loss_function(type(model))
+    kind: Any = type(model)
+    return model is not None and _calls_loss_function(kind)
 
 
 @functools.cache

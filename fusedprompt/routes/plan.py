@@ -94,7 +94,7 @@ def _without_prompt(call: Call) -> Plan:
     others = dict(call.others)
     if call.past_key_values is not None:
         others["past_key_values"] = call.past_key_values
-    return Plan(BASE, call, "the model has no prompt, or it is disabled", fields=call.batch, others=others)
+    return Plan(BASE, call, call.batch, "the model has no prompt, or it is disabled", others=others)
 
 
 def _slots(host: Host, active: Prompt, call: Call) -> tuple[Call, Layout | None, tuple[str, ...]]:
@@ -145,7 +145,7 @@ def _continued(host: Host, active: Prompt, call: Call) -> Plan:
         )
     fields = replace(batch, attention_mask=mask, position_ids=positions, token_type_ids=None, input_type_mask=None)
     others = {**call.others, "past_key_values": cache}
-    return Plan(CONTINUE, call, "the cache holds the prompt", task=active.task, fields=fields, others=others)
+    return Plan(CONTINUE, call, fields, "the cache holds the prompt", task=active.task, others=others)
 
 
 def _encoded(host: Host, active: Prompt, call: Call, mixture: Mixture | None, given: Layout | None) -> Plan:
@@ -156,7 +156,7 @@ def _encoded(host: Host, active: Prompt, call: Call, mixture: Mixture | None, gi
     if mask is not None and mask.shape[1] != length and given is None:
         mask = choose_layout(host.facts, active.rows, mask, mask, start=active.start)[0].fill(mask, 1)
     why = "the encoder's output holds the prompt"
-    return Plan(CONTINUE, call, why, task=active.task, fields=Batch(attention_mask=mask), others=call.others)
+    return Plan(CONTINUE, call, Batch(attention_mask=mask), why, task=active.task, others=call.others)
 
 
 def _check_logits(logits: str, task: Task | None) -> None:

@@ -40,13 +40,13 @@ def plan_generate(host: Host, call: Call, placement: str) -> Plan:
         others = dict(call.others)
         if call.past_key_values is not None:
             others["past_key_values"] = call.past_key_values
-        return Plan(BASE, call, "the model has no prompt, or it is disabled", fields=call.batch, others=others)
+        return Plan(BASE, call, call.batch, "the model has no prompt, or it is disabled", others=others)
     active = host.prompts[host.in_use]
     if placement == PEFT:
         why = _why_not_peft(host, active, call)
         if why is not None and call.route == SHARED:
             raise RouteUnavailable(why)
-        return Plan(SHARED if why is None else SPLICE, call, why, task=active.task, table=(active.name,))
+        return Plan(SHARED if why is None else SPLICE, call, call.batch, why, task=active.task, table=(active.name,))
     call = replace(call, batch=replace(call.batch, token_type_ids=None))
     if call.slots is not None and call.adapter_names is not None:
         raise ValueError("adapter_names: expected None with slots, got both")
@@ -174,7 +174,7 @@ def _continued(host: Host, active: Prompt, call: Call, others: Mapping[str, Any]
         layout = Layout.prefix(rows)
     fields = Batch(input_ids=ids, attention_mask=layout.fill(mask, 1))
     others = {**others, "past_key_values": cache}
-    return Plan(CONTINUE, call, "the cache holds the prompt", task=active.task, fields=fields, others=others)
+    return Plan(CONTINUE, call, fields, "the cache holds the prompt", task=active.task, others=others)
 
 
 def _given(host: Host, active: Prompt, call: Call) -> Plan:

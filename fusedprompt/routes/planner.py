@@ -61,6 +61,7 @@ class Planner:
             Plan(
                 SHARED if why is None else SPLICE,
                 self.call,
+                self.batch,
                 why,
                 pays,
                 self.placement,
