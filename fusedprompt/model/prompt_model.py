@@ -59,13 +59,13 @@ class PromptModel(PromptAdapters):
     """A frozen base model and its prompt adapters, called like the base model.
 
     Attributes that it lacks are the base model's. Outputs are PEFT's (`PeftModelFor...`) except where
-    docs/peft-differences.md says otherwise. The adapters' side is `PromptAdapters`.
+    docs/peft-differences.md says otherwise. The adapters' side is `PromptAdapters`. Arguments, results and errors below are those of a call.
 
     Attributes:
         route: "shared" runs the prompt through the base model once and lets every row of text read its keys and values,
             "splice" runs it once per row, "auto" shares where that is exact and pays. docs/routes.md says when.
 
-    Args of a call:
+    Args:
         input_ids: (B, T) ids, or inputs_embeds: (B, T, D).
         attention_mask: (B, T), without the prompt. Rows may be padded on either side, or not at all, with the same
             result.
@@ -88,12 +88,12 @@ class PromptModel(PromptAdapters):
         input_type_mask: (B, T) type codes of the tokens, for CPT.
         kwargs: for the base model.
 
-    Returns of a call:
+    Returns:
         The base model's output. Logits and hidden states have P + T positions, but for token classification and
         question answering, whose logits have T, and whose losses are those of their logits. On the shared route they
         are joined when they are first read.
 
-    Raises of a call:
+    Raises:
         RouteUnavailable: route "shared" was asked for by name and cannot run; the message says why.
         ValueError: `slots` or a tensor that goes with them has the wrong shape, dtype or (on a CPU) values.
     """
