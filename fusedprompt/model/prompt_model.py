@@ -59,7 +59,8 @@ class PromptModel(PromptAdapters):
     """A frozen base model and its prompt adapters, called like the base model.
 
     Attributes that it lacks are the base model's. Outputs are PEFT's (`PeftModelFor...`) except where
-    docs/peft-differences.md says otherwise. The adapters' side is `PromptAdapters`. Arguments, results and errors below are those of a call.
+    docs/peft-differences.md says otherwise. The adapters' side is `PromptAdapters`.
+    Arguments, results and errors below are those of a call.
 
     Attributes:
         route: "shared" runs the prompt through the base model once and lets every row of text read its keys and values,
