@@ -52,9 +52,7 @@ class SharingFacts:
 
     @classmethod
     def _of_cache(cls, decoder: Any, takes_logits_to_keep: bool) -> SharingFacts:
-        from transformers.cache_utils import DynamicCache
-
-        layers = DynamicCache(config=decoder.config).layers
+        layers = new_cache(decoder).layers
         count = decoder.config.num_hidden_layers
         odd = [type(layer).__name__ for layer in layers if not keeps_all(layer)]
         if odd or len(layers) != count:
@@ -62,6 +60,13 @@ class SharingFacts:
             return cls(f"the base model's cache has {found}, which does not hold every token's keys and values")
         windows = [layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")]
         return cls(None, min(windows, default=None), takes_logits_to_keep)
+
+
+def new_cache(base: nn.Module) -> Any:
+    """An empty cache, as transformers' decoders make for themselves."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache(config=transformers_model(base).config)
 
 
 def keeps_all(layer: Any) -> bool:

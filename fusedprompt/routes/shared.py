@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.cache import keeps_all
+from ..base.cache import keeps_all, new_cache
 from ..base.facts import device_of
 from ..base.outputs import defer, replaced
 from ..base.stamp import as_now
@@ -71,16 +71,19 @@ def run_prompt(
         if host.facts.takes_position_ids:
             arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + host.facts.first_position
     of_rows = names if own_heads or mixture is not None else None
+    if host.prompts[names[0]].task.token_outputs:  # such outputs have no field for a cache
+        options["past_key_values"] = new_cache(host.base_model)
 
     def call() -> Any:
         return host.base_model(**arguments, use_cache=True, return_dict=True, **options)
 
     with host.heads_for_rows(of_rows):
         output, head = host.text_head.call(host.base_model, call) if withholds else (call(), None)
-    layers = getattr(output.past_key_values, "layers", ())
+    cache = options.get("past_key_values", getattr(output, "past_key_values", None))
+    layers = getattr(cache, "layers", ())
     shape = torch.Size(arguments["inputs_embeds"].shape[:2])
-    if not layers or not all(keeps_all(layer) and layer.keys.shape[::2] == shape for layer in layers):
-        reason = f"the base model answers with a {type(output.past_key_values).__name__} that does not hold the prompt"
+    if not layers or not all(keeps_all(layer) and getattr(layer.keys, "shape", ())[::2] == shape for layer in layers):
+        reason = f"the base model answers with a {type(cache).__name__} that does not hold the prompt"
         host.sharing = type(host.sharing)(reason)
         raise RouteUnavailable(reason)
     hidden = output.get("hidden_states")
@@ -88,10 +91,10 @@ def run_prompt(
         # Of a matrix: a slice (1, 1, D) makes a batched product, which in bf16 copies the whole weight first: 2.5 s at
         # V=128256, D=3072, where this takes 0.05.
         last = head.head(head.hidden[:, -1]).unsqueeze(1)
-        return PromptStates(output.past_key_values, last, hidden, head.logits(), mixture, head)
+        return PromptStates(cache, last, hidden, head.logits(), mixture, head)
     logits: Tensor = output.logits
     repeat = _all_logits(host, arguments, of_rows) if repeats else lambda: logits
-    return PromptStates(output.past_key_values, logits, hidden, repeat, mixture)
+    return PromptStates(cache, logits, hidden, repeat, mixture)
 
 
 def _all_logits(host: Host, arguments: dict[str, Any], names: Sequence[str] | None) -> Callable[[], Tensor]:
@@ -180,7 +183,8 @@ def run_shared(host: Host, plan: Plan) -> Any:
 
     output, head = host.text_head.call(base, call) if plan.waits else (call(), None)
     fields: dict[str, Any] = {}
-    if not (getattr(config, "use_cache", True) if use_cache is None else use_cache):
+    wants_cache = getattr(config, "use_cache", True) if use_cache is None else use_cache
+    if "past_key_values" in output and not wants_cache:
         fields["past_key_values"] = None
     if isinstance(loss, NextToken):
         fields["loss"] = loss.of(output.logits if head is None else head, states.last_logits(size))
