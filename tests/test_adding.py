@@ -67,14 +67,12 @@ class GatedPrompt(PromptModule):
         return self.embedding.weight if self.inference_mode else gated(self.embedding.weight, self.gate)
 
 
-REGISTERED = config._CLASSES.pop("GATED")  # by its class statement; other modules' tests list what there is without it
 SCORES = tasks.Task("TOKEN_SCORES", labels="tokens", token_outputs=("logits",), shares=True, heads=("score",))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def registered() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, torch.library._scoped_library("fusedprompt", "FRAGMENT") as library:
-        patch.setitem(config._CLASSES, "GATED", REGISTERED)
         patch.setattr(method, "_METHODS", dict(method._METHODS))
         patch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
         patch.setattr(_library, "LIBRARY", library)
@@ -84,6 +82,7 @@ def registered() -> Iterator[None]:
         register_method(Method(GatedConfig, GatedPrompt, ops=lambda module: ("gated",)))
         tasks.register_task(SCORES)
         yield
+        config.CONFIG_CLASSES.pop("GATED")
 
 
 def gated_model(task: str = "CAUSAL_LM") -> Any:
@@ -197,3 +196,20 @@ def test_a_new_op_runs_the_backend_that_is_asked_for_or_says_why_not() -> None:
     arguments = rows.double().requires_grad_(), gate.double().requires_grad_()
     torch.library.opcheck(torch.ops.fusedprompt.gated.default, arguments)
     assert torch.autograd.gradcheck(torch.ops.fusedprompt.gated, arguments)
+
+
+def test_what_cannot_be_registered_says_why() -> None:
+    with pytest.raises(ValueError, match="a configuration class with a new `method`, got 'GATED'"):
+        register_method(Method(GatedConfig, GatedPrompt, ops=lambda module: ()))
+
+    class Other(GatedConfig):
+        method: ClassVar[Any] = "OTHER"
+
+    with pytest.raises(ValueError, match="product: expected 'rows', got 'cache'"):
+        register_method(Method(Other, GatedPrompt, ops=lambda module: (), product="cache"))
+    with pytest.raises(ValueError, match=r"peft_type: expected one of .*GATED.*, got 'OTHER'; see register_method"):
+        fp.get_prompt_model(build("Llama"), Other(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="task: expected a new name, got 'TOKEN_SCORES'"):
+        tasks.register_task(SCORES)
+    with pytest.raises(ValueError, match=r"name: expected one of \(.*\) that op 'gated' has not yet, got 'cuda'"):
+        OP.add("cuda", gated, never_objects)

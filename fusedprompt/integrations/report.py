@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import ops
 from ..base.facts import fusable_table
+from ..base.tasks import task_of
 from ..methods import method_of
 from ..methods.method import name_of
 from ..routes.call import SHARED, SPLICE
@@ -124,7 +125,8 @@ def operations(patch: Record, name: str) -> list[str]:
 
 
 def _computes_loss(patch: Record, config: Any) -> bool:
-    return name_of(config.task_type) == "CAUSAL_LM" and patch.host.facts.causal and why_not_adapter(config) is None
+    task = None if config.task_type is None else task_of(config.task_type)
+    return task is not None and task.predicts_next and patch.host.facts.causal and why_not_adapter(config) is None
 
 
 def backends(patch: Record, name: str) -> dict[str, str]:

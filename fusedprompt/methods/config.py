@@ -35,7 +35,7 @@ class PeftType(str, enum.Enum):
 
 EnumType = TypeVar("EnumType", bound=enum.Enum)
 ConfigType = TypeVar("ConfigType", bound="PromptLearningConfig")
-_CLASSES: dict[str, type[PromptLearningConfig]] = {}  # by the value of `method`
+CONFIG_CLASSES: dict[str, type[PromptLearningConfig]] = {}  # by method; `register_method` fills it
 
 
 def as_enum(kind: type[EnumType], field: str, value: Any) -> EnumType:
@@ -109,10 +109,6 @@ class PromptLearningConfig:
     modules_to_save: list[str] | None = None
 
     method: ClassVar[PeftType | str | None] = None
-
-    def __init_subclass__(cls) -> None:
-        if cls.method is not None and "method" in vars(cls):
-            _CLASSES.setdefault(str(getattr(cls.method, "value", cls.method)), cls)
 
     def __post_init__(self) -> None:
         self.peft_type = self.method
@@ -245,10 +241,10 @@ def _first_attribute(base_config: Any, field: str, names: tuple[str, ...]) -> in
 def config_class(peft_type: Any, origin: str = "peft_type") -> type[PromptLearningConfig]:
     """The configuration class of a PEFT method; raises ValueError for methods that this package does not implement."""
     name = getattr(peft_type, "value", peft_type)
-    if name not in _CLASSES:
-        names = ", ".join(dict.fromkeys([*(member.value for member in PeftType), *_CLASSES]))
+    if name not in CONFIG_CLASSES:
+        names = ", ".join(dict.fromkeys([*(member.value for member in PeftType), *CONFIG_CLASSES]))
         raise ValueError(f"{origin}: expected a peft_type in {names}, got {name!r}")
-    return _CLASSES[name]
+    return CONFIG_CLASSES[name]
 
 
 def as_config(config: Any) -> PromptLearningConfig:

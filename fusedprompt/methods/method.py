@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..layouts.batch import Batch
 from ..layouts.layout import Layout
-from .config import PromptLearningConfig
+from .config import CONFIG_CLASSES, PromptLearningConfig
 from .module import PromptModule
 
 Part = tuple[str, nn.Module, type[nn.Module]]
@@ -87,14 +87,16 @@ _METHODS: dict[str, Method] = {}
 
 
 def register_method(method: Method) -> None:
-    """Make a method known: configurations of its class build its module.
+    """Make a method known: configurations of its class, and files that name it, build its module.
 
     Raises:
-        ValueError: there is one of that name, or its configuration class has none.
+        ValueError: there is one of that name, or its configuration class has none; or its product is unknown.
     """
     if method.config.method is None or method.name in _METHODS:
         raise ValueError(f"method: expected a configuration class with a new `method`, got {method.config.method!r}")
-    _METHODS[method.name] = method
+    if method.product != "rows":
+        raise ValueError(f"product: expected 'rows', got {method.product!r}")
+    _METHODS[method.name], CONFIG_CLASSES[method.name] = method, method.config
 
 
 def name_of(method: Any) -> str:
@@ -108,5 +110,12 @@ def find_method(peft_type: Any) -> Method | None:
 
 
 def method_of(config: Any) -> Method:
-    """The method of a configuration of this package, or of one of PEFT's that this package has too."""
-    return _METHODS[name_of(config.peft_type)]
+    """The method of a configuration of this package, or of one of PEFT's that this package has too.
+
+    Raises:
+        ValueError: it was not registered.
+    """
+    method = find_method(config.peft_type)
+    if method is None:
+        raise ValueError(f"peft_type: expected one of {[*_METHODS]}, got {config.peft_type!r}; see register_method")
+    return method

@@ -28,7 +28,8 @@ class Backend:
     """One implementation of an op.
 
     name: one of `NAMES`.
-    why_not: called with the op's arguments; returns None, or one clause that says why this backend cannot run on them.
+    why_not: called with the op's arguments, or the first alone; returns None, or one clause that says why this backend
+        cannot run on them.
     call: the implementation, called with the same arguments.
     """
 
@@ -45,8 +46,13 @@ class Op:
     backends: list[Backend] = field(default_factory=list)
 
     def add(self, name: str, call: Callable[..., Any], why_not: Callable[..., str | None]) -> None:
-        """Register a backend in front of those already there."""
-        assert name in NAMES and all(backend.name != name for backend in self.backends)
+        """Register a backend in front of those already there.
+
+        Raises:
+            ValueError: there is one of that name, or it is none of `NAMES`.
+        """
+        if name not in NAMES or any(backend.name == name for backend in self.backends):
+            raise ValueError(f"name: expected one of {NAMES} that op '{self.name}' has not yet, got {name!r}")
         self.backends.insert(0, Backend(name, why_not, call))
 
     def select(self, requested: str | None, *args: Any) -> Backend:

@@ -94,11 +94,11 @@ class Planner:
             ValueError: there are several adapters in a batch that is to be learned.
         """
         host, own = self.host, {name: find_method(self.host.prompts[name].method) for name in self.table}
-        has_own = any(method is not None and method.targets is not None for method in own.values())
+        has_own = next((one.name for one in own.values() if one is not None and one.targets is not None), None)
         if self.mixture is not None or (self.call.slots is not None and self.call.adapter_names is not None):
             if has_own and self.batch.labels is not None:
                 raise ValueError(
-                    "labels: expected None with adapter_names of CPT, whose loss weighs a batch of its own prompt"
+                    f"labels: expected None with adapter_names of {has_own}, whose loss weighs a batch of its prompt"
                 )
             return None
         name, method = self.active.name, own.get(self.active.name)
