@@ -53,7 +53,7 @@ def why_not_prompts(host: Host, prompts: Sequence[Prompt]) -> str | None:
         return "no row has a prompt"
     for prompt in prompts:
         if not prompt.task.shares:
-            return f"text of the adapter's task, {prompt.task.name}, is not run behind a shared prompt"
+            return f"the adapter's task is {prompt.task.name}, whose text is not run behind a shared prompt"
         if prompt.pattern is not None:
             return "the adapter's template does not put the whole prompt in front"
         if prompt.start:
