@@ -107,19 +107,27 @@ class Plan:
     cuts: tuple[str, ...] = ()
 
 
-def refuse_fields(fields: Any, case: str) -> None:
+def refuse(name: str, value: Any, case: str) -> None:
+    """For a call that has no use for an argument."""
+    if value is not None:
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{name}: expected None {case}, got {got}")
+
+
+def refuse_fields(call: Call, case: str) -> None:
     """For a call that has no use for a template's fields."""
-    if fields is not None:
-        raise ValueError(f"fields: expected None {case}, got {sorted(fields)}")
+    refuse("fields", None if call.fields is None else sorted(call.fields), case)
 
 
-def refuse_slots(slots: Tensor | None, place: str) -> None:
-    """For a call that has no use for slots."""
-    if slots is not None:
-        raise ValueError(f"slots: expected None for {place}, got a tensor of shape {tuple(slots.shape)}")
+def without_prompt(call: Call) -> Plan:
+    """For the base model alone."""
+    refuse("slots", call.slots, "for a model without a prompt")
+    refuse("adapter_names", call.adapter_names, "where adapters are disabled or there is none")
+    refuse_fields(call, "for a model without a prompt")
+    others = with_cache(call.others, call.past_key_values)
+    return Plan(BASE, call, call.batch, "the model has no prompt, or it is disabled", others=others)
 
 
-def refuse_adapter_names(names: Sequence[str] | None) -> None:
-    """For a call without adapters."""
-    if names is not None:
-        raise ValueError(f"adapter_names: expected None where adapters are disabled or there is none, got {names!r}")
+def with_cache(others: Mapping[str, Any], past_key_values: Any) -> Mapping[str, Any]:
+    """A base model's arguments, and a cache if there is one."""
+    return others if past_key_values is None else {**others, "past_key_values": past_key_values}

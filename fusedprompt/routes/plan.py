@@ -15,17 +15,18 @@ from ..layouts.mixture import Mixture, refuse_cache
 from ..layouts.padding import choose_layout
 from ..layouts.prompt import Prompt
 from .call import (
-    BASE,
     CONTINUE,
     FULL,
     OURS,
     PEFT,
+    SPLICE,
     TEXT,
     Call,
     Plan,
-    refuse_adapter_names,
+    refuse,
     refuse_fields,
-    refuse_slots,
+    with_cache,
+    without_prompt,
 )
 from .choice import checked_route
 from .host import Host
@@ -49,15 +50,16 @@ def plan(host: Host, call: Call, placement: str = OURS) -> Plan:
         ValueError, TypeError: its arguments do not fit each other.
     """
     checked_route(call.route)
+    if host.in_use is None:
+        _check_logits(call.logits, None)
+        return without_prompt(call)
     if call.generates:
         return plan_generate(host, call, placement)
-    if host.in_use is None:
-        return _without_prompt(call)
     active = host.prompts[host.in_use]
     call, given, table = _slots(host, active, call)
     mixture = None
     if given is None and call.adapter_names is not None:
-        refuse_fields(call.fields, "with adapter_names, whose templates may have others")
+        refuse_fields(call, "with adapter_names, whose templates may have others")
         mixture = Mixture.of(host.prompts, active, call.adapter_names, call.batch.tokens)
         table = mixture.adapters
     task = active.task if mixture is None else mixture.task
@@ -65,13 +67,13 @@ def plan(host: Host, call: Call, placement: str = OURS) -> Plan:
     if call.past_key_values is not None:
         if placement == OURS and not host.facts.encoder_decoder and cache_length(call.past_key_values) > 0:
             return _continued(host, active, call)
-        call = replace(call, others={**call.others, "past_key_values": call.past_key_values})
+        call = replace(call, others=with_cache(call.others, call.past_key_values))
     call = _of_task(task, call, placement)
     if given is None and mixture is None and active.pattern is not None:
         placed = put_into_template(active, host.facts, call.batch, call.fields)
         call, given = replace(call, batch=placed.batch), placed.layout
     else:
-        refuse_fields(call.fields, "for an adapter without a template of several parts")
+        refuse_fields(call, "for an adapter without a template of several parts")
     if call.pool_index is not None and (given is None or not task.pools):
         raise ValueError(
             f"pool_index: expected None but for SEQ_CLS with slots or a template, got it for task {task.name}"
@@ -83,18 +85,8 @@ def plan(host: Host, call: Call, placement: str = OURS) -> Plan:
         call = replace(call, batch=replace(batch, token_type_ids=None))
     if placement == OURS and host.facts.encoder_decoder and call.others.get("encoder_outputs") is not None:
         return _encoded(host, active, call, mixture, given)
-    return Planner(host, call, placement, task, active, mixture, given, table).plan()
-
-
-def _without_prompt(call: Call) -> Plan:
-    refuse_slots(call.slots, "a model without a prompt")
-    refuse_adapter_names(call.adapter_names)
-    refuse_fields(call.fields, "for a model without a prompt")
-    _check_logits(call.logits, None)
-    others = dict(call.others)
-    if call.past_key_values is not None:
-        others["past_key_values"] = call.past_key_values
-    return Plan(BASE, call, call.batch, "the model has no prompt, or it is disabled", others=others)
+    begun = Plan(SPLICE, call, call.batch, placement=placement, task=task, table=table, mixture=mixture)
+    return Planner(host, begun, active, given).plan()
 
 
 def _slots(host: Host, active: Prompt, call: Call) -> tuple[Call, Layout | None, tuple[str, ...]]:
@@ -102,7 +94,7 @@ def _slots(host: Host, active: Prompt, call: Call) -> tuple[Call, Layout | None,
     without them are none."""
     if call.slots is None:
         return call, None, (active.name,)
-    refuse_fields(call.fields, "with slots, which are of a batch that is complete")
+    refuse_fields(call, "with slots, which are of a batch that is complete")
     call, layout, table = slots_of(host, active, call)
     assert layout.slots is not None
     if call.adapter_names is None and active.pattern is None and not active.start and call.pool_index is None:
@@ -124,9 +116,9 @@ def _of_task(task: Task, call: Call, placement: str) -> Call:
 
 def _continued(host: Host, active: Prompt, call: Call) -> Plan:
     """Tokens after a cache in which the prompt stands: it is not put in again, only counted in the mask."""
-    refuse_slots(call.slots, "tokens that follow a cache, in which the prompt stands already")
+    refuse("slots", call.slots, "for tokens that follow a cache, in which the prompt stands already")
     refuse_cache(call.adapter_names)
-    refuse_fields(call.fields, "for tokens that follow a cache")
+    refuse_fields(call, "for tokens that follow a cache")
     facts, batch, cache, rows = host.facts, call.batch, call.past_key_values, active.rows
     length, total = batch.shape[1], cache_length(cache) + batch.shape[1]
     mask, positions = batch.attention_mask, batch.position_ids
@@ -144,7 +136,7 @@ def _continued(host: Host, active: Prompt, call: Call) -> Plan:
             f"got {mask.shape[1]}"
         )
     fields = replace(batch, attention_mask=mask, position_ids=positions, token_type_ids=None, input_type_mask=None)
-    others = {**call.others, "past_key_values": cache}
+    others = with_cache(call.others, cache)
     return Plan(CONTINUE, call, fields, "the cache holds the prompt", task=active.task, others=others)
 
 

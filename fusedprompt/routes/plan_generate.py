@@ -21,7 +21,7 @@ from ..layouts.mixture import Mixture, refuse_cache
 from ..layouts.padding import Turn, choose_layout
 from ..layouts.prompt import Prompt
 from ..ops._backend import AUTO
-from .call import BASE, CONTINUE, PEFT, SHARED, SPLICE, Call, Plan, refuse_adapter_names, refuse_fields, refuse_slots
+from .call import CONTINUE, PEFT, SHARED, SPLICE, Call, Plan, refuse_fields, with_cache
 from .choice import RouteUnavailable, why_not_length, why_not_now, why_not_prompts
 from .host import Host
 from .states import prompt_first
@@ -33,14 +33,7 @@ _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 
 def plan_generate(host: Host, call: Call, placement: str) -> Plan:
     """See `plan`. The fields are those of the first step, with the prompt in its place."""
-    if host.in_use is None:
-        refuse_slots(call.slots, "a model without a prompt")
-        refuse_adapter_names(call.adapter_names)
-        refuse_fields(call.fields, "for a model without a prompt")
-        others = dict(call.others)
-        if call.past_key_values is not None:
-            others["past_key_values"] = call.past_key_values
-        return Plan(BASE, call, call.batch, "the model has no prompt, or it is disabled", others=others)
+    assert host.in_use is not None
     active = host.prompts[host.in_use]
     if placement == PEFT:
         why = _why_not_peft(host, active, call)
@@ -52,7 +45,7 @@ def plan_generate(host: Host, call: Call, placement: str) -> Plan:
         raise ValueError("adapter_names: expected None with slots, got both")
     in_template = active.pattern is not None and call.slots is None and call.adapter_names is None
     if not in_template:
-        refuse_fields(call.fields, "for an adapter without a template of several parts")
+        refuse_fields(call, "for an adapter without a template of several parts")
     if in_template or call.slots is not None:
         return _given(host, active, call)
     if call.adapter_names is not None:
@@ -72,18 +65,8 @@ def _refuse_mixed(host: Host, call: Call) -> None:
 
 def _planned(host: Host, call: Call, active: Prompt, placed: Placed, others: Mapping[str, Any], **more: Any) -> Plan:
     """The plan of a batch with its prompt in its place."""
-    if call.past_key_values is not None:
-        others = {**others, "past_key_values": call.past_key_values}
-    more = {"route": SPLICE, "table": (active.name,), **more}
-    return Plan(
-        call=call,
-        task=active.task,
-        layout=placed.layout,
-        fields=placed.batch,
-        carries=placed.carries,
-        others=others,
-        **more,
-    )
+    given = {"route": SPLICE, "table": (active.name,), "others": with_cache(others, call.past_key_values), **more}
+    return Plan(call=call, task=active.task, layout=placed.layout, fields=placed.batch, carries=placed.carries, **given)
 
 
 def _with_mask(host: Host, call: Call) -> Call:
@@ -173,7 +156,7 @@ def _continued(host: Host, active: Prompt, call: Call, others: Mapping[str, Any]
     if prompt_first(cache):
         layout = Layout.prefix(rows)
     fields = Batch(input_ids=ids, attention_mask=layout.fill(mask, 1))
-    others = {**others, "past_key_values": cache}
+    others = with_cache(others, cache)
     return Plan(CONTINUE, call, fields, "the cache holds the prompt", task=active.task, others=others)
 
 

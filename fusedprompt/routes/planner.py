@@ -10,25 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..base.tasks import Task
 from ..layouts.batch import Batch, Placed, check_length, place, put_in_front
 from ..layouts.layout import IGNORE_INDEX, Layout
 from ..layouts.mixed_batch import place_mixture
-from ..layouts.mixture import Mixture, arrange
+from ..layouts.mixture import arrange
 from ..layouts.padding import Turn, choose_layout, count_padding, may_be_padded, unpredicted
 from ..layouts.prompt import Prompt
 from ..methods import Targets, find_method
 from ..ops._backend import AUTO
-from .call import FULL, OURS, PEFT, SHARED, SPLICE, TEXT, Call, Plan
-from .choice import (
-    cost_rule,
-    why_not_batch,
-    why_not_loss,
-    why_not_now,
-    why_not_prompts,
-    why_not_shared,
-    why_not_wait,
-)
+from .call import FULL, OURS, PEFT, SHARED, SPLICE, TEXT, Plan
+from .choice import cost_rule, why_not_batch, why_not_loss, why_not_now, why_not_prompts, why_not_shared, why_not_wait
 from .host import Host
 from .loss import Answers, Loss, NextToken, OwnFunction, Weighted, has_transformers_loss
 
@@ -36,40 +27,19 @@ from .loss import Answers, Loss, NextToken, OwnFunction, Weighted, has_transform
 class Planner:
     """A call whose prompts go in: what is known of it, for the two routes to plan with."""
 
-    def __init__(
-        self,
-        host: Host,
-        call: Call,
-        placement: str,
-        task: Task,
-        active: Prompt,
-        mixture: Mixture | None,
-        given: Layout | None,
-        table: tuple[str, ...],
-    ) -> None:
-        self.host, self.call, self.placement, self.task, self.active = host, call, placement, task, active
-        self.mixture, self.given, self.table = mixture, given, table
-        self.batch, self.facts = call.batch, host.facts
-        self.rows = active.rows if mixture is None else mixture.longest
+    def __init__(self, host: Host, begun: Plan, active: Prompt, given: Layout | None) -> None:
+        assert begun.task is not None
+        self.host, self.begun, self.active, self.given = host, begun, active, given
+        self.call, self.placement, self.task = begun.call, begun.placement, begun.task
+        self.mixture, self.table = begun.mixture, begun.table
+        self.batch, self.facts = begun.fields, host.facts
+        self.rows = active.rows if self.mixture is None else self.mixture.longest
         self.targets_of = self._own_targets()
-        self.labelled = self.batch.labels is not None and task.predicts_next
+        self.labelled = self.batch.labels is not None and self.task.predicts_next
 
     def plan(self) -> Plan:
         why, pays = self._choice()
-        make = self._shared if why is None else self._spliced
-        return make(
-            Plan(
-                SHARED if why is None else SPLICE,
-                self.call,
-                self.batch,
-                why,
-                pays,
-                self.placement,
-                self.task,
-                self.table,
-                self.mixture,
-            )
-        )
+        return replace(self.begun, why=why, pays=pays, **(self._shared() if why is None else self._spliced()))
 
     def _choice(self) -> tuple[str | None, bool]:
         host, call, batch = self.host, self.call, self.batch
@@ -120,12 +90,17 @@ class Planner:
     def _holds_back(self) -> bool:
         return self._could_wait() and self.host.text_head.may_be_withheld(self.host.base_model)
 
+    def _others(self) -> dict[str, Any]:
+        """What else the base model gets; PEFT asks CPT's base model for an output with names."""
+        named = self.placement == PEFT and self.targets_of is not None and self.labelled
+        return {**self.call.others, **({"return_dict": True} if named else {})}
+
     # Route splice
 
-    def _spliced(self, plan: Plan) -> Plan:
+    def _spliced(self) -> dict[str, Any]:
         task, call, logits = self.task, self.call, self.call.logits
         placed = self._placed()
-        fields, others = placed.batch, dict(call.others)
+        fields, others = placed.batch, self._others()
         cuts = () if self.placement == PEFT else task.token_outputs
         loss: Loss | None = None
         waits = reads = False
@@ -134,8 +109,6 @@ class Planner:
             if self.labelled:
                 loss = Weighted(self.targets_of(placed.layout, fields))
                 waits = logits == FULL and self._waits()
-                if self.placement == PEFT:
-                    others["return_dict"] = True
             fields = replace(fields, labels=None)
         elif logits == TEXT:
             cuts = (*cuts, "logits")
@@ -145,19 +118,9 @@ class Planner:
             reads = not waits
         if self.placement == OURS and task.answers:
             loss = self._move_answers(placed, others)
+        found = {"layout": placed.layout, "carries": placed.carries, "others": others, "loss": loss, "waits": waits}
         fields = replace(fields, input_type_mask=None)
-        return replace(
-            plan,
-            layout=placed.layout,
-            fields=fields,
-            carries=placed.carries,
-            others=others,
-            loss=loss,
-            waits=waits,
-            reads=reads,
-            logits=logits,
-            cuts=cuts,
-        )
+        return {"route": SPLICE, "fields": fields, "reads": reads, "logits": logits, "cuts": cuts, **found}
 
     def _placed(self) -> Placed:
         """Prompts, tokens and padding in their places."""
@@ -205,38 +168,21 @@ class Planner:
 
     # Route shared
 
-    def _shared(self, plan: Plan) -> Plan:
+    def _shared(self) -> dict[str, Any]:
         """Text behind a prompt in the cache: mask and positions count the prompt, and padding changes nothing."""
         if self.placement == PEFT:
             fields, layout, padding = self._text_as_peft(), Layout.prefix(self.rows), None
         else:
             fields, layout, padding = self._text()
-        call, loss = self.call, None
-        logits = call.logits
-        if self.labelled:
-            fields = replace(fields, labels=None)
-            loss = self._loss_of_text(layout, padding)
+        logits = self.call.logits
+        loss = self._loss_of_text(layout, padding) if self.labelled else None
+        fields = replace(fields, labels=None if self.labelled else fields.labels, input_type_mask=None)
         cuts: tuple[str, ...] = ()
         waits = self._waits()
         if self.targets_of is not None:  # of logits of prompt and text
             cuts, waits, logits = (("logits",) if logits == TEXT else ()), waits and logits == FULL, FULL
-        return replace(
-            plan,
-            layout=layout,
-            fields=replace(fields, input_type_mask=None),
-            looks_up=self.task.pools,
-            others=self._others_of_text(),
-            loss=loss,
-            waits=waits,
-            logits=logits,
-            cuts=cuts,
-        )
-
-    def _others_of_text(self) -> dict[str, Any]:
-        others = dict(self.call.others)
-        if self.placement == PEFT and self.targets_of is not None and self.labelled:
-            others["return_dict"] = True
-        return others
+        found = {"layout": layout, "fields": fields, "loss": loss, "waits": waits, "logits": logits, "cuts": cuts}
+        return {"route": SHARED, "looks_up": self.task.pools, "others": self._others(), **found}
 
     def _text_as_peft(self) -> Batch:
         """Prompt, padding, text, with positions left to the base model."""
