@@ -7,6 +7,7 @@ same is compared by loops that run in C (`map` over lists), in 0.06 ms.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from functools import partial
@@ -142,3 +143,16 @@ def active_noise(module: nn.Module) -> str | None:
                 if _is_noise(key):
                     return f"{key} = {value}"
     return None
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A module in evaluation mode, and each part in its own mode again afterwards."""
+    parts = [part for part in module.modules() if part.training]
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.training = True

@@ -108,7 +108,7 @@ def _fresh_layers(patch: Record, cache: Any, ids: Any) -> Any:
         objection = why_not_length(patch.host, ids.shape[1])
     if objection is None:
         try:
-            return prompt_states(patch.host, patch.host.in_use, all_logits=False).for_rows(ids.shape[0]).layers
+            return prompt_states(patch.host, (patch.host.in_use,)).for_rows(ids.shape[0]).layers
         except RouteUnavailable as error:  # found out from the base model's answer
             objection = str(error)
     _refuse(patch, objection)

@@ -35,9 +35,7 @@ def run_generate(host: Host, plan: Plan) -> Any:
     base, others = host.base_model, dict(plan.others)
     if plan.route in (BASE, CONTINUE):
         return base.generate(**plan.fields.given(), **others)
-    states = None
-    if plan.route == SHARED:
-        states = prompt_states(host, plan.table[0], plan.mixture, all_logits=False)
+    states = prompt_states(host, plan.table, plan.mixture) if plan.route == SHARED else None
     if host.facts.encoder_decoder:
         return base.generate(**spliced_arguments(host, plan), **others)
     if any(option(base, others, name) for name in ("assistant_model", "prompt_lookup_num_tokens")):

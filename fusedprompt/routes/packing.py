@@ -8,14 +8,17 @@ where a model does not, a block-diagonal mask (B, 1, S, S) says so.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..base.facts import device_of
+from ..base.state import evaluating
 from ..layouts.layout import IGNORE_INDEX, Layout
 from ..layouts.mixture import BASE
 from ..layouts.prompt import Prompt
@@ -110,10 +113,7 @@ class PackingCollator:
         first, total = {BASE: 0}, 0
         for name in table:
             first[name], total = total, total + known[name]
-        pieces = [
-            self._piece(index, example, known[name], first[name])
-            for index, (example, name) in enumerate(zip(examples, names))
-        ]
+        pieces = [self._piece(at, one, known[name], first[name]) for at, (one, name) in enumerate(zip(examples, names))]
         packed = self._join(self._rows(pieces))
         if table != [self.adapter]:
             packed["adapter_names"] = table
@@ -142,40 +142,33 @@ class PackingCollator:
     def _rows(self, pieces: Sequence[_Piece]) -> list[list[_Piece]]:
         """As many in a row as fit, in order."""
         rows: list[list[_Piece]] = [[]]
-        used = 0
         for piece in pieces:
-            if self.max_length is not None and used + piece.columns > self.max_length:
+            if self.max_length is not None and _columns(rows[-1]) + piece.columns > self.max_length:
                 rows.append([])
-                used = 0
             rows[-1].append(piece)
-            used += piece.columns
         return rows
 
-    def _join(self, rows: Sequence[Sequence[_Piece]]) -> dict[str, Any]:
-        columns = max(sum(piece.columns for piece in row) for row in rows)
+    def _join(self, rows: Sequence[list[_Piece]]) -> dict[str, Any]:
+        columns = max(map(_columns, rows))
         fields: dict[str, list[Tensor]] = {"input_ids": [], "slots": [], "position_ids": [], "labels": []}
         lengths: list[int] = []
         for row in rows:
-            missing = columns - sum(piece.columns for piece in row)
-            # What fills a row is an example of its own, which nobody reads.
-            filler = torch.full((missing,), self.pad_token_id)
-            full = [*row, _Piece(0, 0, filler, torch.full_like(filler, IGNORE_INDEX))] if missing else row
-            before = [sum(len(piece.ids) for piece in full[:index]) for index in range(len(full))]
-            fields["input_ids"].append(torch.cat([piece.ids for piece in full]))
-            fields["slots"].append(torch.cat([piece.slots(count) for piece, count in zip(full, before)]))
-            positions = [torch.arange(piece.columns) + self.first_position for piece in full]
-            fields["position_ids"].append(torch.cat(positions))
-            unlabelled = [torch.full((piece.rows,), IGNORE_INDEX) for piece in full]
-            fields["labels"].append(
-                torch.cat([part for pair in zip(unlabelled, (p.labels for p in full)) for part in pair])
-            )
-            lengths += [piece.columns for piece in full]
-        tokens = max(len(ids) for ids in fields["input_ids"])
+            if missing := columns - _columns(row):
+                # What fills a row is an example of its own, which nobody reads.
+                filler = torch.full((missing,), self.pad_token_id)
+                row = [*row, _Piece(0, 0, filler, torch.full_like(filler, IGNORE_INDEX))]
+            before = itertools.accumulate((len(piece.ids) for piece in row), initial=0)
+            fields["input_ids"].append(torch.cat([piece.ids for piece in row]))
+            fields["slots"].append(torch.cat([piece.slots(count) for piece, count in zip(row, before)]))
+            fields["position_ids"].append(torch.cat([torch.arange(piece.columns) for piece in row]))
+            fields["labels"].append(torch.cat([F.pad(p.labels, (p.rows, 0), value=IGNORE_INDEX) for p in row]))
+            lengths += [piece.columns for piece in row]
         # Rows with fewer tokens have more prompts: no slot refers to what is added here.
-        ids = [
-            torch.nn.functional.pad(own, (0, tokens - len(own)), value=self.pad_token_id) for own in fields["input_ids"]
-        ]
-        packed: dict[str, Any] = {name: torch.stack(values) for name, values in {**fields, "input_ids": ids}.items()}
+        packed: dict[str, Any] = {
+            name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=self.pad_token_id)
+            for name, values in fields.items()
+        }
+        packed["position_ids"] += self.first_position
         ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         packed.update(zip(_FLASH, (ends, ends, max(lengths), max(lengths))))
         packed["use_cache"] = False
@@ -206,6 +199,10 @@ class _Piece:
     def slots(self, tokens_before: int) -> Tensor:
         prompt = ~torch.arange(self.first, self.first + self.rows)
         return torch.cat((prompt, torch.arange(tokens_before, tokens_before + len(self.ids))))
+
+
+def _columns(row: Sequence[_Piece]) -> int:
+    return sum(piece.columns for piece in row)
 
 
 def block_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -266,16 +263,11 @@ def why_not_apart(model: Host, mask_dtype: torch.dtype | None) -> str | None:
     lengths = torch.tensor([0, 2, 4, 6, 8], dtype=torch.int32, device=ids.device)
     arguments.update(zip(_FLASH, (lengths, lengths, 2, 2)))
     flash_arguments(base, arguments)
-    training = [part for part in base.modules() if part.training]
-    base.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(base):
             logits = base(inputs_embeds=model.word_embeddings(ids), **arguments, return_dict=True).logits
     except (ValueError, RuntimeError) as error:
         return f"{kind} refuses a block-diagonal mask: {error}"
-    finally:
-        for part in training:
-            part.training = True
     one, other = logits[:, 2:].float()
     close = torch.allclose(one, other, rtol=1e-2, atol=1e-3 * float(one.abs().max()))
     return None if close else f"in {kind} the second of two examples sees the first"

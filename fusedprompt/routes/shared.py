@@ -8,17 +8,17 @@ gradients of the keys and values before they go back through the prompt's own pa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base.cache import keeps_all, new_cache
 from ..base.facts import device_of
 from ..base.outputs import defer, replaced
 from ..base.stamp import as_now
-from ..base.state import active_noise
+from ..base.state import active_noise, evaluating
 from ..layouts.layout import Layout
 from ..layouts.mixture import Mixture
 from .call import FULL, Plan
@@ -102,32 +102,21 @@ def _all_logits(host: Host, arguments: dict[str, Any], names: Sequence[str] | No
     base: Any = host.base_model
 
     def repeat() -> Tensor:
-        with _without_noise(base), host.heads_for_rows(names):
+        # Training mode may have become random since.
+        quiet = evaluating(base) if active_noise(base) else contextlib.nullcontext()
+        with quiet, host.heads_for_rows(names):
             logits: Tensor = base(**arguments, use_cache=False, return_dict=True).logits
         return logits
 
     return as_now(base, arguments["inputs_embeds"].device.type, repeat)
 
 
-@contextlib.contextmanager
-def _without_noise(base: nn.Module) -> Iterator[None]:
-    """In evaluation mode, where training mode has become random since."""
-    parts = [part for part in base.modules() if part.training] if active_noise(base) else []
-    for part in parts:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.training = True
-
-
 def prompt_states(
     host: Host,
-    name: str,
+    names: Sequence[str],
     mixture: Mixture | None = None,
     *,
-    all_logits: bool,
+    all_logits: bool = False,
     hidden_states: bool = False,
     wait: bool = False,
 ) -> PromptStates:
@@ -136,16 +125,14 @@ def prompt_states(
     all_logits: of every virtual token, and not of the last one alone.
     wait: a pass of their own may leave logits of all virtual tokens until they are read.
     """
-    names = (name,) if mixture is None else mixture.adapters
     if hidden_states or not is_kept(host, names):
         waits = all_logits and wait
         options: dict[str, Any] = {"all_logits": all_logits and not waits, "hidden_states": hidden_states}
         return run_prompt(host, names, mixture, wait=waits, **options)
     encoders = {name: host.prompt_encoder[name] for name in names}
-    per_row = mixture is not None
 
     def make(name: str) -> PromptStates:
-        return run_prompt(host, (name,), None, all_logits=all_logits, own_heads=per_row)
+        return run_prompt(host, (name,), None, all_logits=all_logits, own_heads=mixture is not None)
 
     states = host.prompt_cache.get(host.base_model, encoders, all_logits, make)
     return states[0] if mixture is None else PromptStates.stacked(states, mixture)
@@ -164,15 +151,11 @@ def run_shared(host: Host, plan: Plan) -> Any:
     full = plan.logits == FULL
     # Of a loss of its own the prompt's logits are part.
     all_logits = task.predicts_next and (full or isinstance(loss, OwnFunction))
-    states = prompt_states(
-        host,
-        plan.table[0] if plan.table else "",
-        plan.mixture,
-        all_logits=all_logits,
-        hidden_states=bool(hidden),
-        wait=plan.waits,
-    )
-    arguments, as_dict = _text_arguments(host, plan), others.pop("return_dict", None)
+    options: dict[str, Any] = {"all_logits": all_logits, "hidden_states": bool(hidden), "wait": plan.waits}
+    states = prompt_states(host, plan.table, plan.mixture, **options)
+    arguments, as_dict = plan.fields.given(), others.pop("return_dict", None)
+    if plan.looks_up and "input_ids" in arguments:
+        arguments["inputs_embeds"] = host.word_embeddings(arguments.pop("input_ids"))
     use_cache = others.pop("use_cache", None)
     if task.predicts_next:
         others.pop("num_items_in_batch", None)
@@ -192,18 +175,9 @@ def run_shared(host: Host, plan: Plan) -> Any:
         fields["loss"] = loss.of(_full_source(states, plan.layout, output.logits, head))
     output = replaced(output, **fields)
     readers = None if "loss" not in fields else host.text_head
-    output = _with_prompt(
-        output, plan.layout, states, full_logits=task.predicts_next and full, head=head, readers=readers
-    )
+    output = _with_prompt(output, plan.layout, states, task.predicts_next and full, head, readers)
     output = cut(plan, output, None)
     return output.to_tuple() if as_dict is False else output
-
-
-def _text_arguments(host: Host, plan: Plan) -> dict[str, Any]:
-    given = plan.fields.given()
-    if plan.looks_up and "input_ids" in given:
-        given["inputs_embeds"] = host.word_embeddings(given.pop("input_ids"))
-    return given
 
 
 def _full_source(states: PromptStates, layout: Layout, text_logits: Tensor, head: Withheld | None) -> Tensor | Withheld:
@@ -216,26 +190,21 @@ def _full_source(states: PromptStates, layout: Layout, text_logits: Tensor, head
 
 
 def _with_prompt(
-    output: Any,
-    layout: Layout,
-    states: PromptStates,
-    *,
-    full_logits: bool,
-    head: Withheld | None = None,
-    readers: TextHead | None = None,
+    output: Any, layout: Layout, states: PromptStates, full: bool, head: Withheld | None, readers: TextHead | None
 ) -> Any:
     """The output with the virtual tokens' positions in front of its hidden states and, if wanted, its logits.
 
-    head: what makes the text's logits, if the output's only stand in for them. readers: is told when they are read.
+    full: the logits are. head: what makes the text's, if the output's only stand in for them. readers: is told when
+    they are read.
     """
     text_logits, text_states = output.logits, output.get("hidden_states")
-    if not full_logits and states.hidden_states is None and readers is None:
+    if not full and states.hidden_states is None and readers is None:
         return output
     logits_of_text = (lambda: text_logits) if head is None else head.logits()
 
     def finish() -> dict[str, Any]:
         fields: dict[str, Any] = {}
-        if full_logits:
+        if full:
             fields["logits"] = states.joined(layout, states.all_logits(), logits_of_text())
         elif head is not None:
             fields["logits"] = logits_of_text()
