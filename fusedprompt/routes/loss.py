@@ -48,29 +48,37 @@ def has_transformers_loss(base: nn.Module) -> bool:
 class NextToken:
     """transformers' loss of language models: the mean, over the labels, of each position's for the one behind it.
 
-    following: (B, T) int64: what each position of the text predicts; None where the batch is yet to be spliced.
-    first: (B,) int64: what the last row of each prompt predicts, where that is run by itself.
+    labels: (B, T) int64, of the text; None where the batch is yet to be spliced.
+    padding: (B,) at the left of each row, or None. Behind a prompt that is run by itself a row's text begins after it.
+    alone: (B,) bool: rows without a prompt, whose first token nothing predicts; or None.
     counted: the number to divide by, Trainer's `num_items_in_batch`; None for that of the labels.
     """
 
-    following: Tensor | None = None
-    first: Tensor | None = None
+    labels: Tensor | None = None
+    padding: Tensor | None = None
+    alone: Tensor | None = None
     counted: Any = None
-
-    def of_spliced(self, labels: Tensor) -> NextToken:
-        """For a batch whose labels are (B, S) now."""
-        return NextToken(F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), None, self.counted)
 
     def of(self, source: Source, from_prompt: Tensor | None = None) -> Tensor:
         """source: logits (B, T, V) of the text, or their head. from_prompt: (B, V) of each prompt's last row."""
-        assert self.following is not None
-        labels, total = [self.following], None
-        if self.first is not None and from_prompt is not None:
-            labels.append(self.first)
-            total = F.cross_entropy(from_prompt.float(), self.first, ignore_index=IGNORE_INDEX, reduction="sum")
-        text = _summed(source, self.following)
+        labels = self.labels
+        assert labels is not None
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        parts, total = [following], None
+        if from_prompt is not None:
+            first = labels[:, 0]
+            if self.padding is not None:
+                begin = self.padding.clamp(max=labels.shape[1] - 1).unsqueeze(1)
+                first = labels.gather(1, begin).squeeze(1)
+                before_text = torch.arange(labels.shape[1], device=labels.device) == begin - 1
+                following = following.masked_fill(before_text, IGNORE_INDEX)
+            if self.alone is not None:
+                first = first.masked_fill(self.alone, IGNORE_INDEX)
+            parts = [following, first]
+            total = F.cross_entropy(from_prompt.float(), first, ignore_index=IGNORE_INDEX, reduction="sum")
+        text = _summed(source, following)
         total = text if total is None else total + text
-        number = sum((part != IGNORE_INDEX).sum() for part in labels) if self.counted is None else self.counted
+        number = sum((part != IGNORE_INDEX).sum() for part in parts) if self.counted is None else self.counted
         mean: Tensor = total / (number.to(total.device) if isinstance(number, Tensor) else number)
         return mean
 

@@ -224,18 +224,9 @@ class Planner:
         if not has_transformers_loss(base):
             # A loss of its own gets what it would get from splice.
             return OwnFunction(base, layout.fill(labels, IGNORE_INDEX), counted)
-        # The last virtual token predicts each row's first token; a position of the text predicts the one behind it.
-        length, mixture = labels.shape[1], self.mixture
-        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        first = labels[:, 0]
-        if padding is not None:
-            begin = padding.clamp(max=length - 1).unsqueeze(1)
-            first = labels.gather(1, begin).squeeze(1)
-            before_text = torch.arange(length, device=labels.device) == begin - 1
-            following = following.masked_fill(before_text, IGNORE_INDEX)
-        if mixture is not None and not mixture.even:
-            first = first.masked_fill(mixture.count == 0, IGNORE_INDEX)
-        return NextToken(following, first, counted)
+        mixture = self.mixture
+        alone = None if mixture is None or mixture.even else mixture.count == 0
+        return NextToken(labels, padding, alone, counted)
 
 
 def _padding_to_left(batch: Batch, mask: Tensor) -> Batch:

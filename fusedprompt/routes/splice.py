@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def run_spliced(host: Host, plan: Plan) -> Any:
     as_dict = others.pop("return_dict", None)
     mask = None if plan.carries else arguments.get("attention_mask")
     if isinstance(loss, NextToken):
-        loss = loss.of_spliced(arguments.pop("labels"))
+        loss = replace(loss, labels=arguments.pop("labels"))
         others.pop("num_items_in_batch", None)
 
     def call() -> Any:
