@@ -18,9 +18,10 @@ from ..base.facts import BaseFacts
 from .batch import Batch, Placed, check_mask
 from .layout import IGNORE_INDEX, Layout
 from .padding import count_padding
-from .parts import Pattern
+from .parts import Field, Pattern
 from .pieces import Piece, check_names, lay_out, mask_rows, pieces_of, table_ids
 from .prompt import Prompt
+from .tokenizer import Specials
 
 
 @dataclass(frozen=True)
@@ -47,38 +48,29 @@ class _Plan:
 def _plan(template: Pattern, whole: bool, device: torch.device) -> _Plan:
     """whole: the only text comes with its special tokens around it. Made once: a copy to a device waits for it."""
     pieces = list(pieces_of(template))
-    specials = template.specials
-    before, after = (len(specials.before), len(specials.after)) if specials else (0, 0)
+    specials = template.specials or Specials()
+    before, after = len(specials.before), len(specials.after)
     if whole:
-        pieces = [piece for piece in pieces if piece.part >= 0]
-        types = specials.types_of_parts if specials else ((), 0, (), 0, ())
+        types = specials.types_of_parts
         own = [[Piece(None, 1, token_type=kind) for kind in end] for end in (types[0], types[4])]
-        pieces = [*own[0], *pieces, *own[1]]
-    first, by_end = [], []
+        pieces = [*own[0], *(piece for piece in pieces if piece.part is not None), *own[1]]
+    rows = []  # per piece, in the order of _Plan's fields
     for index, piece in enumerate(pieces):
+        is_token, field, by_end = piece.row is None, 0, False
         if piece.row is not None:
-            first.append(~piece.row)
-        elif piece.field is not None:
-            first.append(before if whole else 0)
+            first = ~piece.row
+        elif isinstance(piece.part, Field):
+            first, field = before if whole else 0, template.fields.index(piece.part.name)
         else:  # a special token of the batch's own: counted from the text's beginning, or from its end
-            first.append(index if index < before else before + index - (len(pieces) - after))
-        by_end.append(piece.row is None and piece.field is None and index >= before)
-
-    def column(values: Any) -> Tensor:
-        with torch.inference_mode(False):  # it may be used in training later
-            return torch.tensor(list(values), dtype=torch.int64, device=device)
-
-    return _Plan(
-        length=column(piece.length for piece in pieces),
-        first=column(first),
-        by_text=column(piece.field is not None for piece in pieces),
-        by_end=column(by_end),
-        is_token=column(piece.row is None for piece in pieces),
-        field=column(piece.field or 0 for piece in pieces),
-        steps=column(1 if piece.row is None else -1 for piece in pieces),
-        token_types=column(piece.token_type for piece in pieces),
-        labels=column(~row for row in mask_rows(template)),
-    )
+            by_end = index >= before
+            first = before + index - (len(pieces) - after) if by_end else index
+        by_text, step = isinstance(piece.part, Field), 1 if is_token else -1
+        rows.append((piece.length, first, by_text, by_end, is_token, field, step, piece.token_type))
+    with torch.inference_mode(False):  # it may be used in training later
+        columns = torch.tensor(rows, dtype=torch.int64, device=device).T.contiguous()
+        labels = torch.tensor([~row for row in mask_rows(template)], dtype=torch.int64, device=device)
+    tensors = [*columns, labels]
+    return _Plan(*tensors)
 
 
 def put_into_template(prompt: Prompt, facts: BaseFacts, batch: Batch, fields: Mapping[str, Any] | None) -> Placed:
