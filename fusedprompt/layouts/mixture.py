@@ -90,11 +90,6 @@ class Mixture:
         return any(prompt.pattern for prompt in self.prompts)
 
     @property
-    def which(self) -> Tensor:
-        """(B,) int64: the row's adapter; 0 for one without."""
-        return self.rows[0]
-
-    @property
     def count(self) -> Tensor:
         """(B,) int64: the row's prompt rows."""
         return self.rows[1]
@@ -142,7 +137,7 @@ class Mixture:
 
         Its backward adds in a fixed order: index_select's does on a CPU, indexing's on CUDA.
         """
-        which = self.which if copies == 1 else self.which.repeat_interleave(copies)
+        which = self.rows[0] if copies == 1 else self.rows[0].repeat_interleave(copies)
         return values.index_select(0, which) if values.device.type == "cpu" else values[which]
 
 
@@ -183,10 +178,10 @@ class Arrangement:
 
     def position_ids(self) -> Tensor:
         """Position ids (B, N + T) that do not count padding in front."""
-        size, length = self.layout.slots.shape  # type: ignore[union-attr]
-        position = torch.arange(length, device=self.layout.slots.device)  # type: ignore[union-attr]
+        slots = self.layout.given_slots
+        position = torch.arange(slots.shape[1], device=slots.device)
         if self.lead is None:
-            return position.expand(size, -1) + self.first_position
+            return position.expand_as(slots) + self.first_position
         return (position - self.lead.unsqueeze(1)).clamp(min=0) + self.first_position
 
 

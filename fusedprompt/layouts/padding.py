@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def count_padding(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     return real.argmax(dim=1), real.flip(1).argmax(dim=1)
 
 
-def may_be_padded(attention_mask: Tensor | None, column: int) -> bool:
+def may_be_padded(attention_mask: Tensor | None, column: int) -> TypeGuard[Tensor]:
     """Whether a row may have padding at its left (column 0) or right (column -1) end.
 
     Looks at the values where that is free: on a CPU, outside compilation. Elsewhere the answer is yes, because looking
