@@ -117,8 +117,7 @@ class Layout:
         """Position ids of the caller's tokens (B, T), moved behind the prompt, which counts first ... first + P-1."""
         moved = self.fill(values + self.num_prompt_rows, 0)
         if self.slots is None:
-            stop = first + self.num_prompt_rows
-            moved[:, : self.num_prompt_rows] = torch.arange(first, stop, device=values.device)
+            moved[:, : self.num_prompt_rows] = torch.arange(first, first + self.num_prompt_rows, device=values.device)
             return moved
         return torch.where(self.slots < 0, ~self.slots + first, moved)
 

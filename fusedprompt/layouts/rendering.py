@@ -143,7 +143,7 @@ def _field_ids(template: Pattern, fields: Any, tokenizer: Any) -> dict[str, list
                 raise ValueError(f"{where}: texts need a tokenizer; render(..., tokenizer=...)")
             encoded = iter(encode(tokenizer, [value for value in values if isinstance(value, str)]))
             values = [next(encoded) if isinstance(value, str) else value for value in values]
-        size = len(next(iter(found.values()))) if found else len(values)
+        size = len(next(iter(found.values()), values))
         if len(values) != size:
             raise ValueError(f"{where}: expected {size} values, as in the field before it, got {len(values)}")
         found[part.name] = [list(value) for value in values]
@@ -205,14 +205,11 @@ def _shorten(
             f"got {max_length}"
         )
     for b in range(len(next(iter(values.values()), ()))):
-        lengths = {name: len(rows[b]) for name, rows in values.items()}
-        if sum(lengths.values()) <= room:
-            continue
-        counts = list(lengths.values())
-        highest = range(max(counts) + 1)
-        cap = bisect.bisect_right(highest, room, key=lambda c: sum(min(count, c) for count in counts)) - 1
-        spare = room - sum(min(count, cap) for count in counts)
-        for name, count in lengths.items():
+        counts = {name: len(rows[b]) for name, rows in values.items()}
+        caps = range(max(counts.values()) + 1)
+        cap = bisect.bisect_right(caps, room, key=lambda c: sum(min(count, c) for count in counts.values())) - 1
+        spare = room - sum(min(count, cap) for count in counts.values())
+        for name, count in counts.items():
             keep = min(count, cap)
             if count > cap and spare:
                 keep, spare = cap + 1, spare - 1
@@ -258,8 +255,7 @@ def _add_layout(
     firsts = torch.where(from_prompt, torch.tensor([~(piece.row or 0) for piece in pieces]), tokens)
     filler = 0 if left else total - template.num_prompt_rows - 1  # a padding token
     slots, real, of_column = lay_out(lengths, firsts, torch.where(from_prompt, -1, 1), total, left, filler)
-    batch["attention_mask"] = real.long()
-    batch["slots"] = slots
+    batch.update(attention_mask=real.long(), slots=slots)
     if template.specials is not None and template.specials.types is not None:
         types = torch.tensor([piece.token_type for piece in pieces])
         batch["token_type_ids"] = types[of_column] * real
