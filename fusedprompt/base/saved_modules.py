@@ -98,11 +98,10 @@ def saved_modules(base: nn.Module) -> Iterator[tuple[str, SavedModule]]:
 def matching(base: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     """The base model's modules whose path ends with one of `names`, as PEFT matches them; a parent hides its parts."""
     known = dict(saved_modules(base))
-    inside = tuple(f"{path}." for path in known)
     found: dict[str, nn.Module] = {}
     for path, module in base.named_modules():
-        hidden = path.startswith(inside) or any(path.startswith(f"{parent}.") for parent in found)
-        if path and not hidden and any(path.endswith(name) for name in names):
+        hidden = path.startswith(tuple(f"{parent}." for parent in (*known, *found)))
+        if path and not hidden and path.endswith(tuple(names)):
             found[path] = known[path].original_module if path in known else module
     return found
 

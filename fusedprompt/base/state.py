@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 _mode, _trains = itemgetter("training"), attrgetter("requires_grad")
 _is_there: Any = partial(is_not, None)
+_WATCHED = ("p", "config", "gradient_checkpointing")
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
@@ -83,8 +84,8 @@ class _Tree:
         self._found: tuple[list[Any], Findings] | None = None
         configs = {id(own["config"]): vars(own["config"]) for own in self._own if "config" in own}
         self._settings = [*self._own, *configs.values()]
-        watched = [(settings, key) for settings in self._settings for key in settings if _is_watched(key)]
-        self._owners, self._keys = [settings for settings, _ in watched], [key for _, key in watched]
+        watched = [(one, key) for one in self._settings for key in one if key in _WATCHED or _is_noise(key)]
+        self._owners, self._keys = [one for one, _ in watched], [key for _, key in watched]
 
     def stands(self) -> bool:
         """Whether the parts are still the module's."""
@@ -111,10 +112,6 @@ class _Tree:
 
     def _children_now(self) -> list[nn.Module]:
         return list(itertools.chain.from_iterable(map(dict.values, self._children)))
-
-
-def _is_watched(key: str) -> bool:
-    return key in ("p", "config", "gradient_checkpointing") or _is_noise(key)
 
 
 def _is_noise(key: str) -> bool:

@@ -198,12 +198,12 @@ def _check_placed(facts: BaseFacts, layout: Layout, batch: Batch, pool_index: Te
     mask, positions, limit, longest = batch.attention_mask, batch.position_ids, facts.position_limit, slots.shape[1]
     if limit is None or longest <= limit:
         return
-    if mask is not None or positions is not None:
-        if not looks:
-            return
-        longest = int((mask != 0).sum(1).max()) if mask is not None else longest
-        if positions is not None:  # they may begin anew within a row
-            longest = min(longest, int(positions.max()) - facts.first_position + 1)
+    if not looks and (mask is not None or positions is not None):
+        return
+    if mask is not None:
+        longest = int((mask != 0).sum(1).max())
+    if positions is not None:  # they may begin anew within a row
+        longest = min(longest, int(positions.max()) - facts.first_position + 1)
     if longest > limit:
         raise ValueError(
             f"slots: expected at most the base model's {limit} positions in a row, got {longest} without padding"

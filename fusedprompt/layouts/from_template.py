@@ -18,8 +18,8 @@ from ..base.facts import BaseFacts
 from .batch import Batch, Placed, check_mask
 from .layout import IGNORE_INDEX, Layout
 from .padding import count_padding
-from .parts import Field, Pattern
-from .pieces import Piece, check_names, lay_out, mask_rows, pieces_of, table_ids
+from .parts import Field, Mask, Pattern
+from .pieces import Piece, check_names, lay_out, pieces_of, table_ids
 from .prompt import Prompt
 from .tokenizer import Specials
 
@@ -68,8 +68,8 @@ def _plan(template: Pattern, whole: bool, device: torch.device) -> _Plan:
         rows.append((piece.length, first, by_text, by_end, is_token, field, step, piece.token_type))
     with torch.inference_mode(False):  # it may be used in training later
         columns = torch.tensor(rows, dtype=torch.int64, device=device).T.contiguous()
-        labels = torch.tensor([~row for row in mask_rows(template)], dtype=torch.int64, device=device)
-    tensors = [*columns, labels]
+        masks = [row[1] for row, piece in zip(rows, pieces) if isinstance(piece.part, Mask)]
+        tensors = [*columns, torch.tensor(masks, dtype=torch.int64, device=device)]
     return _Plan(*tensors)
 
 

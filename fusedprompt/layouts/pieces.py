@@ -70,11 +70,6 @@ def table_ids(template: Pattern) -> list[int]:
     return [*specials.before, *(id for _, ids in template.constant_ids() for id in ids), *specials.after]
 
 
-def mask_rows(template: Pattern) -> list[int]:
-    """Rows of the table that are mask tokens, in order."""
-    return [piece.row for piece in pieces_of(template) if piece.row is not None and isinstance(piece.part, Mask)]
-
-
 def check_names(template: Pattern, given: Mapping[str, Any], argument: str = "fields") -> None:
     """Refuse names that are no fields of a template and, for its texts, fields without one."""
     for name in given:
