@@ -68,7 +68,7 @@ def _plan(template: Pattern, whole: bool, device: torch.device) -> _Plan:
         rows.append((piece.length, first, by_text, by_end, is_token, field, step, piece.token_type))
     with torch.inference_mode(False):  # it may be used in training later
         columns = torch.tensor(rows, dtype=torch.int64, device=device).T.contiguous()
-        masks = [row[1] for row, piece in zip(rows, pieces) if isinstance(piece.part, Mask)]
+        masks = [first for (_, first, *_), piece in zip(rows, pieces) if isinstance(piece.part, Mask)]
         tensors = [*columns, torch.tensor(masks, dtype=torch.int64, device=device)]
     return _Plan(*tensors)
 
@@ -181,11 +181,8 @@ def _labels_of_masks(template: Pattern, batch: Batch, plan: _Plan, slots: Tensor
     """Labels of the mask tokens, (B,) or (B, M), as labels of the output."""
     labels, size, masks = batch.labels, batch.shape[0], template.num_masks
     if not masks or tuple(labels.shape) not in ((size, masks), (size,) if masks == 1 else (size, masks)):
-        raise ValueError(
-            f"labels: expected shape (B, T) = {batch.shape}"
-            + (f", or ({size}, {masks}) for the mask tokens" if masks else "")
-            + f", got {tuple(labels.shape)}"
-        )
+        of_masks = f", or ({size}, {masks}) for the mask tokens" if masks else ""
+        raise ValueError(f"labels: expected shape (B, T) = {batch.shape}{of_masks}, got {tuple(labels.shape)}")
     at_mask = slots.unsqueeze(2) == plan.labels
     return torch.where(at_mask, labels.view(size, 1, masks), IGNORE_INDEX).amax(2)
 
