@@ -157,17 +157,16 @@ def _turned(turn: Turn, layout: Layout, batch: Batch, pool_index: Tensor | None)
     slots, mask = layout.given_slots, batch.attention_mask
     length = slots.shape[1]
     column = torch.arange(length, device=slots.device)
+    last = turn is Turn.LAST_TO_END
     if pool_index is None:
-        if not may_be_padded(mask, -1 if turn is Turn.LAST_TO_END else 0):
+        if not may_be_padded(mask, -1 if last else 0):
             return layout, batch
         left, right = count_padding(mask)
-        begin = length - right if turn is Turn.LAST_TO_END else left
-    elif turn is Turn.LAST_TO_END:
-        assert mask is not None
-        batch = replace(batch, attention_mask=mask * (column <= pool_index.unsqueeze(1)).to(mask.dtype))
-        begin = pool_index + 1
+        begin = length - right if last else left
     else:
-        begin = pool_index
+        begin = pool_index + 1 if last else pool_index
+        if last and mask is not None:
+            batch = replace(batch, attention_mask=mask * (column < begin.unsqueeze(1)).to(mask.dtype))
     columns = (column + begin.unsqueeze(1)).remainder(length)
     fields = {name: field.gather(1, columns) for name in _OF_OUTPUT if (field := getattr(batch, name)) is not None}
     return Layout(layout.num_prompt_rows, slots.gather(1, columns)), replace(batch, **fields)

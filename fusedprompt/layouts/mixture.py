@@ -106,9 +106,8 @@ class Mixture:
 
     def stack(self, prompts: Sequence[Tensor]) -> Tensor:
         """(A, N, ...): all prompts, the shorter ones padded by zeros in front."""
-        longest = self.longest
-        padding = (0, 0) * (prompts[0].dim() - 1)
-        return torch.stack([F.pad(rows, (*padding, longest - rows.shape[0], 0)) for rows in prompts])
+        others = (0, 0) * (prompts[0].dim() - 1)
+        return torch.stack([F.pad(rows, (*others, self.longest - rows.shape[0], 0)) for rows in prompts])
 
     def unstack(self, stacked: Tensor) -> Tensor:
         """(A, N, X) as the rows of a table (R + 1, X), of which the last is zeros, and pads."""

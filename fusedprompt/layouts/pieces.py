@@ -72,11 +72,10 @@ def table_ids(template: Pattern) -> list[int]:
 
 def check_names(template: Pattern, given: Mapping[str, Any], argument: str = "fields") -> None:
     """Refuse names that are no fields of a template and, for its texts, fields without one."""
+    names = template.fields
     for name in given:
-        if name not in template.fields:
-            raise ValueError(
-                f"{argument}: {name!r} is no field of the template '{template}', which has {template.fields}"
-            )
+        if name not in names:
+            raise ValueError(f"{argument}: {name!r} is no field of the template '{template}', which has {names}")
     for index, part in enumerate(template.parts):
         if isinstance(part, Field) and part.name not in given and argument == "fields":
             raise ValueError(f"{argument}: {template.where(index)}: expected a value, got only {sorted(given)}")
