@@ -48,10 +48,6 @@ class SharingFacts:
             name, origin = type(module).__name__, type(module).__module__
             if origin.startswith("torch.ao.nn.quantized.dynamic") or name == "Linear8bitLt":
                 return cls(f"a quantised {name} rounds its input by the values of the whole batch")
-        return cls._of_cache(decoder, "logits_to_keep" in parameters)
-
-    @classmethod
-    def _of_cache(cls, decoder: Any, takes_logits_to_keep: bool) -> SharingFacts:
         layers = new_cache(decoder).layers
         count = decoder.config.num_hidden_layers
         odd = [type(layer).__name__ for layer in layers if not keeps_all(layer)]
@@ -59,7 +55,7 @@ class SharingFacts:
             found = f"a layer of kind {odd[0]}" if odd else f"{len(layers)} cached layers of {count}"
             return cls(f"the base model's cache has {found}, which does not hold every token's keys and values")
         windows = [layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")]
-        return cls(None, min(windows, default=None), takes_logits_to_keep)
+        return cls(None, min(windows, default=None), "logits_to_keep" in parameters)
 
 
 def new_cache(base: nn.Module) -> Any:

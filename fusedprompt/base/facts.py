@@ -35,8 +35,7 @@ class BaseFacts:
     @classmethod
     def of(cls, base: nn.Module) -> BaseFacts:
         """Look at a transformers model."""
-        config: Any = base.config
-        encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        encoder_decoder = bool(getattr(base.config, "is_encoder_decoder", False))
         attentions = [bool(module.is_causal) for module in base.modules() if hasattr(module, "is_causal")]
         parameters = inspect.signature(base.forward).parameters
         first = _first_position(base)
@@ -58,11 +57,9 @@ def _generates(base: Any) -> bool:
 
 def _first_position(base: nn.Module) -> int:
     """RoBERTa and its relatives number positions from padding_idx + 1; the module that does so has this method."""
-    for module in base.modules():
-        if hasattr(module, "create_position_ids_from_inputs_embeds"):
-            padding_idx: Any = module.padding_idx
-            return int(padding_idx) + 1
-    return 0
+    numbering = (part for part in base.modules() if hasattr(part, "create_position_ids_from_inputs_embeds"))
+    part: Any = next(numbering, None)
+    return 0 if part is None else int(part.padding_idx) + 1
 
 
 def _position_limit(base: nn.Module, first_position: int) -> int | None:
@@ -102,21 +99,17 @@ def fusable_table(embeddings: nn.Module) -> Tensor | None:
 
     Scaled (Gemma), quantised, sharded, hooked or adapted embeddings do more than that, and must be called.
     """
-    if type(embeddings) is not nn.Embedding or has_own_forward(embeddings):
+    if type(embeddings) is not nn.Embedding or has_own_forward(embeddings) or embeddings.max_norm is not None:
         return None
     if embeddings._forward_hooks or embeddings._forward_pre_hooks or embeddings._backward_hooks:
-        return None
-    if embeddings.max_norm is not None:
         return None
     weight = embeddings.weight
     # type(): DTensor and quantised tensors subclass Tensor; a ZeRO-3 shard is an empty vector.
     if type(weight) not in (nn.Parameter, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         return None
-    if weight.requires_grad and (
-        embeddings.padding_idx is not None or embeddings.sparse or embeddings.scale_grad_by_freq
-    ):
-        return None  # their gradient is not a plain scatter-add
-    return weight
+    # The gradient of these is not a plain scatter-add.
+    special = embeddings.padding_idx is not None or embeddings.sparse or embeddings.scale_grad_by_freq
+    return None if weight.requires_grad and special else weight
 
 
 def device_of(embeddings: nn.Module) -> torch.device:

@@ -7,7 +7,7 @@ of 1310 ms of a training step (B=4, P=200, T=210, V=32000), and a training loop 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,17 +62,9 @@ def _deferred_class(original: Any) -> Any:
     def __contains__(self: Any, key: Any) -> bool:
         return (key == "loss" and self.loss is not None) or key in _finish(self)
 
-    def __iter__(self: Any) -> Iterator[Any]:
-        return iter(_finish(self))
+    def of_complete(name: str) -> Callable[..., Any]:
+        return lambda self, *args: getattr(_finish(self), name)(*args)
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        return _finish(self).__reduce_ex__(protocol)
-
-    def __repr__(self: Any) -> str:
-        return repr(_finish(self))
-
-    def __eq__(self: Any, other: object) -> bool:
-        return bool(_finish(self) == other)
-
-    methods = (__getattribute__, __getitem__, __contains__, __iter__, __reduce_ex__, __repr__, __eq__)
-    return type(f"Deferred{original.__name__}", (original,), {method.__name__: method for method in methods})
+    methods = {method.__name__: method for method in (__getattribute__, __getitem__, __contains__)}
+    others = {name: of_complete(name) for name in ("__iter__", "__reduce_ex__", "__repr__", "__eq__")}
+    return type(f"Deferred{original.__name__}", (original,), {**methods, **others})

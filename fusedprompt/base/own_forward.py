@@ -27,14 +27,10 @@ class _Switch:
         self.module, self.before, self.users = module, vars(module).get("forward"), 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        function = _in_force.get().get(id(self.module))
-        return self.original(*args, **kwargs) if function is None else function(*args, **kwargs)
-
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward."""
-        if self.before is not None:
-            return self.before(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        function = _in_force.get().get(id(self.module), self.before)
+        if function is None:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return function(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -66,7 +66,8 @@ def _call_by_rows(stand_in: Any, names: Sequence[str], *args: Any, **kwargs: Any
     """Call each adapter's copy on its own rows of the arguments, and put the rows together again."""
     copies_of = dict(stand_in.modules_to_save.items())
     rows_of: dict[nn.Module, list[int]] = {}
-    size = next(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    size, device = first.shape[0], first.device
     copies = size // max(len(names), 1)
     for row in range(size):
         rows_of.setdefault(copies_of.get(names[row // copies], stand_in.original_module), []).append(row)
@@ -77,7 +78,6 @@ def _call_by_rows(stand_in: Any, names: Sequence[str], *args: Any, **kwargs: Any
         return value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
 
     order = [row for rows in rows_of.values() for row in rows]
-    device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     back = to_device(torch.tensor(order).argsort(), device)
     results = []
     for module, numbers in rows_of.items():
@@ -98,11 +98,10 @@ def saved_modules(base: nn.Module) -> Iterator[tuple[str, SavedModule]]:
 def matching(base: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     """The base model's modules whose path ends with one of `names`, as PEFT matches them; a parent hides its parts."""
     known = dict(saved_modules(base))
-    inside = tuple(f"{path}." for path in known)
     found: dict[str, nn.Module] = {}
     for path, module in base.named_modules():
-        hidden = path.startswith(inside) or any(path.startswith(f"{parent}.") for parent in found)
-        if path and not hidden and any(path.endswith(name) for name in names):
+        hidden = path.startswith(tuple(f"{parent}." for parent in (*known, *found)))
+        if path and not hidden and path.endswith(tuple(names)):
             found[path] = known[path].original_module if path in known else module
     return found
 
@@ -119,30 +118,25 @@ def add_copies(base: nn.Module, adapter: str, names: Sequence[str], required: Se
             raise ValueError(f"modules_to_save: expected the name of a module of the base model, got {name!r}")
     known = dict(saved_modules(base))
     for path, original in found.items():
-        stand_in = known.get(path)
-        if stand_in is None:
-            stand_in = SavedModule(original)
-            _replace(base, path, stand_in)
-        stand_in.modules_to_save[adapter] = copy.deepcopy(original)
+        if path not in known:
+            known[path] = SavedModule(original)
+            _replace(base, path, known[path])
+        known[path].modules_to_save[adapter] = copy.deepcopy(original)
 
 
 def tensors(base: nn.Module, adapter: str) -> dict[str, Tensor]:
     """An adapter's copies under the names that PEFT's files give them."""
-    return {
-        f"base_model.{path}.{key}": tensor
-        for path, stand_in in saved_modules(base)
-        if adapter in stand_in.modules_to_save
-        for key, tensor in stand_in.modules_to_save[adapter].state_dict().items()
-    }
+    copies = ((path, stand_in.modules_to_save) for path, stand_in in saved_modules(base))
+    return _named((path, of_path[adapter]) for path, of_path in copies if adapter in of_path)
 
 
 def expected_tensors(base: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """The tensors, by name, that a file must hold for an adapter with these `modules_to_save`."""
-    return {
-        f"base_model.{path}.{key}": tensor
-        for path, module in matching(base, names).items()
-        for key, tensor in module.state_dict().items()
-    }
+    return _named(matching(base, names).items())
+
+
+def _named(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
+    return {f"base_model.{path}.{key}": tensor for path, one in modules for key, tensor in one.state_dict().items()}
 
 
 def remove_copies(base: nn.Module, adapter: str) -> None:

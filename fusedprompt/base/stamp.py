@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+# Settings of LoRA layers and their relatives that are no tensors: what is active, merged, and how strong.
+_SWITCHES = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 _SAMPLES = 64  # values of each tensor that are compared, beside its version
 
 
@@ -48,7 +50,8 @@ def stamp(module: nn.Module) -> Stamp | None:
     device = tensors[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    settings = (autocast, attention, *_switches(module))
+    layers = (vars(part) for part in module.modules() if "_disable_adapters" in vars(part))
+    settings = (autocast, attention, *(repr([layer.get(name) for name in _SWITCHES]) for layer in layers))
     with torch.no_grad():
         samples = tuple(_samples(tensors))
     return Stamp(tuple(map(weakref.ref, tensors)), versions, settings, samples)
@@ -71,13 +74,6 @@ def as_now(module: nn.Module, device: str, call: Callable[[], Tensor]) -> Callab
             return call()
 
     return run
-
-
-def _switches(base: nn.Module) -> list[Any]:
-    """Settings of LoRA layers and their relatives that are no tensors: what is active, merged, and how strong."""
-    names = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
-    layers = (vars(part) for part in base.modules() if "_disable_adapters" in vars(part))
-    return [repr([layer.get(name) for name in names]) for layer in layers]
 
 
 def _samples(tensors: Iterable[Tensor]) -> Iterator[Tensor]:

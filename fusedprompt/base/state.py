@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 _mode, _trains = itemgetter("training"), attrgetter("requires_grad")
 _is_there: Any = partial(is_not, None)
+_WATCHED = ("p", "config", "gradient_checkpointing")
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
@@ -82,12 +83,10 @@ class _Tree:
         self._ties = self._children_now()
         self._kinds: dict[type[nn.Module], list[Any]] = {}
         self._found: tuple[list[Any], Findings] | None = None
-        self._owners: list[dict[str, Any]] = []
-        self._keys: list[str] = []
         configs = {id(own["config"]): vars(own["config"]) for own in self._own if "config" in own}
         self._settings = [*self._own, *configs.values()]
-        for settings in self._settings:
-            self._watch(settings)
+        watched = [(one, key) for one in self._settings for key in one if key in _WATCHED or _is_noise(key)]
+        self._owners, self._keys = [one for one, _ in watched], [key for _, key in watched]
 
     def stands(self) -> bool:
         """Whether the parts are still the module's."""
@@ -101,7 +100,7 @@ class _Tree:
     def findings(self) -> Findings:
         modes = list(map(_mode, self._own))
         if True not in modes:
-            return _NOTHING
+            return Findings(None, False)
         # Sizes, because a setting may be new.
         settings = [*modes, *map(len, self._settings), *map(dict.get, self._owners, self._keys)]
         found = self._found
@@ -114,14 +113,6 @@ class _Tree:
 
     def _children_now(self) -> list[nn.Module]:
         return list(itertools.chain.from_iterable(map(dict.values, self._children)))
-
-    def _watch(self, settings: dict[str, Any]) -> None:
-        keys = [key for key in settings if key in ("p", "config", "gradient_checkpointing") or _is_noise(key)]
-        self._owners += [settings] * len(keys)
-        self._keys += keys
-
-
-_NOTHING = Findings(None, False)
 
 
 def _is_noise(key: str) -> bool:

@@ -137,10 +137,8 @@ def place(
     Returns:
         Position ids that were not given are counted from a mask that was.
     """
-    slots = layout.slots
-    assert slots is not None
     if pool_index is not None and batch.attention_mask is None:
-        batch = replace(batch, attention_mask=torch.ones_like(slots))
+        batch = replace(batch, attention_mask=torch.ones_like(layout.given_slots))
     _check_placed(facts, layout, batch, pool_index)
     if batch.position_ids is None and batch.attention_mask is not None and facts.takes_position_ids:
         counted = (batch.attention_mask != 0).cumsum(1) - 1
@@ -156,22 +154,19 @@ _OF_OUTPUT = ("attention_mask", "labels", "position_ids", "token_type_ids")
 def _turned(turn: Turn, layout: Layout, batch: Batch, pool_index: Tensor | None) -> tuple[Layout, Batch]:
     """Rows rotated so that padding (or what stands behind the pooled column) is at the other end. A mask then covers
     what has come before the row's first column."""
-    slots, mask = layout.slots, batch.attention_mask
-    assert slots is not None
+    slots, mask = layout.given_slots, batch.attention_mask
     length = slots.shape[1]
     column = torch.arange(length, device=slots.device)
+    last = turn is Turn.LAST_TO_END
     if pool_index is None:
-        if not may_be_padded(mask, -1 if turn is Turn.LAST_TO_END else 0):
+        if not may_be_padded(mask, -1 if last else 0):
             return layout, batch
-        assert mask is not None
         left, right = count_padding(mask)
-        begin = length - right if turn is Turn.LAST_TO_END else left
-    elif turn is Turn.LAST_TO_END:
-        assert mask is not None
-        batch = replace(batch, attention_mask=mask * (column <= pool_index.unsqueeze(1)).to(mask.dtype))
-        begin = pool_index + 1
+        begin = length - right if last else left
     else:
-        begin = pool_index
+        begin = pool_index + 1 if last else pool_index
+        if last and mask is not None:
+            batch = replace(batch, attention_mask=mask * (column < begin.unsqueeze(1)).to(mask.dtype))
     columns = (column + begin.unsqueeze(1)).remainder(length)
     fields = {name: field.gather(1, columns) for name in _OF_OUTPUT if (field := getattr(batch, name)) is not None}
     return Layout(layout.num_prompt_rows, slots.gather(1, columns)), replace(batch, **fields)
@@ -182,8 +177,7 @@ def _check_placed(facts: BaseFacts, layout: Layout, batch: Batch, pool_index: Te
 
     Values are looked at on a CPU only: elsewhere the host would wait for the device.
     """
-    slots, tokens = layout.slots, batch.tokens
-    assert slots is not None
+    slots, tokens = layout.given_slots, batch.tokens
     if slots.shape[0] != tokens.shape[0]:
         raise ValueError(f"slots: expected shape (B, S) with B = {tokens.shape[0]}, got {tuple(slots.shape)}")
     for name in _OF_OUTPUT:
@@ -203,12 +197,12 @@ def _check_placed(facts: BaseFacts, layout: Layout, batch: Batch, pool_index: Te
     mask, positions, limit, longest = batch.attention_mask, batch.position_ids, facts.position_limit, slots.shape[1]
     if limit is None or longest <= limit:
         return
-    if mask is not None or positions is not None:
-        if not looks:
-            return
-        longest = int((mask != 0).sum(1).max()) if mask is not None else longest
-        if positions is not None:  # they may begin anew within a row
-            longest = min(longest, int(positions.max()) - facts.first_position + 1)
+    if not looks and (mask is not None or positions is not None):
+        return
+    if mask is not None:
+        longest = int((mask != 0).sum(1).max())
+    if positions is not None:  # they may begin anew within a row
+        longest = min(longest, int(positions.max()) - facts.first_position + 1)
     if longest > limit:
         raise ValueError(
             f"slots: expected at most the base model's {limit} positions in a row, got {longest} without padding"

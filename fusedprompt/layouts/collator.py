@@ -34,8 +34,7 @@ class TemplateCollator:
         for given, option in (("mask_label", "mask_labels"), ("label", "labels"), ("labels", "labels")):
             if given in examples[0]:
                 values = [example[given] for example in examples]
-                if isinstance(values[0], Mapping):
-                    values = {name: [value[name] for value in values] for name in values[0]}  # type: ignore[assignment]
-                options[option] = values
+                by_field = isinstance(values[0], Mapping)
+                options[option] = {n: [value[n] for value in values] for n in values[0]} if by_field else values
         batch: RenderedBatch = self.template.render(fields, self.tokenizer, loss=self.loss, **options)
         return batch

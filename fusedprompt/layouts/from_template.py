@@ -18,9 +18,10 @@ from ..base.facts import BaseFacts
 from .batch import Batch, Placed, check_mask
 from .layout import IGNORE_INDEX, Layout
 from .padding import count_padding
-from .parts import Pattern
-from .pieces import Piece, check_names, lay_out, mask_rows, pieces_of, table_ids
+from .parts import Field, Mask, Pattern
+from .pieces import Piece, check_names, lay_out, pieces_of, table_ids
 from .prompt import Prompt
+from .tokenizer import Specials
 
 
 @dataclass(frozen=True)
@@ -47,38 +48,29 @@ class _Plan:
 def _plan(template: Pattern, whole: bool, device: torch.device) -> _Plan:
     """whole: the only text comes with its special tokens around it. Made once: a copy to a device waits for it."""
     pieces = list(pieces_of(template))
-    specials = template.specials
-    before, after = (len(specials.before), len(specials.after)) if specials else (0, 0)
+    specials = template.specials or Specials()
+    before, after = len(specials.before), len(specials.after)
     if whole:
-        pieces = [piece for piece in pieces if piece.part >= 0]
-        types = specials.types_of_parts if specials else ((), 0, (), 0, ())
+        types = specials.types_of_parts
         own = [[Piece(None, 1, token_type=kind) for kind in end] for end in (types[0], types[4])]
-        pieces = [*own[0], *pieces, *own[1]]
-    first, by_end = [], []
+        pieces = [*own[0], *(piece for piece in pieces if piece.part is not None), *own[1]]
+    rows = []  # per piece, in the order of _Plan's fields
     for index, piece in enumerate(pieces):
+        is_token, field, by_end = piece.row is None, 0, False
         if piece.row is not None:
-            first.append(~piece.row)
-        elif piece.field is not None:
-            first.append(before if whole else 0)
+            first = ~piece.row
+        elif isinstance(piece.part, Field):
+            first, field = before if whole else 0, template.fields.index(piece.part.name)
         else:  # a special token of the batch's own: counted from the text's beginning, or from its end
-            first.append(index if index < before else before + index - (len(pieces) - after))
-        by_end.append(piece.row is None and piece.field is None and index >= before)
-
-    def column(values: Any) -> Tensor:
-        with torch.inference_mode(False):  # it may be used in training later
-            return torch.tensor(list(values), dtype=torch.int64, device=device)
-
-    return _Plan(
-        length=column(piece.length for piece in pieces),
-        first=column(first),
-        by_text=column(piece.field is not None for piece in pieces),
-        by_end=column(by_end),
-        is_token=column(piece.row is None for piece in pieces),
-        field=column(piece.field or 0 for piece in pieces),
-        steps=column(1 if piece.row is None else -1 for piece in pieces),
-        token_types=column(piece.token_type for piece in pieces),
-        labels=column(~row for row in mask_rows(template)),
-    )
+            by_end = index >= before
+            first = before + index - (len(pieces) - after) if by_end else index
+        by_text, step = isinstance(piece.part, Field), 1 if is_token else -1
+        rows.append((piece.length, first, by_text, by_end, is_token, field, step, piece.token_type))
+    with torch.inference_mode(False):  # it may be used in training later
+        columns = torch.tensor(rows, dtype=torch.int64, device=device).T.contiguous()
+        masks = [first for (_, first, *_), piece in zip(rows, pieces) if isinstance(piece.part, Mask)]
+        tensors = [*columns, torch.tensor(masks, dtype=torch.int64, device=device)]
+    return _Plan(*tensors)
 
 
 def put_into_template(prompt: Prompt, facts: BaseFacts, batch: Batch, fields: Mapping[str, Any] | None) -> Placed:
@@ -106,16 +98,15 @@ def put_into_template(prompt: Prompt, facts: BaseFacts, batch: Batch, fields: Ma
                 "ids for each, or a batch of template.render(...)"
             )
         starts, counts = _bounds(batch.tokens, batch.attention_mask)
-        widths = [batch.shape[1]]
     else:
-        batch, starts, counts, widths = _join_fields(template, batch, fields)
+        batch, starts, counts = _join_fields(template, batch, fields)
     plan = _plan(template, fields is None, batch.tokens.device)
     constants = len(table_ids(template))
-    columns = sum(widths) + template.num_prompt_rows + constants
+    columns = batch.shape[1] + template.num_prompt_rows + constants
     if fields is None and template.specials is not None:  # the batch has its own
         own = len(template.specials.before) + len(template.specials.after)
-        if widths[0] < own:
-            raise ValueError(f"input_ids: expected a text with its {own} special tokens, got {widths[0]} tokens")
+        if batch.shape[1] < own:
+            raise ValueError(f"input_ids: expected a text with its {own} special tokens, got {batch.shape[1]} tokens")
         counts, columns = (counts - own).clamp(min=0), columns - own
     starts, counts = starts[:, plan.field], counts[:, plan.field]
     lengths = plan.length + plan.by_text * counts
@@ -138,14 +129,13 @@ def _bounds(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return left.unsqueeze(1), (length - left - right).unsqueeze(1)
 
 
-def _join_fields(template: Pattern, batch: Batch, fields: Mapping[str, Any]) -> tuple[Batch, Tensor, Tensor, list[int]]:
-    """Put the fields' ids into one batch; returns where each begins and how long it is, (B, F), and the widths."""
+def _join_fields(template: Pattern, batch: Batch, fields: Mapping[str, Any]) -> tuple[Batch, Tensor, Tensor]:
+    """Put the fields' ids into one batch; returns where each begins and how long it is, (B, F), too."""
     if batch.input_ids is not None or batch.inputs_embeds is not None or batch.attention_mask is not None:
         raise ValueError("fields: expected no input_ids, inputs_embeds or attention_mask beside them")
     check_names(template, fields)
     pairs = [value if isinstance(value, tuple) else (value, None) for value in (fields[n] for n in template.fields)]
-    starts, counts, offset = [], [], 0
-    masks = []
+    starts, counts, masks, offset = [], [], [], 0
     for (ids, mask), name in zip(pairs, template.fields):
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] != pairs[0][0].shape[0]:
             raise ValueError(f"fields: field '{name}': expected ids of shape (B, T), the same B in all")
@@ -160,7 +150,7 @@ def _join_fields(template: Pattern, batch: Batch, fields: Mapping[str, Any]) -> 
         missing = (torch.full_like(ids, IGNORE_INDEX) for ids, _ in pairs)
         labels = torch.cat([labels.get(name, blank) for name, blank in zip(template.fields, missing)], 1)
     joined = replace(batch, input_ids=torch.cat([ids for ids, _ in pairs], 1), attention_mask=mask, labels=labels)
-    return joined, torch.cat(starts, 1), torch.cat(counts, 1), [ids.shape[1] for ids, _ in pairs]
+    return joined, torch.cat(starts, 1), torch.cat(counts, 1)
 
 
 def _carried(
@@ -168,23 +158,22 @@ def _carried(
 ) -> Batch:
     """Mask, labels and token types (B, T) of a batch's tokens as those of the output, (B, S)."""
     from_table, token = slots < 0, slots.clamp(min=0)  # padding counts as of the table
-    mask, labels, codes, types = batch.attention_mask, batch.labels, batch.input_type_mask, batch.token_type_ids
-    if mask is not None:
-        mask = torch.where(from_table, real.to(mask.dtype), mask.gather(1, token))
+
+    def carried(values: Tensor | None, at_table: Tensor | int) -> Tensor | None:
+        if values is None:
+            return None
+        own = at_table.to(values.dtype) if isinstance(at_table, Tensor) else at_table
+        return torch.where(from_table, own, values.gather(1, token))
+
+    labels, types, specials = batch.labels, batch.token_type_ids, template.specials
     if labels is not None:
-        if labels.shape == batch.shape:
-            labels = torch.where(from_table, IGNORE_INDEX, labels.gather(1, token))
-        else:
-            labels = _labels_of_masks(template, batch, plan, slots)
-    if codes is not None:
-        codes = torch.where(from_table, 0, codes.gather(1, token))
-    specials = template.specials
-    has_types = specials is not None and specials.types is not None and any(specials.types)
+        own = labels.shape == batch.shape
+        labels = carried(labels, IGNORE_INDEX) if own else _labels_of_masks(template, batch, plan, slots)
     if types is not None:
-        own = types.gather(1, token)
-        types = torch.where(from_table, plan.token_types[piece].to(own.dtype), own)
-    elif has_types and facts.takes_token_type_ids:
+        types = carried(types, plan.token_types[piece])
+    elif facts.takes_token_type_ids and specials is not None and any(specials.types or ()):
         types = plan.token_types[piece]
+    mask, codes = carried(batch.attention_mask, real), carried(batch.input_type_mask, 0)
     return replace(batch, attention_mask=mask, labels=labels, input_type_mask=codes, token_type_ids=types)
 
 
@@ -192,11 +181,8 @@ def _labels_of_masks(template: Pattern, batch: Batch, plan: _Plan, slots: Tensor
     """Labels of the mask tokens, (B,) or (B, M), as labels of the output."""
     labels, size, masks = batch.labels, batch.shape[0], template.num_masks
     if not masks or tuple(labels.shape) not in ((size, masks), (size,) if masks == 1 else (size, masks)):
-        raise ValueError(
-            f"labels: expected shape (B, T) = {batch.shape}"
-            + (f", or ({size}, {masks}) for the mask tokens" if masks else "")
-            + f", got {tuple(labels.shape)}"
-        )
+        of_masks = f", or ({size}, {masks}) for the mask tokens" if masks else ""
+        raise ValueError(f"labels: expected shape (B, T) = {batch.shape}{of_masks}, got {tuple(labels.shape)}")
     at_mask = slots.unsqueeze(2) == plan.labels
     return torch.where(at_mask, labels.view(size, 1, masks), IGNORE_INDEX).amax(2)
 

@@ -80,6 +80,12 @@ class Layout:
             token = (token + shift.unsqueeze(1)).remainder(length)
         return cls(num_prompt_rows, torch.where(is_prompt, ~prompt_row, token))
 
+    @property
+    def given_slots(self) -> Tensor:
+        # Of a layout that is known to be no plain prefix.
+        assert self.slots is not None
+        return self.slots
+
     def output_length(self, num_tokens: int) -> int:
         """S for rows of `num_tokens` tokens."""
         return self.num_prompt_rows + num_tokens if self.slots is None else self.slots.shape[1]
@@ -104,16 +110,14 @@ class Layout:
 
         `rows` is (P,) in values' dtype, with P at most R.
         """
-        assert self.slots is not None
         rows = F.pad(rows, (0, max(self.num_prompt_rows, 1) - rows.shape[0]))
-        return torch.where(self.slots < 0, rows[(~self.slots).clamp(min=0)], values)
+        return torch.where(self.given_slots < 0, rows[(~self.given_slots).clamp(min=0)], values)
 
     def position_ids(self, values: Tensor, first: int = 0) -> Tensor:
         """Position ids of the caller's tokens (B, T), moved behind the prompt, which counts first ... first + P-1."""
         moved = self.fill(values + self.num_prompt_rows, 0)
         if self.slots is None:
-            stop = first + self.num_prompt_rows
-            moved[:, : self.num_prompt_rows] = torch.arange(first, stop, device=values.device)
+            moved[:, : self.num_prompt_rows] = torch.arange(first, first + self.num_prompt_rows, device=values.device)
             return moved
         return torch.where(self.slots < 0, ~self.slots + first, moved)
 

@@ -12,7 +12,7 @@ from ..base.facts import BaseFacts, to_device
 from .batch import Batch, Placed, check_length, place
 from .from_template import put_into_template
 from .layout import IGNORE_INDEX, Layout
-from .mixture import Mixture, arrange
+from .mixture import Arrangement, Mixture, arrange
 from .padding import Turn
 
 
@@ -41,17 +41,22 @@ def place_mixture(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: b
 
 def _in_front(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: bool) -> tuple[Layout, Batch]:
     """Every prompt in front of its row's text."""
-    tokens, mask, labels = batch.tokens, batch.attention_mask, batch.labels
-    check_length(facts, mixture.longest, tokens.shape[1])
-    arranged = arrange(mixture, facts, tokens, mask, pool_last)
-    layout, types = arranged.layout, batch.token_type_ids
-    wide_mask = arranged.mask(mask, tokens)
-    return layout, replace(
+    check_length(facts, mixture.longest, batch.shape[1])
+    arranged = arrange(mixture, facts, batch.tokens, batch.attention_mask, pool_last)
+    placed = _arranged(arranged, batch, mixture.task.predicts_next)
+    if placed.attention_mask is not None and facts.takes_position_ids:
+        placed = replace(placed, position_ids=arranged.position_ids())
+    return arranged.layout, placed
+
+
+def _arranged(arranged: Arrangement, batch: Batch, next_token: bool) -> Batch:
+    """Mask, labels and token types of the tokens as those of the output."""
+    labels, types = batch.labels, batch.token_type_ids
+    return replace(
         batch,
-        attention_mask=wide_mask,
-        labels=None if labels is None else arranged.labels(labels, mixture.task.predicts_next),
-        token_type_ids=None if types is None else layout.fill(types, 0),
-        position_ids=arranged.position_ids() if wide_mask is not None and facts.takes_position_ids else None,
+        attention_mask=arranged.mask(batch.attention_mask, batch.tokens),
+        labels=None if labels is None else arranged.labels(labels, next_token),
+        token_type_ids=None if types is None else arranged.layout.fill(types, 0),
     )
 
 
@@ -63,10 +68,10 @@ def _by_templates(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: b
     for row, name in enumerate(mixture.names):
         groups.setdefault(name if pattern_of.get(name) is not None else "", []).append(row)
     device, parts = batch.tokens.device, list[tuple[Tensor, Batch]]()
-    for name, numbers in groups.items():
+    for numbers in groups.values():
         rows, part = to_device(torch.tensor(numbers), device), mixture.part(numbers)
         given = {key: field.index_select(0, rows) for key, field in batch.given().items() if isinstance(field, Tensor)}
-        parts.append((_of_template if name else _of_others)(part, facts, Batch(**given)))
+        parts.append(_of_part(part, facts, Batch(**given)))
     width = max(slots.shape[1] for slots, _ in parts)
     order = to_device(torch.tensor([row for numbers in groups.values() for row in numbers]).argsort(), device)
 
@@ -96,23 +101,11 @@ def _by_templates(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: b
     return Layout.from_slots(slots, table_rows), placed
 
 
-def _of_template(part: Mixture, facts: BaseFacts, batch: Batch) -> tuple[Tensor, Batch]:
-    """Slots and fields of rows of one adapter with a template."""
-    (prompt,) = part.prompts
-    placed = put_into_template(prompt, facts, batch, None)
-    slots = placed.layout.slots
-    assert slots is not None
-    return torch.where(slots < 0, slots - part.rows[2].unsqueeze(1), slots), placed.batch
-
-
-def _of_others(part: Mixture, facts: BaseFacts, batch: Batch) -> tuple[Tensor, Batch]:
-    """Slots and fields of rows whose prompts are in front, or that have none."""
+def _of_part(part: Mixture, facts: BaseFacts, batch: Batch) -> tuple[Tensor, Batch]:
+    """Slots and fields of rows of one adapter with a template, or of rows whose prompts are in front, if any."""
+    if part.has_patterns:
+        placed = put_into_template(part.prompts[0], facts, batch, None)
+        slots = placed.layout.given_slots
+        return torch.where(slots < 0, slots - part.rows[2].unsqueeze(1), slots), placed.batch
     arranged = arrange(part, facts, batch.tokens, batch.attention_mask)
-    labels, types = batch.labels, batch.token_type_ids
-    assert arranged.layout.slots is not None
-    return arranged.layout.slots, replace(
-        batch,
-        attention_mask=arranged.mask(batch.attention_mask, batch.tokens),
-        labels=None if labels is None else arranged.labels(labels, next_token=False),
-        token_type_ids=None if types is None else arranged.layout.fill(types, 0),
-    )
+    return arranged.layout.given_slots, _arranged(arranged, batch, next_token=False)

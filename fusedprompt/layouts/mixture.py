@@ -90,11 +90,6 @@ class Mixture:
         return any(prompt.pattern for prompt in self.prompts)
 
     @property
-    def which(self) -> Tensor:
-        """(B,) int64: the row's adapter; 0 for one without."""
-        return self.rows[0]
-
-    @property
     def count(self) -> Tensor:
         """(B,) int64: the row's prompt rows."""
         return self.rows[1]
@@ -111,9 +106,8 @@ class Mixture:
 
     def stack(self, prompts: Sequence[Tensor]) -> Tensor:
         """(A, N, ...): all prompts, the shorter ones padded by zeros in front."""
-        longest = self.longest
-        padding = (0, 0) * (prompts[0].dim() - 1)
-        return torch.stack([F.pad(rows, (*padding, longest - rows.shape[0], 0)) for rows in prompts])
+        others = (0, 0) * (prompts[0].dim() - 1)
+        return torch.stack([F.pad(rows, (*others, self.longest - rows.shape[0], 0)) for rows in prompts])
 
     def unstack(self, stacked: Tensor) -> Tensor:
         """(A, N, X) as the rows of a table (R + 1, X), of which the last is zeros, and pads."""
@@ -142,7 +136,7 @@ class Mixture:
 
         Its backward adds in a fixed order: index_select's does on a CPU, indexing's on CUDA.
         """
-        which = self.which if copies == 1 else self.which.repeat_interleave(copies)
+        which = self.rows[0] if copies == 1 else self.rows[0].repeat_interleave(copies)
         return values.index_select(0, which) if values.device.type == "cpu" else values[which]
 
 
@@ -183,10 +177,10 @@ class Arrangement:
 
     def position_ids(self) -> Tensor:
         """Position ids (B, N + T) that do not count padding in front."""
-        size, length = self.layout.slots.shape  # type: ignore[union-attr]
-        position = torch.arange(length, device=self.layout.slots.device)  # type: ignore[union-attr]
+        slots = self.layout.given_slots
+        position = torch.arange(slots.shape[1], device=slots.device)
         if self.lead is None:
-            return position.expand(size, -1) + self.first_position
+            return position.expand_as(slots) + self.first_position
         return (position - self.lead.unsqueeze(1)).clamp(min=0) + self.first_position
 
 

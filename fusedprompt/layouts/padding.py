@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def count_padding(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     return real.argmax(dim=1), real.flip(1).argmax(dim=1)
 
 
-def may_be_padded(attention_mask: Tensor | None, column: int) -> bool:
+def may_be_padded(attention_mask: Tensor | None, column: int) -> TypeGuard[Tensor]:
     """Whether a row may have padding at its left (column 0) or right (column -1) end.
 
     Looks at the values where that is free: on a CPU, outside compilation. Elsewhere the answer is yes, because looking
@@ -80,8 +81,7 @@ def choose_layout(
     at_left, at_right = count_padding(attention_mask)
     if facts.causal:
         padding = at_left + at_right if pool_last else at_left
-        shift = -at_right if pool_last else None
-        return Layout.insert(num_prompt_rows, length, padding + start, shift), padding
+        return Layout.insert(num_prompt_rows, length, padding + start, -at_right if pool_last else None), padding
     if facts.takes_position_ids and not start:
         return Layout.prefix(num_prompt_rows), at_left
     return Layout.insert(num_prompt_rows, length, torch.full_like(at_left, start), at_left), None

@@ -90,16 +90,12 @@ class Pattern:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(self.parts))
-        seen: dict[str, int] = {}
         for index, part in enumerate(self.parts):
             problem = _problem(part)
-            name = part.name if isinstance(part, Field) else "sep" if isinstance(part, Separator) else None
-            if problem is None and name in seen:
-                problem = f"'{name}' is there already, as part {seen[name]}"
+            if problem is None and isinstance(part, Field | Separator) and part in self.parts[:index]:
+                problem = f"'{str(part)[1:-1]}' is there already, as part {self.parts.index(part)}"
             if problem is not None:
                 raise ValueError(f"{self.where(index)}: {problem}")
-            if name is not None:
-                seen[name] = index
         if not any(isinstance(part, Prompt) for part in self.parts):
             raise ValueError(f"template: expected a part [prompt N], got {str(self)!r}")
 
@@ -138,15 +134,17 @@ class Pattern:
             ValueError: the ids are not known before `bind`.
         """
         for index, part in enumerate(self.parts):
-            if isinstance(part, Anchor | Mask):
-                ids = part.ids if isinstance(part, Anchor) else None if part.id is None else (part.id,)
-                if ids is None:
-                    raise ValueError(f"{self.where(index)}: needs a tokenizer; use template.bind(tokenizer)")
-                yield index, ids
+            if isinstance(part, Anchor):
+                ids = part.ids
+            elif isinstance(part, Mask):
+                ids = None if part.id is None else (part.id,)
             elif isinstance(part, Separator):
-                if self.specials is None:
-                    raise ValueError(f"{self.where(index)}: needs a tokenizer; use template.bind(tokenizer)")
-                yield index, self.specials.between
+                ids = None if self.specials is None else self.specials.between
+            else:
+                continue
+            if ids is None:
+                raise ValueError(f"{self.where(index)}: needs a tokenizer; use template.bind(tokenizer)")
+            yield index, ids
 
 
 def parsed(text: str) -> Iterator[Part]:
@@ -209,6 +207,5 @@ def _parse_part(index: int, text: str, name: str, rest: str) -> Part:
 def from_fields(fields: dict[str, Any]) -> Part:
     """A part of a JSON object: its `kind`, and what it holds."""
     kinds: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Prompt, Field, Anchor, Mask, Separator)}
-    kind = kinds[fields["kind"]]
-    part: Part = kind(**{name: value for name, value in fields.items() if name != "kind"})
+    part: Part = kinds[fields["kind"]](**{name: value for name, value in fields.items() if name != "kind"})
     return part

@@ -16,78 +16,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .parts import Anchor, Field, Mask, Pattern, Prompt, Separator
+from .parts import Anchor, Field, Mask, Part, Pattern, Prompt, Separator
+from .tokenizer import Specials
 
 
 @dataclass(frozen=True)
 class Piece:
     """A run of a sequence: `length` rows of the table from `row` on, or (row is None) tokens.
 
-    field: index of the field whose text it is, or None.
-    part: number of the template's part; -1 for special tokens at the ends.
+    part: the template's; None for special tokens at the ends.
     token_type: of all of it.
     """
 
     row: int | None
     length: int
-    field: int | None = None
-    part: int = -1
+    part: Part | None = None
     token_type: int = 0
 
 
 @functools.lru_cache(maxsize=64)
 def pieces_of(template: Pattern) -> tuple[Piece, ...]:
     """The pieces of a template whose texts come without special tokens."""
-    constants, specials = dict(template.constant_ids()), template.specials
-    before, first, between, second, after = specials.types_of_parts if specials else ((), 0, (), 0, ())
-    rows, row, field, token_type = 0, template.num_prompt_rows, 0, first
+    constants = dict(template.constant_ids())
+    before, token_type, between, second, after = (template.specials or Specials()).types_of_parts
+    rows, row = 0, template.num_prompt_rows
     pieces = []
 
-    def constant(types: Sequence[int], part: int) -> None:
+    def constant(types: Sequence[int], part: Part | None) -> None:
         nonlocal row
         for kind, run in itertools.groupby(types):
-            pieces.append(Piece(row, len(list(run)), None, part, kind))
+            pieces.append(Piece(row, len(list(run)), part, kind))
             row += pieces[-1].length
 
-    constant(before, -1)
+    constant(before, None)
     for index, part in enumerate(template.parts):
         if isinstance(part, Prompt):
-            pieces.append(Piece(rows, part.rows, None, index, token_type))
+            pieces.append(Piece(rows, part.rows, part, token_type))
             rows += part.rows
         elif isinstance(part, Field):
-            pieces.append(Piece(None, 0, field, index, token_type))
-            field += 1
+            pieces.append(Piece(None, 0, part, token_type))
         elif isinstance(part, Separator):
-            constant(between, index)
+            constant(between, part)
             token_type = second
         else:
-            constant([token_type] * len(constants[index]), index)
-    constant(after, -1)
+            constant([token_type] * len(constants[index]), part)
+    constant(after, None)
     return tuple(pieces)
 
 
 def table_ids(template: Pattern) -> list[int]:
     """The constant tokens, in the order in which their rows stand behind the prompt's."""
-    constants, specials = dict(template.constant_ids()), template.specials
-    ids = list(specials.before) if specials else []
-    for tokens in constants.values():
-        ids.extend(tokens)
-    return [*ids, *(specials.after if specials else ())]
-
-
-def mask_rows(template: Pattern) -> list[int]:
-    """Rows of the table that are mask tokens, in order."""
-    rows = ((piece.row, piece.part) for piece in pieces_of(template))
-    return [row for row, part in rows if row is not None and part >= 0 and isinstance(template.parts[part], Mask)]
+    specials = template.specials or Specials()
+    return [*specials.before, *(id for _, ids in template.constant_ids() for id in ids), *specials.after]
 
 
 def check_names(template: Pattern, given: Mapping[str, Any], argument: str = "fields") -> None:
     """Refuse names that are no fields of a template and, for its texts, fields without one."""
+    names = template.fields
     for name in given:
-        if name not in template.fields:
-            raise ValueError(
-                f"{argument}: {name!r} is no field of the template '{template}', which has {template.fields}"
-            )
+        if name not in names:
+            raise ValueError(f"{argument}: {name!r} is no field of the template '{template}', which has {names}")
     for index, part in enumerate(template.parts):
         if isinstance(part, Field) and part.name not in given and argument == "fields":
             raise ValueError(f"{argument}: {template.where(index)}: expected a value, got only {sorted(given)}")
@@ -127,17 +115,17 @@ def anchor_slots(template: Pattern, slots: Sequence[int], mask: Sequence[float] 
     real = [slot for slot, kept in zip(slots, mask or [1] * len(slots)) if kept]
     rows = template.num_prompt_rows
     runs = [list(run) for is_prompt, run in itertools.groupby(real, lambda slot: -rows <= slot < 0) if not is_prompt]
-    prompts = itertools.groupby(pieces_of(template), lambda piece: piece.row is not None and piece.row < rows)
+    prompts = itertools.groupby(pieces_of(template), lambda piece: isinstance(piece.part, Prompt))
     groups = [list(group) for is_prompt, group in prompts if not is_prompt]
     for run, group in zip(runs, groups):
-        texts = sum(piece.field is not None for piece in group)
+        texts = sum(isinstance(piece.part, Field) for piece in group)
         text = len(run) - sum(piece.length for piece in group)
         if len(runs) != len(groups) or texts > 1:
             continue
         place = 0
         for piece in group:
-            length = text if piece.field is not None else piece.length
-            if piece.part >= 0 and isinstance(template.parts[piece.part], Anchor | Mask):
+            length = text if isinstance(piece.part, Field) else piece.length
+            if isinstance(piece.part, Anchor | Mask):
                 anchors.update(run[place : place + length])
             place += length
     return anchors

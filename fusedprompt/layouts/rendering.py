@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .layout import IGNORE_INDEX, Layout
-from .parts import Anchor, Field, Mask, Pattern
+from .parts import Anchor, Field, Mask, Pattern, Prompt
 from .picture import join_symbols, row_symbols
-from .pieces import Piece, check_names, lay_out, pieces_of, table_ids
+from .pieces import check_names, lay_out, pieces_of, table_ids
 from .tokenizer import encode
 
 Ids = list[int]
@@ -82,7 +83,6 @@ def render(
     """
     if not slots and not template.is_plain_prefix:
         raise ValueError(f"slots: expected True for '{template}', which is not a prompt in front of all text")
-    pieces = pieces_of(template)
     values = _field_ids(template, fields, tokenizer)
     size = len(next(iter(values.values()))) if values else len(mask_labels or labels or [()])
     side = padding_side or getattr(tokenizer, "padding_side", "right")
@@ -93,11 +93,9 @@ def render(
     if max_length is not None:
         _shorten(template, values, targets, max_length, getattr(tokenizer, "truncation_side", "right"))
     at_mask = _mask_labels(template, mask_labels, size, tokenizer)
-    constants = table_ids(template)
-    made = [_row(template, pieces, constants, values, targets, at_mask, b) for b in range(size)]
-    ids, token_labels, anchors = ([row[part] for row in made] for part in range(3))
-    rows, longest = template.num_prompt_rows, max(map(len, ids), default=0)
-    total = rows + longest
+    ids, token_labels, anchors = _rows(template, size, values, targets, at_mask)
+    rows = template.num_prompt_rows
+    total = rows + max(map(len, ids), default=0)
     if pad_to_multiple_of is not None:
         total = -(-total // pad_to_multiple_of) * pad_to_multiple_of
     left, length = side == "left", total - rows
@@ -143,11 +141,9 @@ def _field_ids(template: Pattern, fields: Any, tokenizer: Any) -> dict[str, list
         if any(isinstance(value, str) for value in values):
             if tokenizer is None:
                 raise ValueError(f"{where}: texts need a tokenizer; render(..., tokenizer=...)")
-            encoded = (
-                iter(encode(tokenizer, texts)) if (texts := [v for v in values if isinstance(v, str)]) else iter(())
-            )
+            encoded = iter(encode(tokenizer, [value for value in values if isinstance(value, str)]))
             values = [next(encoded) if isinstance(value, str) else value for value in values]
-        size = len(next(iter(found.values()))) if found else len(values)
+        size = len(next(iter(found.values()), values))
         if len(values) != size:
             raise ValueError(f"{where}: expected {size} values, as in the field before it, got {len(values)}")
         found[part.name] = [list(value) for value in values]
@@ -170,7 +166,7 @@ def _targets(template: Pattern, values: dict[str, list[Ids]], loss: Sequence[str
     return targets
 
 
-def _mask_labels(template: Pattern, given: Sequence[Any] | None, size: int, tokenizer: Any) -> list[list[int]] | None:
+def _mask_labels(template: Pattern, given: Sequence[Any] | None, size: int, tokenizer: Any) -> list[Ids] | None:
     """Per example, a label for each mask."""
     if given is None:
         return None
@@ -209,14 +205,11 @@ def _shorten(
             f"got {max_length}"
         )
     for b in range(len(next(iter(values.values()), ()))):
-        lengths = {name: len(rows[b]) for name, rows in values.items()}
-        if sum(lengths.values()) <= room:
-            continue
-        counts = list(lengths.values())
-        highest = range(max(counts) + 1)
-        cap = bisect.bisect_right(highest, room, key=lambda c: sum(min(count, c) for count in counts)) - 1
-        spare = room - sum(min(count, cap) for count in counts)
-        for name, count in lengths.items():
+        counts = {name: len(rows[b]) for name, rows in values.items()}
+        caps = range(max(counts.values()) + 1)
+        cap = bisect.bisect_right(caps, room, key=lambda c: sum(min(count, c) for count in counts.values())) - 1
+        spare = room - sum(min(count, cap) for count in counts.values())
+        for name, count in counts.items():
             keep = min(count, cap)
             if count > cap and spare:
                 keep, spare = cap + 1, spare - 1
@@ -225,31 +218,24 @@ def _shorten(
                     rows[name][b] = rows[name][b][count - keep :] if side == "left" else rows[name][b][:keep]
 
 
-def _row(
-    template: Pattern,
-    pieces: Sequence[Piece],
-    constants: Ids,
-    values: dict[str, list[Ids]],
-    targets: dict[str, list[Ids]],
-    at_mask: list[list[int]] | None,
-    b: int,
-) -> tuple[Ids, Ids, Ids]:
-    """One row's ids, its labels, and which of its tokens are anchors."""
-    ids: Ids = []
-    labels: Ids = []
-    anchors: Ids = []
-    masks = iter(at_mask[b] if at_mask is not None else ())
-    for piece in pieces:
-        part = template.parts[piece.part] if piece.part >= 0 else None
-        if isinstance(part, Field):
-            ids += values[part.name][b]
-            labels += targets[part.name][b] if part.name in targets else [IGNORE_INDEX] * len(values[part.name][b])
-        elif piece.row is not None and piece.row >= template.num_prompt_rows:
-            if isinstance(part, Anchor | Mask):
-                anchors += range(len(ids), len(ids) + piece.length)
-            first = piece.row - template.num_prompt_rows
-            ids += constants[first : first + piece.length]
-            labels += [next(masks, IGNORE_INDEX) if isinstance(part, Mask) else IGNORE_INDEX] * piece.length
+def _rows(
+    template: Pattern, size: int, values: dict[str, list[Ids]], targets: dict[str, list[Ids]], at_mask: list[Ids] | None
+) -> tuple[list[Ids], list[Ids], list[Ids]]:
+    """Each row's ids, its labels, and which of its tokens are anchors."""
+    ids, labels, anchors = (list[Ids]([] for _ in range(size)) for _ in range(3))
+    constants, pieces = table_ids(template), pieces_of(template)
+    for b in range(size):
+        masks, rest = iter(at_mask[b] if at_mask is not None else ()), iter(constants)
+        for part, length in ((piece.part, piece.length) for piece in pieces):
+            if isinstance(part, Field):
+                own = values[part.name][b]
+                ids[b] += own
+                labels[b] += targets[part.name][b] if part.name in targets else [IGNORE_INDEX] * len(own)
+            elif not isinstance(part, Prompt):
+                if isinstance(part, Anchor | Mask):
+                    anchors[b] += range(len(ids[b]), len(ids[b]) + length)
+                ids[b] += itertools.islice(rest, length)
+                labels[b] += [next(masks, IGNORE_INDEX) if isinstance(part, Mask) else IGNORE_INDEX] * length
     return ids, labels, anchors
 
 
@@ -259,19 +245,17 @@ def _add_layout(
     """Give a batch of ids its slots, mask and token types, (B, S); returns which columns are not padding."""
     pieces, size = pieces_of(template), batch["input_ids"].shape[0]
     lengths = torch.tensor([piece.length for piece in pieces]).expand(size, -1).clone()
-    from_prompt = torch.tensor([piece.row is not None and piece.row < template.num_prompt_rows for piece in pieces])
-    names = template.fields
+    from_prompt = torch.tensor([isinstance(piece.part, Prompt) for piece in pieces])
     for index, piece in enumerate(pieces):
-        if piece.field is not None:
-            lengths[:, index] = torch.tensor([len(ids) for ids in values[names[piece.field]]])
+        if isinstance(piece.part, Field):
+            lengths[:, index] = torch.tensor([len(ids) for ids in values[piece.part.name]])
     of_tokens = lengths * ~from_prompt
     padding = total - lengths.sum(1, keepdim=True)
     tokens = of_tokens.cumsum(1) - of_tokens + padding * left
     firsts = torch.where(from_prompt, torch.tensor([~(piece.row or 0) for piece in pieces]), tokens)
     filler = 0 if left else total - template.num_prompt_rows - 1  # a padding token
     slots, real, of_column = lay_out(lengths, firsts, torch.where(from_prompt, -1, 1), total, left, filler)
-    batch["attention_mask"] = real.long()
-    batch["slots"] = slots
+    batch.update(attention_mask=real.long(), slots=slots)
     if template.specials is not None and template.specials.types is not None:
         types = torch.tensor([piece.token_type for piece in pieces])
         batch["token_type_ids"] = types[of_column] * real

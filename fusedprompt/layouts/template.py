@@ -98,32 +98,25 @@ class Template(Pattern):
             ValueError: wrong number of prompt rows, more positions than the model has, an id outside the vocabulary, or
                 an anchor without ids; the message names the part.
         """
-        constants = dict(self.constant_ids())
+        constants, expected = dict(self.constant_ids()), f"expected num_virtual_tokens = {num_virtual_tokens} in all"
         rows = taken = 0
         for index, part in enumerate(self.parts):
+            ids = constants.get(index, ())
+            taken += len(ids)
             if isinstance(part, Prompt):
-                rows += part.rows
-                taken += part.rows
-                if rows > num_virtual_tokens:
-                    raise ValueError(
-                        f"{self.where(index)}: makes {rows} prompt rows, expected num_virtual_tokens = "
-                        f"{num_virtual_tokens} in all"
-                    )
-                last = index
-            for token in constants.get(index, ()):
-                taken += 1
-                if vocabulary is not None and not 0 <= token < vocabulary:
-                    raise ValueError(f"{self.where(index)}: expected ids in [0, {vocabulary}), got {token}")
+                rows, taken, last = rows + part.rows, taken + part.rows, index
+            if rows > num_virtual_tokens:
+                raise ValueError(f"{self.where(index)}: makes {rows} prompt rows, {expected}")
+            unknown = [id for id in ids if vocabulary is not None and not 0 <= id < vocabulary]
+            if unknown:
+                raise ValueError(f"{self.where(index)}: expected ids in [0, {vocabulary}), got {unknown[0]}")
             if position_limit is not None and taken > position_limit:
                 raise ValueError(
                     f"{self.where(index)}: prompt and anchors take {taken} positions up to here, and the base model "
                     f"has {position_limit}"
                 )
         if rows != num_virtual_tokens:
-            raise ValueError(
-                f"{self.where(last)}: is the last of {rows} prompt rows, expected num_virtual_tokens = "
-                f"{num_virtual_tokens} in all"
-            )
+            raise ValueError(f"{self.where(last)}: is the last of {rows} prompt rows, {expected}")
 
     def render(self, fields: Mapping[str, Sequence[Any]] | Sequence[Any], tokenizer: Any = None, **options: Any) -> Any:
         """A batch of B examples as a model takes it: a `RenderedBatch`.

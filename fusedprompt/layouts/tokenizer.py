@@ -53,21 +53,17 @@ def learn(tokenizer: Any, pair: bool) -> Specials:
     sample = next((text for text in _SAMPLES if encode(tokenizer, [text])[0]), None)
     if sample is None:
         raise ValueError(f"tokenizer: expected one that makes tokens of any of {_SAMPLES}, got {type(tokenizer)}")
-    texts = (sample, sample) if pair else (sample,)
     plain = encode(tokenizer, [sample])[0]
-    encoded = tokenizer(*texts, return_token_type_ids=True)
+    encoded = tokenizer(*((sample, sample) if pair else (sample,)), return_token_type_ids=True)
     ids, types = list(encoded["input_ids"]), encoded.get("token_type_ids")
     begin = _find(ids, plain, 0)
     end = begin + len(plain)
-    second, last = end, end
-    if pair:
-        second = _find(ids, plain, end)
-        last = second + len(plain)
-    before, between, after = ids[:begin], ids[end:second], ids[last:]
+    second = _find(ids, plain, end) if pair else begin  # nothing is between one text and itself
+    last = second + len(plain)
+    kept = None
     if types is not None and "token_type_ids" in getattr(tokenizer, "model_input_names", ()):
-        kept = [*types[: begin + 1], *types[end:second], types[second if pair else begin], *types[last:]]
-        return Specials(tuple(before), tuple(between), tuple(after), tuple(kept))
-    return Specials(tuple(before), tuple(between), tuple(after))
+        kept = (*types[: begin + 1], *types[end:second], types[second], *types[last:])
+    return Specials(tuple(ids[:begin]), tuple(ids[end:second]), tuple(ids[last:]), kept)
 
 
 def _find(ids: list[int], wanted: list[int], start: int) -> int:
