@@ -80,13 +80,6 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_files(folder: PathLike, files: Mapping[str, bytes]) -> None:
-    """Write small files into a folder, all or none."""
-    with atomic_writes(folder) as stage:
-        for name, content in files.items():
-            (stage / name).write_bytes(content)
-
-
 def stored(folder: PathLike, name: str) -> Path:
     """Where the current version of a file is: a save may have been interrupted after its files were committed."""
     committed = Path(folder, _COMMITTED, name)

@@ -112,7 +112,7 @@ class PromptAdapters(nn.Module):
         """
         if isinstance(prompt_start, bool) or not isinstance(prompt_start, int) or prompt_start < 0:
             raise ValueError(f"prompt_start: expected an int >= 0, got {prompt_start!r}")
-        resolved = self._resolve(as_config(config))
+        resolved = self._resolve(as_config(config, PromptLearningConfig))
         if isinstance(template, str):
             template = Template.parse(template)
         if template is not None:
