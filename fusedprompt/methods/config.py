@@ -248,7 +248,7 @@ def config_class(peft_type: Any, origin: str = "peft_type") -> type[PromptLearni
 
 
 def as_config(config: Any, kind: type[ConfigType]) -> ConfigType:
-    """A configuration of this package, one of PEFT's of the same name, or a dictionary of its fields, as one of `kind`."""
+    """One of `kind`, from a configuration of this package, PEFT's of the same name, or a dictionary of its fields."""
     if not isinstance(config, PromptLearningConfig):
         if hasattr(config, "to_dict") and hasattr(config, "peft_type"):
             config = config.to_dict()
