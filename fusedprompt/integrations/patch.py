@@ -104,18 +104,18 @@ class Patch(Record):
                     raise RouteUnavailable(objection)
 
     def _install(self) -> None:
-        served = any(why_not_adapter(config) is None for config in self.model.peft_config.values())
-        names = ["get_prompt", "get_prompt_embedding_to_save"]
-        if self.task is not None:
-            names.insert(0, "forward")
-        if hasattr(type(self.model), "generate"):
-            names.append("generate")
-        if self.fix:
-            names.append("load_adapter")
-        elif self.task is not None and self.task.task.predicts_next and _generates_as_peft(self.model):
-            names.append("prepare_inputs_for_generation")
-        for name in names if served else ():
-            self.replaced[name] = vars(self.model).get(name)
+        task = None if self.task is None else self.task.task
+        shares = task is not None and task.predicts_next and not self.fix and _generates_as_peft(self.model)
+        names = {
+            "forward": task is not None,
+            "get_prompt": True,
+            "get_prompt_embedding_to_save": True,
+            "generate": hasattr(type(self.model), "generate"),
+            "load_adapter": self.fix,
+            "prepare_inputs_for_generation": shares,
+        }
+        if any(why_not_adapter(config) is None for config in self.model.peft_config.values()):
+            self.replaced = {name: vars(self.model).get(name) for name, wanted in names.items() if wanted}
         self.model.__dict__[PATCH] = self
         for name in self.replaced:
             self.model.__dict__[name] = types.MethodType(_override(self._class, name), self.model)

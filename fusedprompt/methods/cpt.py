@@ -195,12 +195,12 @@ def _targets(config: Any, layout: Layout, batch: Batch) -> Targets:
 class Context(NamedTuple):
     """What a CPT configuration says of each of its P tokens, as tensors.
 
-    types: (P,) int64 type codes. ids: (P,) int64.
+    types: (P,) int64 type codes. targets: (P,) int64 ids where the code marks a label, else -100.
     epsilon: (P,) fp32, the largest norm of each row's change. trainable: (P,) bool.
     """
 
     types: Tensor
-    ids: Tensor
+    targets: Tensor
     epsilon: Tensor
     trainable: Tensor
 
@@ -214,13 +214,18 @@ def _context(config: Any, device: torch.device) -> Context:
 def _context_of(
     codes: tuple[int, ...], ids: tuple[int, ...], epsilons: tuple[float, ...], device: torch.device
 ) -> Context:
+    targets = [token if _is_label(code) else IGNORE_INDEX for token, code in zip(ids, codes)]
     with torch.inference_mode(False):
         return Context(
             torch.tensor(codes, device=device),
-            torch.tensor(ids, device=device),
+            torch.tensor(targets, device=device),
             torch.tensor([epsilons[max(code, 0) % 4] for code in codes], device=device),
             torch.tensor([code % 4 != 0 for code in codes], device=device),
         )
+
+
+def _is_label(code: int) -> bool:
+    return code > 0 and code % 4 == 0
 
 
 def _run_peft(encoder: Any, indices: Tensor) -> Tensor:
@@ -258,9 +263,11 @@ def _peft_targets(config: Any, settings: Any, layout: Layout, batch: Batch) -> T
     """As in PEFT the context's highest code is added to `input_type_mask`, and a batch in which nothing is left to
     learn gives NaN."""
     codes, context = config.cpt_tokens_type_mask, _context(config, batch.labels.device)
-    types = layout.fill_rows(_moved_types(batch, max(codes)), context.types)
-    labels = torch.where(is_label(types), layout.fill_rows(batch.labels, context.ids), IGNORE_INDEX)
-    has_labels = any(code > 0 and code % 4 == 0 for code in codes[1:])  # then every row has one
+    labels, types = batch.labels, _moved_types(batch, max(codes))
+    if batch.input_type_mask is not None or not _is_label(4 + max(codes)):
+        labels = torch.where(is_label(types), labels, IGNORE_INDEX)
+    has_labels = any(map(_is_label, codes[1:]))  # then every row has one
+    types, labels = layout.fill_rows(types, context.types), layout.fill_rows(labels, context.targets)
     return Targets(labels, types, _decay(settings), or_nan=not has_labels)
 
 

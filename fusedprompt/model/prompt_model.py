@@ -136,10 +136,8 @@ class PromptModel(PromptAdapters):
         """Run the base model on prompt and tokens; the class says what the arguments are."""
         batch = Batch(input_ids, inputs_embeds, attention_mask, labels, position_ids, token_type_ids, input_type_mask)
         route = self.route if route is None else route
-        return run(
-            self,
-            plan(self, Call(batch, kwargs, past_key_values, route, logits, slots, pool_index, fields, adapter_names)),
-        )
+        call = Call(batch, kwargs, past_key_values, route, logits, slots, pool_index, fields, adapter_names)
+        return run(self, plan(self, call))
 
     def generate(self, inputs: Tensor | None = None, *, route: str | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, with the prompt in front.
