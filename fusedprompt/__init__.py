@@ -9,84 +9,53 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__
+from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from . import ops
-    from .base.tasks import TaskType
-    from .integrations.peft import apply
-    from .layouts.collator import TemplateCollator
-    from .layouts.layout import Layout
-    from .layouts.template import Template
-    from .methods import (
-        CPTConfig,
-        CPTEmbedding,
-        PromptEmbedding,
-        PromptEncoder,
-        PromptEncoderConfig,
-        PromptEncoderReparameterizationType,
-        PromptTuningConfig,
-        PromptTuningInit,
-    )
-    from .methods.config import PeftType, PromptLearningConfig
-    from .model.prompt_model import PromptModel, get_prompt_model
-    from .ops import BackendUnavailable, explain, use_backend
-    from .routes.choice import RouteUnavailable
-    from .routes.packing import PackingCollator, pack
+    from . import ops as ops
+    from .base.tasks import TaskType as TaskType
+    from .integrations.peft import apply as apply
+    from .layouts.collator import TemplateCollator as TemplateCollator
+    from .layouts.layout import Layout as Layout
+    from .layouts.template import Template as Template
+    from .methods.config import PeftType as PeftType
+    from .methods.config import PromptLearningConfig as PromptLearningConfig
+    from .methods.cpt import CPTConfig as CPTConfig
+    from .methods.cpt import CPTEmbedding as CPTEmbedding
+    from .methods.p_tuning import PromptEncoder as PromptEncoder
+    from .methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from .methods.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+    from .methods.prompt_tuning import PromptEmbedding as PromptEmbedding
+    from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from .methods.prompt_tuning import PromptTuningInit as PromptTuningInit
+    from .model.prompt_model import PromptModel as PromptModel
+    from .model.prompt_model import get_prompt_model as get_prompt_model
+    from .ops import BackendUnavailable as BackendUnavailable
+    from .ops import explain as explain
+    from .ops import use_backend as use_backend
+    from .routes.choice import RouteUnavailable as RouteUnavailable
+    from .routes.packing import PackingCollator as PackingCollator
+    from .routes.packing import pack as pack
 
-_MODULE_OF = {
-    "BackendUnavailable": "ops",
-    "CPTConfig": "methods",
-    "CPTEmbedding": "methods",
-    "Layout": "layouts.layout",
-    "PackingCollator": "routes.packing",
-    "PeftType": "methods.config",
-    "PromptEmbedding": "methods",
-    "PromptEncoder": "methods",
-    "PromptEncoderConfig": "methods",
-    "PromptEncoderReparameterizationType": "methods",
-    "PromptLearningConfig": "methods.config",
-    "PromptModel": "model.prompt_model",
-    "PromptTuningConfig": "methods",
-    "PromptTuningInit": "methods",
-    "RouteUnavailable": "routes.choice",
-    "TaskType": "base.tasks",
-    "Template": "layouts.template",
-    "TemplateCollator": "layouts.collator",
-    "apply": "integrations.peft",
-    "explain": "ops",
-    "get_prompt_model": "model.prompt_model",
-    "pack": "routes.packing",
-    "use_backend": "ops",
+_NAMES_IN = {
+    "base.tasks": ("TaskType",),
+    "integrations.peft": ("apply",),
+    "layouts.collator": ("TemplateCollator",),
+    "layouts.layout": ("Layout",),
+    "layouts.template": ("Template",),
+    "methods.config": ("PeftType", "PromptLearningConfig"),
+    "methods.cpt": ("CPTConfig", "CPTEmbedding"),
+    "methods.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
+    "methods.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
+    "model.prompt_model": ("PromptModel", "get_prompt_model"),
+    "ops": ("BackendUnavailable", "explain", "use_backend"),
+    "routes.choice": ("RouteUnavailable",),
+    "routes.packing": ("PackingCollator", "pack"),
 }
+_MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
 
-__all__ = [
-    "BackendUnavailable",
-    "CPTConfig",
-    "CPTEmbedding",
-    "Layout",
-    "PackingCollator",
-    "PeftType",
-    "PromptEmbedding",
-    "PromptEncoder",
-    "PromptEncoderConfig",
-    "PromptEncoderReparameterizationType",
-    "PromptLearningConfig",
-    "PromptModel",
-    "PromptTuningConfig",
-    "PromptTuningInit",
-    "RouteUnavailable",
-    "TaskType",
-    "Template",
-    "TemplateCollator",
-    "__version__",
-    "apply",
-    "explain",
-    "get_prompt_model",
-    "ops",
-    "pack",
-    "use_backend",
-]
+if not TYPE_CHECKING:  # type checkers read the imports above, where `import x as x` hands a name on
+    __all__ = sorted(("__version__", "ops", *_MODULE_OF))
 
 
 def __getattr__(name: str) -> Any:
@@ -100,4 +69,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return ["__version__", "ops", *_MODULE_OF]

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base.cache import SharingFacts
 from ..base.facts import BaseFacts, device_of
@@ -61,9 +61,8 @@ class PeftHost:
         return self._state
 
     @property
-    def word_embeddings(self) -> nn.Module:
-        embeddings: nn.Module = self.model.word_embeddings
-        return embeddings
+    def word_embeddings(self) -> Any:
+        return self.model.word_embeddings
 
     @property
     def in_use(self) -> str:
@@ -71,16 +70,16 @@ class PeftHost:
 
     @property
     def prompts(self) -> dict[str, Prompt]:
-        return {name: self._prompt(name, config) for name, config in self.peft_config.items()}
-
-    def _prompt(self, name: str, config: Any) -> Prompt:
-        task = self.task or (Task("none") if config.task_type is None else task_of(config.task_type))
-        return Prompt(name, name_of(config.peft_type), task, int(getattr(config, "num_virtual_tokens", 0)))
+        found = {}
+        for name, config in self.peft_config.items():
+            task = self.task or (Task("none") if config.task_type is None else task_of(config.task_type))
+            rows = int(getattr(config, "num_virtual_tokens", 0))
+            found[name] = Prompt(name, name_of(config.peft_type), task, rows)
+        return found
 
     @property
-    def peft_config(self) -> dict[str, Any]:
-        configs: dict[str, Any] = self.model.peft_config
-        return configs
+    def peft_config(self) -> Any:
+        return self.model.peft_config
 
     @property
     def prompt_encoder(self) -> Any:

@@ -7,13 +7,14 @@ import copy
 import functools
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..methods import method_of
+from ..methods.module import evaluating
 from ..ops import explain
 from ..ops._backend import BackendUnavailable, using
 from ..routes.call import SHARED, Call
@@ -23,7 +24,7 @@ from ..routes.run import run
 from .calls import TASKS, PeftTask, bind, run_as_ours, run_as_peft, why_not_call
 from .encoders import encode, prompt_rows, why_not_adapter
 from .prefill import generating, prepare, without_prompt
-from .record import Record, record_on
+from .record import PATCH, Record, record_on
 from .report import operations, report
 
 
@@ -42,12 +43,9 @@ class Patch(Record):
 
     def __init__(self, model: Any, backend: str, route: str, fix: bool) -> None:
         super().__init__(model, backend, route, fix, *_task_of(model))
+        self._class: Any = type(model)
         # PEFT's `generate` swaps a method of the base model as long as it runs.
         self._generating = threading.RLock()
-
-    @property
-    def _class(self) -> Any:
-        return type(self.model)
 
     def report(self) -> str:
         """Each adapter with its ops, backends and route; what is left alone, and why; PEFT's defects."""
@@ -62,7 +60,7 @@ class Patch(Record):
         """
         if not self.active:
             return
-        self._detach()
+        del self.model.__dict__[PATCH]
         for name, before in self.replaced.items():
             if getattr(vars(self.model).get(name), "__func__", None) is not _override(self._class, name):
                 continue
@@ -106,19 +104,19 @@ class Patch(Record):
                     raise RouteUnavailable(objection)
 
     def _install(self) -> None:
-        served = any(why_not_adapter(config) is None for config in self.model.peft_config.values())
-        names = ["get_prompt", "get_prompt_embedding_to_save"]
-        if self.task is not None:
-            names.insert(0, "forward")
-        if hasattr(type(self.model), "generate"):
-            names.append("generate")
-        if self.fix:
-            names.append("load_adapter")
-        elif self.task is not None and self.task.task.predicts_next and _generates_as_peft(self.model):
-            names.append("prepare_inputs_for_generation")
-        for name in names if served else ():
-            self.replaced[name] = vars(self.model).get(name)
-        self._attach()
+        task = None if self.task is None else self.task.task
+        shares = task is not None and task.predicts_next and not self.fix and _generates_as_peft(self.model)
+        names = {
+            "forward": task is not None,
+            "get_prompt": True,
+            "get_prompt_embedding_to_save": True,
+            "generate": hasattr(type(self.model), "generate"),
+            "load_adapter": self.fix,
+            "prepare_inputs_for_generation": shares,
+        }
+        if any(why_not_adapter(config) is None for config in self.model.peft_config.values()):
+            self.replaced = {name: vars(self.model).get(name) for name, wanted in names.items() if wanted}
+        self.model.__dict__[PATCH] = self
         for name in self.replaced:
             self.model.__dict__[name] = types.MethodType(_override(self._class, name), self.model)
 
@@ -154,7 +152,7 @@ class Patch(Record):
             result: Tensor = original(adapter_name)
             return result
         indices = self.model.prompt_tokens[adapter_name].unsqueeze(0)
-        with using(self.backend), _evaluating(encoder) if self.fix else contextlib.nullcontext():
+        with using(self.backend), evaluating(encoder) if self.fix else contextlib.nullcontext():
             rows = encode(encoder, config, indices.to(next(encoder.embedding.parameters()).device))
         return rows.detach().cpu()
 
@@ -183,17 +181,6 @@ class Patch(Record):
         if trained and method_of(config).saves_encoder:
             config.inference_mode = True  # PEFT's word for: the table is the prompt
         return result
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from typing import Any
 from .calls import PeftTask
 from .host import PeftHost
 
-_PATCH = "_fusedprompt_patch"
+PATCH = "_fusedprompt_patch"
 
 
 class Record:
@@ -27,15 +27,9 @@ class Record:
     @property
     def active(self) -> bool:
         """Whether the model is patched still."""
-        return vars(self.model).get(_PATCH) is self
-
-    def _attach(self) -> None:
-        self.model.__dict__[_PATCH] = self
-
-    def _detach(self) -> None:
-        del self.model.__dict__[_PATCH]
+        return record_on(self.model) is self
 
 
 def record_on(model: Any) -> Any:
     """The patch on a PEFT model, or None."""
-    return vars(model).get(_PATCH)
+    return vars(model).get(PATCH)

@@ -1,24 +1,16 @@
 """Prompt-learning methods: one file a method. Importing this package registers them."""
 
-from .cpt import CPTConfig, CPTEmbedding
-from .method import Method, Targets, find_method, method_of, register_method
-from .module import PromptModule
-from .p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
-from .prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
-
-__all__ = [
-    "CPTConfig",
-    "CPTEmbedding",
-    "Method",
-    "PromptEmbedding",
-    "PromptEncoder",
-    "PromptEncoderConfig",
-    "PromptEncoderReparameterizationType",
-    "PromptModule",
-    "PromptTuningConfig",
-    "PromptTuningInit",
-    "Targets",
-    "find_method",
-    "method_of",
-    "register_method",
-]
+from .cpt import CPTConfig as CPTConfig
+from .cpt import CPTEmbedding as CPTEmbedding
+from .method import Method as Method
+from .method import Targets as Targets
+from .method import find_method as find_method
+from .method import method_of as method_of
+from .method import register_method as register_method
+from .module import PromptModule as PromptModule
+from .p_tuning import PromptEncoder as PromptEncoder
+from .p_tuning import PromptEncoderConfig as PromptEncoderConfig
+from .p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+from .prompt_tuning import PromptEmbedding as PromptEmbedding
+from .prompt_tuning import PromptTuningConfig as PromptTuningConfig
+from .prompt_tuning import PromptTuningInit as PromptTuningInit

@@ -80,13 +80,6 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_files(folder: PathLike, files: Mapping[str, bytes]) -> None:
-    """Write small files into a folder, all or none."""
-    with atomic_writes(folder) as stage:
-        for name, content in files.items():
-            (stage / name).write_bytes(content)
-
-
 def stored(folder: PathLike, name: str) -> Path:
     """Where the current version of a file is: a save may have been interrupted after its files were committed."""
     committed = Path(folder, _COMMITTED, name)
@@ -148,34 +141,13 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
         raise ValueError(f"{path}: tensors {foreign} belong to no part of this adapter; expected {sorted(expected)}")
 
 
-def save_adapter(
-    folder: PathLike,
-    config_json: str,
-    config_name: str,
-    adapter: Mapping[str, Tensor],
-    encoder: Mapping[str, Tensor] | None,
-    template_json: str | None = None,
-) -> None:
-    """Write one adapter: configuration, PEFT's tensors, the encoder's own parameters if it is to be trained on, and the
-    template if it has one."""
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    """Write a safetensors file."""
     from safetensors.torch import save_file
 
-    def on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # A copy of its own per tensor: safetensors refuses tensors that share memory.
-        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-
-    with atomic_writes(folder) as stage:
-        (stage / config_name).write_text(config_json)
-        if template_json is not None:
-            (stage / TEMPLATE_NAME).write_text(template_json)
-        save_file(on_disk(adapter), str(stage / ADAPTER_NAME), metadata={"format": "pt"})
-        if encoder is not None:
-            metadata = {"format": "pt", "prompt_sha256": fingerprint(adapter[PROMPT_KEY])}
-            save_file(on_disk(encoder), str(stage / ENCODER_NAME), metadata=metadata)
-    for name, given in ((ENCODER_NAME, encoder), (TEMPLATE_NAME, template_json)):
-        if given is None:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(Path(folder, name))  # belongs to an adapter that this one replaced
+    # A copy of its own per tensor: safetensors refuses tensors that share memory.
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    save_file(copies, str(file), metadata={"format": "pt", **metadata})
 
 
 def read_encoder(folder: PathLike, prompt: Tensor) -> tuple[Path, dict[str, Tensor]] | None:
@@ -205,7 +177,7 @@ def fingerprint(tensor: Tensor) -> str:
     return hashlib.sha256(header + content.numpy().tobytes()).hexdigest()
 
 
-def find_folder(path: PathLike, **download: Any) -> Path:
+def find_folder(path: PathLike) -> Path:
     """A local folder: `path` itself, or the files of a repository of that name on the Hugging Face Hub.
 
     Raises:
@@ -221,7 +193,7 @@ def find_folder(path: PathLike, **download: Any) -> Path:
 
     patterns = ["adapter_config.json", ADAPTER_NAME, ENCODER_NAME, TEMPLATE_NAME]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, **download))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"path: expected a local folder or a repository on the Hub, got {name!r}, which is neither: {error}"

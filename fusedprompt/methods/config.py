@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from ..base.tasks import TaskType, task_of
-from .checkpoint import read_json, write_files
+from .checkpoint import atomic_writes, read_json
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -131,18 +131,18 @@ class PromptLearningConfig:
         if self.task_type is not None:
             name = task_of(self.task_type).name
             self.task_type = TaskType(name) if name in TaskType.__members__ else name
-        for field in (
-            "num_virtual_tokens",
-            "token_dim",
-            "num_transformer_submodules",
-            "num_attention_heads",
-            "num_layers",
-        ):
+        for field in ("num_virtual_tokens", "num_transformer_submodules", *_DERIVED):
             check_count(field, getattr(self, field))
         if isinstance(self.modules_to_save, str):
             raise TypeError(
                 f"modules_to_save: expected a list of module names, got the string {self.modules_to_save!r}"
             )
+
+    @property
+    def _submodules(self) -> int:
+        if self.num_transformer_submodules is not None:
+            return self.num_transformer_submodules
+        return 1 if self.task_type is None else task_of(self.task_type).submodules
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a plain dictionary, as PEFT's `to_dict`."""
@@ -154,7 +154,8 @@ class PromptLearningConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `adapter_config.json` into `save_directory`, which is made if missing. The write is atomic."""
-        write_files(save_directory, {CONFIG_NAME: self.to_json().encode()})
+        with atomic_writes(save_directory) as stage:
+            (stage / CONFIG_NAME).write_text(self.to_json())
 
     @classmethod
     def from_dict(cls: type[ConfigType], fields: Mapping[str, Any], origin: str = "fields") -> ConfigType:
@@ -210,8 +211,7 @@ class PromptLearningConfig:
         for field, names in _DERIVED.items():
             if getattr(filled, field) is None:
                 setattr(filled, field, _first_attribute(text_config, field, names))
-        if filled.num_transformer_submodules is None:
-            filled.num_transformer_submodules = 1 if filled.task_type is None else task_of(filled.task_type).submodules
+        filled.num_transformer_submodules = filled._submodules
         filled.validate()
         return filled
 
@@ -247,12 +247,14 @@ def config_class(peft_type: Any, origin: str = "peft_type") -> type[PromptLearni
     return CONFIG_CLASSES[name]
 
 
-def as_config(config: Any) -> PromptLearningConfig:
-    """Accept a configuration of this package, PEFT's class of the same name, or a dictionary of its fields."""
-    if isinstance(config, PromptLearningConfig):
-        return config
-    if hasattr(config, "to_dict") and hasattr(config, "peft_type"):
-        config = config.to_dict()
-    if isinstance(config, Mapping):
-        return PromptLearningConfig.from_dict(config, origin="config")
-    raise TypeError(f"config: expected a prompt-learning configuration, got {type(config).__name__}")
+def as_config(config: Any, kind: type[ConfigType]) -> ConfigType:
+    """One of `kind`, from a configuration of this package, PEFT's of the same name, or a dictionary of its fields."""
+    if not isinstance(config, PromptLearningConfig):
+        if hasattr(config, "to_dict") and hasattr(config, "peft_type"):
+            config = config.to_dict()
+        if not isinstance(config, Mapping):
+            raise TypeError(f"config: expected a prompt-learning configuration, got {type(config).__name__}")
+        config = PromptLearningConfig.from_dict(config, origin="config")
+    if not isinstance(config, kind):
+        raise TypeError(f"config: expected a {kind.__name__}, got {type(config).__name__}")
+    return config

@@ -70,12 +70,8 @@ class CPTConfig(PromptLearningConfig):
         super().validate()
         if self.task_type != TaskType.CAUSAL_LM:
             raise ValueError(f"task_type: CPTConfig only supports task_type = CAUSAL_LM, got {self.task_type!r}")
-        assert self.cpt_token_ids is not None and self.cpt_mask is not None and self.cpt_tokens_type_mask is not None
-        lengths = {
-            "cpt_token_ids": len(self.cpt_token_ids),
-            "cpt_mask": len(self.cpt_mask),
-            "cpt_tokens_type_mask": len(self.cpt_tokens_type_mask),
-        }
+        assert self.cpt_tokens_type_mask is not None
+        lengths = {field: len(getattr(self, field)) for field in ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask")}
         if len(set(lengths.values())) != 1:
             raise ValueError(
                 f"cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length, got {lengths}"
@@ -108,9 +104,7 @@ class CPTEmbedding(PromptModule):
     token_types: Tensor
 
     def __init__(self, config: Any, word_embeddings: nn.Module) -> None:
-        config = as_config(config)
-        if not isinstance(config, CPTConfig):
-            raise TypeError(f"config: expected a CPTConfig, got {type(config).__name__}")
+        config = as_config(config, CPTConfig)
         super().__init__(config)
         self.config = config
         assert config.cpt_token_ids is not None and config.cpt_tokens_type_mask is not None
@@ -120,16 +114,13 @@ class CPTEmbedding(PromptModule):
         self.delta_embedding = nn.Embedding(self.total_virtual_tokens, self.token_dim)
         nn.init.zeros_(self.delta_embedding.weight)
         self.register_buffer("token_types", torch.tensor(config.cpt_tokens_type_mask), persistent=False)
-        scale = math.sqrt(self.token_dim / 2048)
-        assert config.opt_projection_epsilon is not None and config.opt_projection_format_epsilon is not None
-        self._input_epsilon = config.opt_projection_epsilon * scale
-        self._format_epsilon = config.opt_projection_format_epsilon * scale
+        self._epsilons = _epsilons(config)
 
     def get_epsilon(self) -> Tensor:
         """The largest norm of each row's change, (P,) fp32."""
         kind = self.token_types % 4
-        epsilon = torch.where(kind == 2, self._input_epsilon, _FROZEN_EPSILON)
-        return torch.where((kind == 1) | (kind == 3), self._format_epsilon, epsilon).float()
+        epsilon = torch.where(kind == 2, self._epsilons[2], _FROZEN_EPSILON)
+        return torch.where((kind == 1) | (kind == 3), self._epsilons[1], epsilon).float()
 
     def encode(self) -> Tensor:
         """The prompt rows (P, D): context embeddings plus the projected change.
@@ -139,12 +130,24 @@ class CPTEmbedding(PromptModule):
         """
         if self.inference_mode:
             return self.embedding.weight
-        delta = self.delta_embedding.weight
-        rows, projected = ops.cpt(self.embedding.weight, delta, self.get_epsilon(), self.token_types % 4 != 0)
-        if torch.is_grad_enabled() and delta.requires_grad:
-            with torch.no_grad():
-                delta.copy_(projected)
-        return rows
+        trainable = self.token_types % 4 != 0
+        return _encode(self.embedding.weight, self.delta_embedding.weight, self.get_epsilon(), trainable)
+
+
+def _epsilons(config: Any) -> tuple[float, float, float, float]:
+    """The largest norm of a token's change, by its type code modulo 4."""
+    scale = math.sqrt(config.token_dim / 2048)
+    template, text = config.opt_projection_format_epsilon * scale, config.opt_projection_epsilon * scale
+    return _FROZEN_EPSILON, template, text, template
+
+
+def _encode(table: Tensor, delta: Tensor, epsilon: Tensor, trainable: Tensor) -> Tensor:
+    """`ops.cpt`; the projection is written back to `delta`, into its own memory, where a gradient may follow."""
+    rows, projected = ops.cpt(table, delta, epsilon, trainable)
+    if torch.is_grad_enabled() and delta.requires_grad:
+        with torch.no_grad():
+            delta.copy_(projected)
+    return rows
 
 
 def _from_prompt(module: Any, prompt: Tensor) -> None:
@@ -157,20 +160,26 @@ def _decay(config: Any) -> float:
     return 1.0 if factor is None else float(factor)
 
 
+def _moved_types(batch: Batch, offset: int) -> Tensor:
+    """The type codes of a batch, (B, S), behind those of the context, which take `offset`; without any all are labels
+    of one example."""
+    labels, types = batch.labels, batch.input_type_mask
+    if types is None:
+        return torch.full_like(labels, 4 + offset)
+    types = types.to(device=labels.device, dtype=labels.dtype)
+    return torch.where(types > 0, types + offset, types)
+
+
 def _targets(config: Any, layout: Layout, batch: Batch) -> Targets:
     """The context's own labels are learned too, and weighted. PEFT.`_cpt_forward`, without changing the caller's
     `input_type_mask`, and with the context's highest code rounded up to a multiple of 4: the codes of the input would
     otherwise mean something else, and no label might be left (huggingface/peft's default mask does that)."""
-    labels, types, mask = batch.labels, batch.input_type_mask, batch.attention_mask
-    if types is None:
-        types = torch.full_like(labels, 4)
-    elif types.shape != labels.shape:
+    labels, given, mask = batch.labels, batch.input_type_mask, batch.attention_mask
+    if given is not None and given.shape != labels.shape:
         raise ValueError(
-            f"input_type_mask: expected the shape of labels, {tuple(labels.shape)}, got {tuple(types.shape)}"
+            f"input_type_mask: expected the shape of labels, {tuple(labels.shape)}, got {tuple(given.shape)}"
         )
-    types = types.to(device=labels.device, dtype=labels.dtype)
-    offset = -(-max(config.cpt_tokens_type_mask) // 4) * 4
-    types = torch.where(types > 0, types + offset, types)
+    types = _moved_types(batch, -(-max(config.cpt_tokens_type_mask) // 4) * 4)
     context_types, context = labels.new_tensor(config.cpt_tokens_type_mask), labels.new_tensor(config.cpt_token_ids)
     placed = layout.slots is not None and labels.shape == layout.slots.shape
     carry = layout.overwrite_rows if placed else layout.fill_rows
@@ -181,43 +190,6 @@ def _targets(config: Any, layout: Layout, batch: Batch) -> Targets:
 
 
 # PEFT's module and loss
-
-
-def _run_peft(encoder: Any, indices: Tensor) -> Tensor:
-    """The frozen context plus the projected change.
-
-    The projection is written back where a gradient may follow, into the parameter's own memory; PEFT gives the
-    parameter new memory in every call.
-    """
-    delta = encoder.delta_embedding.weight
-    rows, projected = _projected(encoder, encoder.embedding.weight, delta)
-    if torch.is_grad_enabled() and delta.requires_grad:
-        with torch.no_grad():
-            delta.copy_(projected)
-    return rows
-
-
-def _run_sharded(encoder: Any, indices: Tensor) -> Tensor | None:
-    """The same where parameters hold nothing but while their module runs, as under ZeRO-3: PEFT's encoder reads them
-    before that, and fails. Only the prompt is projected, not the parameter. None where they are there."""
-    if encoder.delta_embedding.weight.dim() == 2:
-        return None
-    with torch.no_grad():
-        table = encoder.embedding(indices)[0]
-    return _projected(encoder, table, encoder.delta_embedding(indices)[0])[0]
-
-
-def _projected(encoder: Any, table: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (P, D) of the prompt, and of the projected change."""
-    context = _context(encoder.config, table.device)
-    epsilon = context.epsilon
-    with torch.no_grad():
-        # A row that was projected may be longer than its bound by rounding. It stays as it is: so the prompt that is
-        # saved has the bits of the one that was trained.
-        norm = delta.float().norm(dim=1)
-        rounding = 8 * max(torch.finfo(dtype).eps for dtype in (delta.dtype, torch.float32))
-        epsilon = torch.where(norm <= epsilon * (1 + rounding), torch.maximum(norm, epsilon), epsilon)
-    return ops.cpt(table, delta, epsilon, context.trainable)
 
 
 class Context(NamedTuple):
@@ -235,45 +207,64 @@ class Context(NamedTuple):
 
 def _context(config: Any, device: torch.device) -> Context:
     """A configuration's `Context`, made once per device: copies to a GPU wait for it."""
-    epsilons = (config.opt_projection_format_epsilon, config.opt_projection_epsilon)
-    return _context_of(
-        tuple(config.cpt_tokens_type_mask), tuple(config.cpt_token_ids), epsilons, config.token_dim, device
-    )
+    return _context_of(tuple(config.cpt_tokens_type_mask), tuple(config.cpt_token_ids), _epsilons(config), device)
 
 
 @functools.lru_cache(maxsize=64)
 def _context_of(
-    codes: tuple[int, ...], ids: tuple[int, ...], epsilons: tuple[float, float], width: int, device: torch.device
+    codes: tuple[int, ...], ids: tuple[int, ...], epsilons: tuple[float, ...], device: torch.device
 ) -> Context:
-    scale = math.sqrt(width / 2048)
-    bounds = {1: epsilons[0] * scale, 2: epsilons[1] * scale, 3: epsilons[0] * scale}
+    targets = [token if _is_label(code) else IGNORE_INDEX for token, code in zip(ids, codes)]
     with torch.inference_mode(False):
         return Context(
             torch.tensor(codes, device=device),
-            torch.tensor(
-                [token if _is_label(code) else IGNORE_INDEX for token, code in zip(ids, codes)], device=device
-            ),
-            torch.tensor([bounds.get(code % 4 if code > 0 else 0, _FROZEN_EPSILON) for code in codes], device=device),
+            torch.tensor(targets, device=device),
+            torch.tensor([epsilons[max(code, 0) % 4] for code in codes], device=device),
             torch.tensor([code % 4 != 0 for code in codes], device=device),
         )
 
 
 def _is_label(code: int) -> bool:
-    """Whether a type code marks a label."""
     return code > 0 and code % 4 == 0
+
+
+def _run_peft(encoder: Any, indices: Tensor) -> Tensor:
+    """The frozen context plus the projected change. PEFT gives the parameter new memory in every call."""
+    delta = encoder.delta_embedding.weight
+    return _encode(encoder.embedding.weight, delta, *_ball(encoder.config, delta))
+
+
+def _run_sharded(encoder: Any, indices: Tensor) -> Tensor | None:
+    """The same where parameters hold nothing but while their module runs, as under ZeRO-3: PEFT's encoder reads them
+    before that, and fails. Only the prompt is projected, not the parameter. None where they are there."""
+    if encoder.delta_embedding.weight.dim() == 2:
+        return None
+    with torch.no_grad():
+        table = encoder.embedding(indices)[0]
+    delta = encoder.delta_embedding(indices)[0]
+    return ops.cpt(table, delta, *_ball(encoder.config, delta))[0]
+
+
+def _ball(config: Any, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest norm of each row's change, and which rows are trained.
+
+    A row that was projected may be longer than its bound by rounding. It stays as it is: so the prompt that is saved
+    has the bits of the one that was trained.
+    """
+    context = _context(config, delta.device)
+    with torch.no_grad():
+        norm = delta.float().norm(dim=1)
+        rounding = 8 * max(torch.finfo(dtype).eps for dtype in (delta.dtype, torch.float32))
+        inside = norm <= context.epsilon * (1 + rounding)
+        return torch.where(inside, torch.maximum(norm, context.epsilon), context.epsilon), context.trainable
 
 
 def _peft_targets(config: Any, settings: Any, layout: Layout, batch: Batch) -> Targets:
     """As in PEFT the context's highest code is added to `input_type_mask`, and a batch in which nothing is left to
     learn gives NaN."""
-    labels, types, codes = batch.labels, batch.input_type_mask, config.cpt_tokens_type_mask
-    context, offset = _context(config, labels.device), max(codes)
-    if types is None:
-        types = torch.full_like(labels, 4 + offset)
-        labels = labels if _is_label(4 + offset) else torch.full_like(labels, IGNORE_INDEX)
-    else:
-        types = types.to(labels.device)
-        types = (types + (types > 0) * offset).long()
+    codes, context = config.cpt_tokens_type_mask, _context(config, batch.labels.device)
+    labels, types = batch.labels, _moved_types(batch, max(codes))
+    if batch.input_type_mask is not None or not _is_label(4 + max(codes)):
         labels = torch.where(is_label(types), labels, IGNORE_INDEX)
     has_labels = any(map(_is_label, codes[1:]))  # then every row has one
     types, labels = layout.fill_rows(types, context.types), layout.fill_rows(labels, context.targets)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..base.tasks import task_of
 from ..ops import _check
 from .config import PromptLearningConfig
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within it the module is in evaluation mode, after it as each of its parts was."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 class PromptModule(nn.Module):
@@ -22,10 +34,7 @@ class PromptModule(nn.Module):
             if getattr(config, field) is None:
                 raise ValueError(f"{field}: expected a positive int to build {type(self).__name__}, got None")
         assert config.num_virtual_tokens is not None and config.token_dim is not None
-        submodules = config.num_transformer_submodules
-        if submodules is None:
-            submodules = 1 if config.task_type is None else task_of(config.task_type).submodules
-        self.total_virtual_tokens = config.num_virtual_tokens * submodules
+        self.total_virtual_tokens = config.num_virtual_tokens * config._submodules
         self.token_dim = config.token_dim
         # The final rows are all there is: nothing to encode, nothing to train.
         self.inference_mode = config.inference_mode

@@ -45,11 +45,8 @@ class PromptEncoderConfig(PromptLearningConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.encoder_reparameterization_type = as_enum(
-            PromptEncoderReparameterizationType,
-            "encoder_reparameterization_type",
-            self.encoder_reparameterization_type,
-        )
+        field, kind = "encoder_reparameterization_type", PromptEncoderReparameterizationType
+        self.encoder_reparameterization_type = as_enum(kind, field, self.encoder_reparameterization_type)
         check_count("encoder_hidden_size", self.encoder_hidden_size)
         if self.encoder_num_layers is None:
             raise TypeError("encoder_num_layers: expected a positive int, got None")
@@ -72,9 +69,8 @@ class LSTMHead(nn.RNNBase):
     def __init__(self, input_size: int, hidden_size: int, num_layers: int, dropout: float) -> None:
         # nn.RNNBase warns about dropout that has no layer to act between.
         dropout = dropout if num_layers > 1 else 0.0
-        super().__init__(
-            "LSTM", input_size, hidden_size, num_layers, batch_first=True, dropout=dropout, bidirectional=True
-        )
+        sizes = (input_size, hidden_size, num_layers)
+        super().__init__("LSTM", *sizes, batch_first=True, dropout=dropout, bidirectional=True)
 
     def forward(self, rows: Tensor) -> tuple[Tensor, None]:
         """(B, P, D) to (B, P, 2H), as the first item of a pair, where `nn.LSTM` has it."""
@@ -102,9 +98,7 @@ class PromptEncoder(PromptModule):
     lstm_head: LSTMHead
 
     def __init__(self, config: Any) -> None:
-        config = as_config(config)
-        if not isinstance(config, PromptEncoderConfig):
-            raise TypeError(f"config: expected a PromptEncoderConfig, got {type(config).__name__}")
+        config = as_config(config, PromptEncoderConfig)
         super().__init__(config)
         self.input_size = self.output_size = self.token_dim
         self.hidden_size = config.encoder_hidden_size or self.token_dim
@@ -113,11 +107,8 @@ class PromptEncoder(PromptModule):
         if config.inference_mode:
             return
         if self.encoder_type is PromptEncoderReparameterizationType.LSTM:
-            self.lstm_head = LSTMHead(
-                self.input_size, self.hidden_size, config.encoder_num_layers, config.encoder_dropout
-            )
-            width = 2 * self.hidden_size
-            sizes = [width, width, self.output_size]
+            self.lstm_head = LSTMHead(self.input_size, self.hidden_size, config.encoder_num_layers, self.dropout)
+            sizes = [2 * self.hidden_size, 2 * self.hidden_size, self.output_size]
         else:
             sizes = [self.input_size, *[self.hidden_size] * config.encoder_num_layers, self.output_size]
         layers: list[nn.Module] = []
@@ -142,12 +133,10 @@ class PromptEncoder(PromptModule):
         _check.token_ids("indices", indices)
         if not indices.numel():
             return self.embedding.weight.new_empty(*indices.shape, self.token_dim)
-        if indices.shape[0] == 1 or torch.compiler.is_compiling():
-            distinct, which = indices, None
-        else:
+        distinct, which = indices, None
+        if indices.shape[0] > 1 and not torch.compiler.is_compiling():
             distinct, which = torch.unique(indices, dim=0, return_inverse=True)
-        encoded = [self._encode(self.embedding(sequence)) for sequence in distinct.unbind(0)]
-        rows = torch.stack(encoded)
+        rows = torch.stack([self._encode(self.embedding(sequence)) for sequence in distinct.unbind(0)])
         return rows if which is None else rows[which]
 
     def _encode(self, rows: Tensor) -> Tensor:

@@ -47,11 +47,9 @@ class PromptTuningConfig(PromptLearningConfig):
         self.prompt_tuning_init = as_enum(PromptTuningInit, "prompt_tuning_init", self.prompt_tuning_init)
         if self.prompt_tuning_init is PromptTuningInit.TEXT:
             for field in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
-                if not getattr(self, field):
-                    raise ValueError(
-                        f"{field}: expected a non-empty string with prompt_tuning_init='TEXT', "
-                        f"got {getattr(self, field)!r}"
-                    )
+                value, rule = getattr(self, field), "a non-empty string with prompt_tuning_init='TEXT'"
+                if not value:
+                    raise ValueError(f"{field}: expected {rule}, got {value!r}")
         elif self.tokenizer_kwargs:
             raise ValueError(
                 "tokenizer_kwargs: expected None unless prompt_tuning_init='TEXT', "
@@ -79,9 +77,7 @@ class PromptEmbedding(PromptModule):
     """
 
     def __init__(self, config: Any, word_embeddings: nn.Module) -> None:
-        config = as_config(config)
-        if not isinstance(config, PromptTuningConfig):
-            raise TypeError(f"config: expected a PromptTuningConfig, got {type(config).__name__}")
+        config = as_config(config, PromptTuningConfig)
         super().__init__(config)
         if config.inference_mode:
             return

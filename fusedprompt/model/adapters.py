@@ -19,6 +19,7 @@ from ..layouts.prompt import Prompt
 from ..layouts.template import Template
 from ..methods import PromptModule, method_of
 from ..methods.config import PromptLearningConfig, as_config
+from ..methods.module import evaluating
 from ..ops._backend import AUTO
 from ..routes.head import TextHead
 from ..routes.host import joined
@@ -37,6 +38,8 @@ class PromptAdapters(nn.Module):
         prompt_cache: prompts' keys and values for calls that train nothing.
         text_head: whether the next training step may leave its logits until they are read.
     """
+
+    backend = AUTO  # ops follow `use_backend`
 
     def __init__(self, base_model: nn.Module) -> None:
         super().__init__()
@@ -68,9 +71,7 @@ class PromptAdapters(nn.Module):
     @property
     def active_config(self) -> PromptLearningConfig:
         """The active adapter's configuration."""
-        if self.active_adapter is None:
-            raise ValueError("active_adapter: expected an adapter, but the last one was deleted")
-        return self.peft_config[self.active_adapter]
+        return self.peft_config[self._prompt().name]
 
     @property
     def in_use(self) -> str | None:
@@ -94,11 +95,6 @@ class PromptAdapters(nn.Module):
             self._state = BaseState(self.base_model)
         return self._state
 
-    @property
-    def backend(self) -> str:
-        """Ops follow `use_backend`."""
-        return AUTO
-
     def add_adapter(
         self, adapter_name: str, config: Any, prompt_start: int = 0, template: Template | str | None = None
     ) -> None:
@@ -112,7 +108,7 @@ class PromptAdapters(nn.Module):
         """
         if isinstance(prompt_start, bool) or not isinstance(prompt_start, int) or prompt_start < 0:
             raise ValueError(f"prompt_start: expected an int >= 0, got {prompt_start!r}")
-        resolved = self._resolve(as_config(config))
+        resolved = self._resolve(as_config(config, PromptLearningConfig))
         if isinstance(template, str):
             template = Template.parse(template)
         if template is not None:
@@ -133,15 +129,14 @@ class PromptAdapters(nn.Module):
         for name in names:
             self._check_known(name)
         self.active_adapter = names[0]
+        trained = {name for name in names if not inference_mode and not self.peft_config[name].inference_mode}
         for name, encoder in self.prompt_encoder.items():
-            trains = name in names and not inference_mode and not self.peft_config[name].inference_mode
-            encoder.requires_grad_(trains)
+            encoder.requires_grad_(name in trained)
             for frozen in method_of(self.peft_config[name]).frozen:
                 encoder.get_submodule(frozen).requires_grad_(False)
         for _, saved in saved_modules.saved_modules(self.base_model):
             for name, module in saved.modules_to_save.items():
-                trains = name in names and not inference_mode and not self.peft_config[name].inference_mode
-                module.requires_grad_(trains)
+                module.requires_grad_(name in trained)
         self._use_heads()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -258,10 +253,12 @@ class PromptAdapters(nn.Module):
         """Where the input embedding is."""
         return device_of(self.word_embeddings)
 
-    def _prompt(self, adapter_name: str | None) -> Prompt:
-        if adapter_name is None and self.active_adapter is None:
+    def _prompt(self, adapter_name: str | None = None) -> Prompt:
+        """An adapter's, by default the active one's."""
+        name = adapter_name or self.active_adapter
+        if name is None:
             raise ValueError("active_adapter: expected an adapter, but the last one was deleted")
-        return self.prompts[adapter_name or str(self.active_adapter)]
+        return self.prompts[name]
 
     def prompt_rows_count(self, adapter_name: str | None = None) -> int:
         """P: prompt rows of an adapter, the active one by default."""
@@ -297,13 +294,8 @@ class PromptAdapters(nn.Module):
         """The whole prompt table (R, D) as it is saved: computed in eval mode, so that no dropout is saved with it."""
         self._check_known(adapter_name)
         encoder: Any = self.prompt_encoder[adapter_name]
-        training = encoder.training
-        encoder.eval()
-        try:
-            with torch.no_grad():
-                prompt: Tensor = encoder.encode().detach().cpu()
-        finally:
-            encoder.train(training)
+        with torch.no_grad(), evaluating(encoder):
+            prompt: Tensor = encoder.encode().detach().cpu()
         return prompt
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base import saved_modules
 from ..layouts.batch import Batch
 from ..layouts.template import Template
 from ..methods import checkpoint
@@ -137,10 +136,8 @@ class PromptModel(PromptAdapters):
         """Run the base model on prompt and tokens; the class says what the arguments are."""
         batch = Batch(input_ids, inputs_embeds, attention_mask, labels, position_ids, token_type_ids, input_type_mask)
         route = self.route if route is None else route
-        return run(
-            self,
-            plan(self, Call(batch, kwargs, past_key_values, route, logits, slots, pool_index, fields, adapter_names)),
-        )
+        call = Call(batch, kwargs, past_key_values, route, logits, slots, pool_index, fields, adapter_names)
+        return run(self, plan(self, call))
 
     def generate(self, inputs: Tensor | None = None, *, route: str | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, with the prompt in front.
@@ -240,11 +237,4 @@ class PromptModel(PromptAdapters):
 
         Args and errors as in `from_pretrained`.
         """
-        loaded = saving.load(self, checkpoint.find_folder(path) / (subfolder or ""), is_trainable)
-        if adapter_name in self.peft_config:
-            self._remove(adapter_name)
-        self._install(adapter_name, loaded.config, loaded.prompt_start, loaded.encoder, loaded.template)
-        with torch.no_grad():
-            for key, parameter in saved_modules.tensors(self.base_model, adapter_name).items():
-                parameter.copy_(loaded.head_tensors[key])
-        self.set_adapter(self.active_adapter or adapter_name)
+        saving.load(self, adapter_name, checkpoint.find_folder(path) / (subfolder or ""), is_trainable)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,42 +23,37 @@ PROMPT_START_KEY = "fusedprompt_prompt_start"
 PEFT_TYPE_KEY = "fusedprompt_peft_type"
 
 
-def _refusal(template: Template) -> str:
-    return f"a fusedprompt adapter with the template {template}, while PEFT only puts prompts in front of a text"
-
-
-@dataclass
-class LoadedAdapter:
-    """An adapter read from files and checked against a model, not yet part of it."""
-
-    config: PromptLearningConfig
-    prompt_start: int
-    encoder: PromptModule
-    head_tensors: dict[str, Tensor]
-    template: Template | None
-
-
 def save(model: PromptAdapters, adapter_name: str, folder: Path) -> None:
-    """Write one adapter of a model into a folder."""
-    config = copy.copy(model.peft_config[adapter_name])
-    encoder = None
-    if not config.inference_mode and method_of(config).saves_encoder:
-        encoder = model.prompt_encoder[adapter_name].state_dict()
+    """Write one adapter of a model into a folder: configuration, PEFT's tensors, the encoder's own parameters if it is
+    to be trained on, and the template if it has one."""
+    config, place = copy.copy(model.peft_config[adapter_name]), model.prompts[adapter_name]
+    saves_encoder = not config.inference_mode and method_of(config).saves_encoder
     config.inference_mode = True  # PEFT's files always say so
-    prompt = model.get_prompt_embedding_to_save(adapter_name)
-    tensors = {checkpoint.PROMPT_KEY: prompt, **saved_modules.tensors(model.base_model, adapter_name)}
     fields = config.to_dict()
-    place = model.prompts[adapter_name]
     if place.start:
         fields[PROMPT_START_KEY] = place.start
     if place.pattern is not None:
-        fields[PEFT_TYPE_KEY], fields["peft_type"] = fields["peft_type"], _refusal(place.pattern)
-    text = None if place.template is None else place.template.to_json()
-    checkpoint.save_adapter(folder, format_json(fields), CONFIG_NAME, tensors, encoder, text)
+        fields[PEFT_TYPE_KEY] = fields["peft_type"]
+        fields["peft_type"] = (
+            f"a fusedprompt adapter with the template {place.pattern}, while PEFT only puts prompts in front of a text"
+        )
+    prompt = model.get_prompt_embedding_to_save(adapter_name)
+    tensors = {checkpoint.PROMPT_KEY: prompt, **saved_modules.tensors(model.base_model, adapter_name)}
+    with checkpoint.atomic_writes(folder) as stage:
+        (stage / CONFIG_NAME).write_text(format_json(fields))
+        checkpoint.write_tensors(stage / checkpoint.ADAPTER_NAME, tensors)
+        if place.template is not None:
+            (stage / checkpoint.TEMPLATE_NAME).write_text(place.template.to_json())
+        if saves_encoder:
+            encoder, belongs_to = model.prompt_encoder[adapter_name].state_dict(), checkpoint.fingerprint(prompt)
+            checkpoint.write_tensors(stage / checkpoint.ENCODER_NAME, encoder, prompt_sha256=belongs_to)
+        written = {file.name for file in stage.iterdir()}
+    for name in {checkpoint.ENCODER_NAME, checkpoint.TEMPLATE_NAME} - written:
+        (folder / name).unlink(missing_ok=True)  # belongs to an adapter that this one replaced
 
 
-def load(model: PromptAdapters, folder: Path, is_trainable: bool) -> LoadedAdapter:
-    """Read an adapter from a folder and check every tensor against a model, which is not changed."""
+def load(model: PromptAdapters, adapter_name: str, folder: Path, is_trainable: bool) -> None:
+    """Read an adapter from a folder, check every tensor against a model, and only then put it into the model."""
     fields = checkpoint.read_json(folder / CONFIG_NAME)
     prompt_start = int(fields.pop(PROMPT_START_KEY, 0))
     peft_type = fields.pop(PEFT_TYPE_KEY, None)
@@ -82,7 +76,13 @@ def load(model: PromptAdapters, folder: Path, is_trainable: bool) -> LoadedAdapt
             encoder.embedding.weight.copy_(prompt)
         else:
             _load_encoder(encoder, config, folder, prompt)
-    return LoadedAdapter(config, prompt_start, encoder, tensors, template)
+    if adapter_name in model.peft_config:
+        model._remove(adapter_name)
+    model._install(adapter_name, config, prompt_start, encoder, template)
+    with torch.no_grad():
+        for key, parameter in saved_modules.tensors(model.base_model, adapter_name).items():
+            parameter.copy_(tensors[key])
+    model.set_adapter(model.active_adapter or adapter_name)
 
 
 def _load_template(
