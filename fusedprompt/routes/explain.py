@@ -91,14 +91,13 @@ def _pictures(host: Host, planned: Plan) -> list[str]:
         owner, is_prompt = owners[index] if index < len(owners) else ("", False)
         return letters[owner] if is_prompt else "A" if owner else PADDING
 
-    assert layout.slots is not None
     if mixture is None:
-        return [f"row 0: {join_symbols(row_symbols(layout.slots[0].tolist(), letter=letter))}"]
+        return [f"row 0: {join_symbols(row_symbols(layout.given_slots[0].tolist(), letter=letter))}"]
     lines = []
     for name in dict.fromkeys(mixture.names):
         row, number = mixture.names.index(name), mixture.names.count(name)
         real = None if mask is None else mask[row].tolist()
-        picture = join_symbols(row_symbols(layout.slots[row].tolist(), real, letter=letter))
+        picture = join_symbols(row_symbols(layout.given_slots[row].tolist(), real, letter=letter))
         lines.append(f"{name}, {number} row{'s' * (number > 1)}, row {row}: {picture}")
     return lines
 

@@ -96,9 +96,8 @@ def _slots(host: Host, active: Prompt, call: Call) -> tuple[Call, Layout | None,
         return call, None, (active.name,)
     refuse_fields(call, "with slots, which are of a batch that is complete")
     call, layout, table = slots_of(host, active, call)
-    assert layout.slots is not None
     if call.adapter_names is None and active.pattern is None and not active.start and call.pool_index is None:
-        plain = without_prefix_slots(call.batch, layout.slots, active.rows)
+        plain = without_prefix_slots(call.batch, layout.given_slots, active.rows)
         if plain is not None:
             return replace(call, batch=plain, slots=None), None, table
     return call, layout, table

@@ -187,12 +187,11 @@ def _given(host: Host, active: Prompt, call: Call) -> Plan:
     why = "the slots say where each prompt row goes"
     if call.route == SHARED:
         raise RouteUnavailable(why)
-    batch, slots = placed.batch, placed.layout.slots
-    assert slots is not None
+    batch = placed.batch
     # The ids of a template's fields are joined.
     call = replace(call, batch=replace(call.batch, input_ids=batch.input_ids))
     if batch.attention_mask is None:
-        batch = replace(batch, attention_mask=torch.ones_like(slots))
+        batch = replace(batch, attention_mask=torch.ones_like(placed.layout.given_slots))
     decoder = not facts.encoder_decoder
     placed = place(facts, placed.layout, _to_splice(batch), Turn.LAST_TO_END if decoder else None)
     if decoder:

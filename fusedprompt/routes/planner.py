@@ -233,12 +233,11 @@ def _padding_to_left(batch: Batch, mask: Tensor) -> Batch:
     """Padding at the right of each row moved to its left."""
     (size, length), shift = batch.shape, -count_padding(mask)[1]
     turned = Layout.insert(0, length, torch.zeros_like(shift), shift)
-    assert turned.slots is not None
     ids, embeds, positions = batch.input_ids, batch.inputs_embeds, batch.position_ids
     if ids is not None:
         ids = turned.fill(ids, 0)
     if embeds is not None:
-        embeds = embeds.gather(1, turned.slots.unsqueeze(-1).expand_as(embeds))
+        embeds = embeds.gather(1, turned.given_slots.unsqueeze(-1).expand_as(embeds))
     if positions is not None:
         positions = turned.fill(positions.expand(size, length), 0)
     mask = turned.fill(mask, 0)
