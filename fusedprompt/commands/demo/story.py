@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ... import PromptEncoderConfig, PromptModel, get_prompt_model
+from ... import PromptModel, get_prompt_model
 from . import report, timing, together
 from .training import Curve, Settings, train
-from .words import END, PAD, TASKS, VOCABULARY, Task, Words, exact_match, lines, lines_of_all, load_words, rewrite_words
+from .words import END, PAD, TASKS, VOCABULARY, Task, Words, exact_match, lines, load_words, rewrite_words
 
 
 @contextlib.contextmanager
@@ -114,15 +115,13 @@ def pretrain(settings: Settings, words: Words, seed: int, device: torch.device) 
     model = LlamaForCausalLM(config).to(device)
     curve = train(
         model,
-        lines_of_all(words.train, tagged=True, device=device),
+        lines(words.train, [*TASKS.values()], True, device),
         title="pre-training",
         steps=settings.pretraining_steps,
         batch_size=settings.pretraining_batch,
         learning_rate=settings.pretraining_rate,
         seed=seed,
-        check=lambda: (
-            sum(exact_match(model, words.validation, task, tagged=True) for task in TASKS.values()) / len(TASKS)
-        ),
+        check=lambda: statistics.fmean(exact_match(model, words.validation, task, True) for task in TASKS.values()),
         check_every=settings.pretraining_check_every,
     )
     return model, curve
@@ -148,16 +147,10 @@ def learn_prompt(
         Its numbers, and how it learned.
     """
     torch.manual_seed(seed)
-    config = PromptEncoderConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=settings.virtual_tokens,
-        encoder_reparameterization_type=kind,
-        encoder_hidden_size=settings.encoder_width,
-    )
-    model = get_prompt_model(fresh_base(output, device), config)
+    model = get_prompt_model(fresh_base(output, device), settings.prompt(kind))
     curve = train(
         model,
-        {name: tensor.to(device) for name, tensor in lines(words.train, task, tagged=False).items()},
+        lines(words.train, task, False, device),
         title=f"P-tuning, {kind}",
         steps=settings.prompt_steps,
         batch_size=settings.prompt_batch,
@@ -196,7 +189,7 @@ def compare_models(saved: nn.Module, reloaded: nn.Module, words: Words, task: Ta
         RuntimeError: it is more than rounding could make it.
     """
     device = next(saved.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in lines(words.test, task, tagged=False).items()}
+    batch = lines(words.test, task, False, device)
     with torch.no_grad():
         before, after = saved(**batch).logits, reloaded(**batch).logits
     difference = float((before - after).abs().max())

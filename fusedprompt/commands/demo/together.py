@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ... import PromptEncoderConfig, PromptModel, get_prompt_model
+from ... import PromptModel, get_prompt_model
 from .training import Curve, Settings, train
-from .words import TASKS, Words, lines_of_all, rewrite_words
+from .words import TASKS, Words, lines, rewrite_words
 
 
 def learn_all(
@@ -26,24 +26,16 @@ def learn_all(
         Exact match by task, examples, times; and how they learned.
     """
     torch.manual_seed(seed)
-    model: PromptModel | None = None
-    for extra, name in enumerate(TASKS):
-        # Prompts of different lengths, since they may be.
-        config = PromptEncoderConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=settings.virtual_tokens + extra,
-            encoder_reparameterization_type="MLP",
-            encoder_hidden_size=settings.encoder_width,
-        )
-        if model is None:
-            model = get_prompt_model(base, config, name)
-        else:
-            model.add_adapter(name, config)
-    assert model is not None
+    # Prompts of different lengths, since they may be.
+    configs = {name: settings.prompt("MLP", extra) for extra, name in enumerate(TASKS)}
+    first, *others = configs
+    model = get_prompt_model(base, configs[first], first)
+    for name in others:
+        model.add_adapter(name, configs[name])
     model.set_adapter(list(TASKS))
     curve = train(
         model,
-        lines_of_all(words.train, tagged=False, device=device),
+        lines(words.train, [*TASKS.values()], False, device),
         title="P-tuning four prompts",
         steps=settings.together_steps,
         batch_size=settings.together_batch,

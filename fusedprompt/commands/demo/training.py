@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ... import PromptEncoderConfig
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -38,6 +40,15 @@ class Settings:
     enough_percent: float = 99.0
     timing_rounds: int = 100
     examples: int = 5
+
+    def prompt(self, encoder: str, extra: int = 0) -> PromptEncoderConfig:
+        """The configuration of a prompt with `extra` virtual tokens more than usual."""
+        return PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=self.virtual_tokens + extra,
+            encoder_reparameterization_type=encoder,
+            encoder_hidden_size=self.encoder_width,
+        )
 
 
 QUICK = Settings(

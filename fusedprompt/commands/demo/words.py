@@ -96,17 +96,18 @@ def _python_sources(folder: str) -> Iterator[str]:
             yield source.read()
 
 
-def lines_of_all(words: Sequence[str], tagged: bool, device: torch.device) -> dict[str, Tensor]:
-    """`lines` of every task, one task after another."""
-    parts = [lines(words, task, tagged) for task in TASKS.values()]
-    return {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
-
-
-def lines(words: Sequence[str], task: Task, tagged: bool) -> dict[str, Tensor]:
+def lines(
+    words: Sequence[str], tasks: Task | Sequence[Task], tagged: bool, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
     """Whole lines to train on, as int64 tensors (words, T): `input_ids`, `attention_mask` and `labels`.
 
-    Lines are padded on the right to the longest possible one. Only the answer and its newline bear labels.
+    Lines are padded on the right to the longest possible one. Only the answer and its newline bear labels. Of several
+    tasks each has all words, one task after another.
     """
+    if not isinstance(tasks, Task):
+        parts = [lines(words, task, tagged, device) for task in tasks]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    task = tasks
     width = len(_question("x" * LONGEST, task, tagged)) + LONGEST + 1
     ids = torch.full((len(words), width), PAD)
     labels = torch.full((len(words), width), IGNORED)
@@ -115,7 +116,8 @@ def lines(words: Sequence[str], task: Task, tagged: bool) -> dict[str, Tensor]:
         line = torch.tensor(list(question + task.rewrite(word).encode() + bytes([END])))
         ids[row, : len(line)] = line
         labels[row, len(question) : len(line)] = line[len(question) :]
-    return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
+    batch = {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def rewrite_words(
