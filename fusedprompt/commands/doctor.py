@@ -53,8 +53,7 @@ def examine() -> dict[str, Any]:
         "backends": _guarded(_backends),
         "checks": _guarded(_checks),
     }
-    checks = report["checks"]
-    report["healthy"] = isinstance(checks, dict) and "error" not in checks and all(v == "ok" for v in checks.values())
+    report["healthy"] = all(result == "ok" for result in report["checks"].values())
     return report
 
 
@@ -76,7 +75,7 @@ def _guarded(probe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return probe()
     except Exception:  # the report must be finished whatever is broken
-        return {"error": traceback.format_exc(limit=3).strip().splitlines()[-1]}
+        return {"error": traceback.format_exc().strip().splitlines()[-1]}
 
 
 def _version(package: str) -> str:
@@ -121,31 +120,6 @@ def _devices() -> dict[str, Any]:
     return devices
 
 
-def _sample(device: str) -> dict[str, tuple[Any, ...]]:
-    """Small arguments for each op, in the order its backends take them."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Any:
-        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(device)
-
-    ids = torch.randint(0, 11, (2, 4), generator=generator).to(device)
-    lstm_weights = [draw(12, 5), draw(12, 3), draw(12), draw(12)] * 2
-    return {
-        "mlp": (draw(4, 5), [draw(6, 5), draw(5, 6)], [draw(6), draw(5)], []),
-        "lstm": (draw(1, 4, 5), lstm_weights, [], True),
-        "splice": (draw(3, 5), None, ids, draw(11, 5), None, [], []),
-        "cpt": (
-            draw(3, 5),
-            draw(3, 5),
-            torch.tensor([0.1, 9.0, 0.5], device=device),
-            torch.tensor([True, False, True], device=device),
-        ),
-        "head_loss": (draw(4, 5), draw(11, 5), draw(11), torch.tensor([3, -100, 0, 10], device=device), None),
-    }
-
-
 def _native_code() -> dict[str, Any]:
     from ..ops import _native
 
@@ -153,124 +127,20 @@ def _native_code() -> dict[str, Any]:
 
 
 def _backends() -> dict[str, Any]:
-    import torch
-
     from .. import ops
+    from . import op_checks
 
-    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     return {
         f"{op} on {device}": ops.explain(op, *arguments)
-        for device in devices
-        for op, arguments in _sample(device).items()
+        for device in op_checks.devices()
+        for op, (_, *arguments) in op_checks.samples(device).items()
     }
 
 
 def _checks() -> dict[str, Any]:
-    """Each op and its gradients, on each device and backend that runs, against the formula in fp64 on the CPU."""
-    import torch
+    from . import op_checks
 
-    from .. import ops
-
-    results: dict[str, Any] = {}
-    for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
-        for name, arguments in _sample(device).items():
-            for backend, objection in ops.explain(name, *arguments).items():
-                if objection == "runs":
-                    key = f"{name} {backend} on {device}"
-                    results[key] = _guarded(lambda: {"": _compare(name, backend, arguments)}).popitem()[1]  # noqa: B023
-    return results
-
-
-def _compare(name: str, backend: str, arguments: tuple[Any, ...]) -> str:
-    """ "ok", or what differs."""
-    import torch
-
-    from .. import ops
-
-    def leaves(values: tuple[Any, ...], dtype: torch.dtype, device: str) -> tuple[list[Any], list[torch.Tensor]]:
-        tensors: list[torch.Tensor] = []
-
-        def copy(value: Any) -> Any:
-            if isinstance(value, (list, tuple)):
-                return [copy(item) for item in value]
-            if isinstance(value, torch.Tensor):
-                moved = value.detach().to(device, dtype if value.is_floating_point() else value.dtype, copy=True)
-                if moved.is_floating_point():
-                    tensors.append(moved.requires_grad_())
-                return moved
-            return value
-
-        return [copy(value) for value in values], tensors
-
-    def gradients(output: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
-        found = torch.autograd.grad((output * weight).sum(), inputs, allow_unused=True)
-        return [output, *(value if value is not None else torch.zeros_like(at) for value, at in zip(found, inputs))]
-
-    device = str(next(value.device for value in arguments if isinstance(value, torch.Tensor)))
-    values, inputs = leaves(arguments, torch.float32, device)
-    chosen = next(candidate for candidate in ops.OPS[name].backends if candidate.name == backend)
-    output = chosen.call(*values)
-    actual = gradients(output[0] if isinstance(output, tuple) else output, inputs)
-    exact_values, exact_inputs = leaves(arguments, torch.float64, "cpu")
-    expected = gradients(_FORMULAS[name](*exact_values), exact_inputs)
-    for index, (found, right) in enumerate(zip(actual, expected)):
-        error = (found.detach().cpu().double() - right.detach()).abs().max().item()
-        if not error <= 1e-4 * max(1.0, right.abs().max().item()):  # also true for NaN
-            return f"{'output' if index == 0 else f'gradient {index}'} differs from the formula by {error:.1e}"
-    return "ok"
-
-
-def _mlp_formula(x: Any, weights: Any, biases: Any, _: Any) -> Any:
-    for weight, bias in zip(weights[:-1], biases[:-1]):
-        x = (x @ weight.T + bias).clamp(min=0)
-    return x @ weights[-1].T + biases[-1]
-
-
-def _lstm_formula(x: Any, weights: Any, _: Any, bidirectional: bool) -> Any:
-    import torch
-
-    outputs = []
-    for way in range(2 if bidirectional else 1):
-        w_ih, w_hh, b_ih, b_hh = weights[4 * way : 4 * way + 4]
-        h = c = x.new_zeros(x.shape[0], w_hh.shape[1])
-        steps = []
-        for t in range(x.shape[1])[:: -1 if way else 1]:
-            i, f, g, o = (x[:, t] @ w_ih.T + b_ih + h @ w_hh.T + b_hh).chunk(4, -1)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * c.tanh()
-            steps.append(h)
-        outputs.append(torch.stack(steps[:: -1 if way else 1], 1))
-    return torch.cat(outputs, -1)
-
-
-def _splice_formula(prompt: Any, slots: Any, ids: Any, table: Any, *_: Any) -> Any:
-    import torch
-
-    return torch.stack([torch.cat((prompt, table[row])) for row in ids])
-
-
-def _cpt_formula(embedding: Any, delta: Any, epsilon: Any, trainable: Any) -> Any:
-    import torch
-
-    scale = torch.minimum(torch.ones_like(epsilon), epsilon / delta.norm(dim=1)).detach()[:, None]
-    # The gradient goes to delta as if there were no projection, where it is trainable.
-    moved = torch.where(trainable[:, None], delta, delta.detach())
-    return embedding.detach() + (delta * scale).detach() + moved - moved.detach()
-
-
-def _head_loss_formula(hidden: Any, weight: Any, bias: Any, labels: Any, _: Any) -> Any:
-    logits = hidden @ weight.detach().T + bias.detach()
-    return sum(logits[row].logsumexp(0) - logits[row, label] for row, label in enumerate(labels) if label >= 0)
-
-
-_FORMULAS: dict[str, Callable[..., Any]] = {
-    "mlp": _mlp_formula,
-    "lstm": _lstm_formula,
-    "splice": _splice_formula,
-    "cpt": _cpt_formula,
-    "head_loss": _head_loss_formula,
-}
+    return op_checks.check_all()
 
 
 if __name__ == "__main__":

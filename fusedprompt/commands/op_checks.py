@@ -1,0 +1,110 @@
+"""The doctor's check of every op: small arguments, and a formula that shares no code with the op."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+
+def devices() -> list[str]:
+    """The CPU and every CUDA device."""
+    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+
+
+def samples(device: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
+    """The formula of each op, and behind it small arguments in the order its backends take them, always the same."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(device, dtype).requires_grad_()
+
+    ids = torch.randint(0, 11, (2, 4), generator=generator).to(device)
+    lstm_weights = [draw(*shape) for _ in range(2) for shape in ((12, 5), (12, 3), (12,), (12,))]
+    epsilon = torch.tensor([0.1, 9.0, 0.5], device=device, dtype=dtype, requires_grad=True)
+    trainable = torch.tensor([True, False, True], device=device)
+    labels = torch.tensor([3, -100, 0, 10], device=device)
+    return {
+        "mlp": (_mlp, draw(4, 5), [draw(6, 5), draw(5, 6)], [draw(6), draw(5)], []),
+        "lstm": (_lstm, draw(1, 4, 5), lstm_weights, [], True),
+        "splice": (_splice, draw(3, 5), None, ids, draw(11, 5), None, [], []),
+        "cpt": (_cpt, draw(3, 5), draw(3, 5), epsilon, trainable),
+        "head_loss": (_head_loss, draw(4, 5), draw(11, 5), draw(11), labels, None),
+    }
+
+
+def check_all() -> dict[str, Any]:
+    """Each op and its gradients, on each device and backend that runs, against the formula in fp64 on the CPU."""
+    results: dict[str, Any] = {}
+    exact = samples("cpu", torch.float64)
+    for device in devices():
+        for name, (_, *arguments) in samples(device).items():
+            for backend in ops.OPS[name].backends:
+                if backend.why_not(*arguments) is None:
+                    try:
+                        result = _compare(_differentiate(backend.call, *arguments), _differentiate(*exact[name]))
+                    except Exception:  # the others shall be checked whatever is broken
+                        result = traceback.format_exc().strip().splitlines()[-1]
+                    results[f"{name} {backend.name} on {device}"] = result
+    return results
+
+
+def _differentiate(function: Callable[..., Any], *arguments: Any) -> list[Tensor]:
+    """The output, and the gradient for each floating argument."""
+    result = function(*arguments)
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    flat = [item for value in arguments for item in (value if isinstance(value, list) else [value])]
+    inputs = [item for item in flat if isinstance(item, Tensor) and item.requires_grad]
+    weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
+    return [output, *torch.autograd.grad((output * weight).sum(), inputs, materialize_grads=True)]
+
+
+def _compare(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
+    """ "ok", or what differs."""
+    for index, (found, right) in enumerate(zip(actual, expected)):
+        error = (found.detach().cpu().double() - right.detach()).abs().max().item()
+        if not error <= 1e-4 * max(1.0, right.abs().max().item()):  # also true for NaN
+            return f"{'output' if index == 0 else f'gradient {index}'} differs from the formula by {error:.1e}"
+    return "ok"
+
+
+def _mlp(x: Any, weights: Any, biases: Any, _: Any) -> Any:
+    for weight, bias in zip(weights[:-1], biases[:-1]):
+        x = (x @ weight.T + bias).clamp(min=0)
+    return x @ weights[-1].T + biases[-1]
+
+
+def _lstm(x: Any, weights: Any, *_: Any) -> Any:
+    outputs = []
+    for way in (1, -1):  # along the sequence, and against it
+        (w_ih, w_hh, b_ih, b_hh), weights = weights[:4], weights[4:]
+        h = c = x.new_zeros(x.shape[0], w_hh.shape[1])
+        steps = []
+        for t in range(x.shape[1])[::way]:
+            i, f, g, o = (x[:, t] @ w_ih.T + b_ih + h @ w_hh.T + b_hh).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            steps.append(h)
+        outputs.append(torch.stack(steps[::way], 1))
+    return torch.cat(outputs, -1)
+
+
+def _splice(prompt: Any, slots: Any, ids: Any, table: Any, *_: Any) -> Any:
+    return torch.stack([torch.cat((prompt, table[row])) for row in ids])
+
+
+def _cpt(embedding: Any, delta: Any, epsilon: Any, trainable: Any) -> Any:
+    scale = torch.minimum(torch.ones_like(epsilon), epsilon / delta.norm(dim=1)).detach()[:, None]
+    # The gradient goes to delta as if there were no projection, where it is trainable.
+    moved = torch.where(trainable[:, None], delta, delta.detach())
+    return embedding.detach() + (delta * scale).detach() + moved - moved.detach()
+
+
+def _head_loss(hidden: Any, weight: Any, bias: Any, labels: Any, _: Any) -> Any:
+    logits = hidden @ weight.detach().T + bias.detach()
+    return sum(logits[row].logsumexp(0) - logits[row, label] for row, label in enumerate(labels) if label >= 0)
