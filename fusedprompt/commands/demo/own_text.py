@@ -101,7 +101,7 @@ def run(data: TextData, settings: TextSettings, output: Path, seed: int, device:
     start = time.perf_counter()
     torch.manual_seed(seed)
     base = data.base.to(device)
-    train_rows, held_out = data.train.to(device), data.held_out.to(device)
+    train_rows, held_out = data.train, data.held_out.to(device)
     without = held_out_loss(base, held_out, settings.batch_size)
     config = PromptEncoderConfig(
         task_type="CAUSAL_LM",

@@ -95,6 +95,24 @@ def _describe(prompt: Mapping[str, Any], before: float, with_tag: float) -> dict
     return description
 
 
+def print_together(together: Mapping[str, Any]) -> None:
+    """Print what the prompts that were learned together achieved."""
+    print(
+        "5. Four prompts of different lengths, one per task, learned together in mixed batches: "
+        f"{together['steps']} steps, {together['seconds']:.0f} s.\n"
+        f"   One batch of {together['rows']:,} rows, each answered as its own prompt says, in "
+        f"{together['seconds_to_answer']:.1f} s:"
+    )
+    for name, word, answer in together["examples"]:
+        print(f"     {name:<12} {word}= {answer}")
+    print(f"   Exact match: {percents(together['exact_match'])}.")
+
+
+def percents(by_task: Mapping[str, float]) -> str:
+    """Exact match of each task, for people."""
+    return ", ".join(f"{name} {percent:.1f} %" for name, percent in by_task.items())
+
+
 def draw_story(
     path: Path, pretraining: Curve, curves: Mapping[str, Curve], task: str, before: float, with_tag: float
 ) -> None:

@@ -13,9 +13,22 @@ import torch
 from torch import nn
 
 from ... import PromptEncoderConfig, PromptModel, get_prompt_model
-from . import report, timing, together
+from . import report, timing
 from .training import Curve, Settings, train
-from .words import END, PAD, TASKS, VOCABULARY, Task, Words, exact_match, lines, lines_of_all, load_words, rewrite_words
+from .words import (
+    END,
+    PAD,
+    TASKS,
+    VOCABULARY,
+    Task,
+    Words,
+    exact_match,
+    lines,
+    lines_of_all,
+    load_words,
+    percent_right,
+    rewrite_words,
+)
 
 
 @contextlib.contextmanager
@@ -65,18 +78,15 @@ def tell(settings: Settings, output: Path, task: Task, seed: int, device: torch.
     before = exact_match(base, words.test, task, tagged=False)
     print(
         f"   {base.num_parameters():,} parameters, {pretraining.seconds[-1]:.0f} s. Exact match on "
-        f"{settings.test_words} unseen words with the tag: "
-        + ", ".join(f"{name} {percent:.1f} %" for name, percent in with_tag.items())
-        + f".\n   Without the tag it cannot know what is wanted: {before:.1f} %. From here on it is frozen.\n"
+        f"{settings.test_words} unseen words with the tag: {report.percents(with_tag)}.\n"
+        f"   Without the tag it cannot know what is wanted: {before:.1f} %. From here on it is frozen.\n"
         f"3. P-tuning {settings.virtual_tokens} virtual tokens to ask for '{task.name}' in the tag's place:"
     )
-    prompts, curves = {}, {}
-    for kind in ("MLP", "LSTM"):
-        prompts[kind], curves[kind] = learn_prompt(settings, kind, words, task, output, seed, device)
+    prompts = {kind: learn_prompt(settings, kind, words, task, output, seed, device) for kind in ("MLP", "LSTM")}
     report.print_prompts(prompts, before, with_tag[task.name])
-    trained, fresh = fresh_base(output, device), fresh_base(output, device)
-    all_tasks, _ = together.learn_all(settings, trained, fresh, words, output, seed, device)
-    print(together.describe(all_tasks))
+    together = learn_together(settings, words, output, seed, device)
+    report.print_together(together)
+    curves = {kind: Curve(**prompt["curve"]) for kind, prompt in prompts.items()}
     report.draw_story(output / "curves.png", pretraining, curves, task.name, before, with_tag[task.name])
     return {
         "mode": "story",
@@ -89,7 +99,7 @@ def tell(settings: Settings, output: Path, task: Task, seed: int, device: torch.
         "exact_match_with_tag": with_tag,
         "exact_match_without_tag": before,
         "prompts": prompts,
-        "together": all_tasks,
+        "together": together,
         "total_seconds": time.perf_counter() - start,
     }
 
@@ -114,7 +124,7 @@ def pretrain(settings: Settings, words: Words, seed: int, device: torch.device) 
     model = LlamaForCausalLM(config).to(device)
     curve = train(
         model,
-        lines_of_all(words.train, tagged=True, device=device),
+        lines_of_all(words.train, tagged=True),
         title="pre-training",
         steps=settings.pretraining_steps,
         batch_size=settings.pretraining_batch,
@@ -138,26 +148,13 @@ def fresh_base(output: Path, device: torch.device) -> nn.Module:
 
 def learn_prompt(
     settings: Settings, kind: str, words: Words, task: Task, output: Path, seed: int, device: torch.device
-) -> tuple[dict[str, Any], Curve]:
-    """P-tune a prompt through one kind of encoder, save it, load it again, and use it.
-
-    Args:
-        kind: "MLP" or "LSTM".
-
-    Returns:
-        Its numbers, and how it learned.
-    """
+) -> dict[str, Any]:
+    """P-tune a prompt through one kind of encoder ("MLP" or "LSTM"), save it, load it again, and use it."""
     torch.manual_seed(seed)
-    config = PromptEncoderConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=settings.virtual_tokens,
-        encoder_reparameterization_type=kind,
-        encoder_hidden_size=settings.encoder_width,
-    )
-    model = get_prompt_model(fresh_base(output, device), config)
+    model = get_prompt_model(fresh_base(output, device), _config(settings, kind, settings.virtual_tokens))
     curve = train(
         model,
-        {name: tensor.to(device) for name, tensor in lines(words.train, task, tagged=False).items()},
+        lines(words.train, task, tagged=False),
         title=f"P-tuning, {kind}",
         steps=settings.prompt_steps,
         batch_size=settings.prompt_batch,
@@ -172,11 +169,10 @@ def learn_prompt(
     reloaded = PromptModel.from_pretrained(fresh_base(output, device), folder)
     difference = compare_models(model, reloaded, words, task)
     answers = rewrite_words(reloaded, words.test, task, tagged=False)
-    right = sum(answer == task.rewrite(word) for answer, word in zip(answers, words.test))
     encoder: Any = model.prompt_encoder["default"]
     return {
         "exact_match_untrained": curve.checks[0],
-        "exact_match": 100.0 * right / len(answers),
+        "exact_match": percent_right(answers, words.test, task),
         "trainable_parameters": model.get_nb_trainable_parameters()[0],
         "adapter_bytes": (folder / "adapter_model.safetensors").stat().st_size,
         "seconds": curve.seconds[-1],
@@ -186,7 +182,16 @@ def learn_prompt(
         "encoding": timing.compare_encoders(encoder, settings.timing_rounds),
         "backends": timing.backends(encoder),
         "curve": dataclasses.asdict(curve),
-    }, curve
+    }
+
+
+def _config(settings: Settings, kind: str, length: int) -> PromptEncoderConfig:
+    return PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=length,
+        encoder_reparameterization_type=kind,
+        encoder_hidden_size=settings.encoder_width,
+    )
 
 
 def compare_models(saved: nn.Module, reloaded: nn.Module, words: Words, task: Task) -> float:
@@ -203,3 +208,55 @@ def compare_models(saved: nn.Module, reloaded: nn.Module, words: Words, task: Ta
     if not difference <= 1e-5 * float(before.abs().max()):
         raise RuntimeError(f"the reloaded adapter's logits differ from the saved one's by {difference}")
     return difference
+
+
+def learn_together(settings: Settings, words: Words, output: Path, seed: int, device: torch.device) -> dict[str, Any]:
+    """P-tune one adapter per task in mixed batches, save and reload them, and answer one mixed batch."""
+    model, reloaded = PromptModel(fresh_base(output, device)), PromptModel(fresh_base(output, device))
+    torch.manual_seed(seed)
+    for extra, name in enumerate(TASKS):
+        # Prompts of different lengths, since they may be.
+        model.add_adapter(name, _config(settings, "MLP", settings.virtual_tokens + extra))
+    model.set_adapter(list(TASKS))
+    curve = train(
+        model,
+        lines_of_all(words.train, tagged=False),
+        title="P-tuning four prompts",
+        steps=settings.together_steps,
+        batch_size=settings.together_batch,
+        learning_rate=settings.prompt_rate,
+        seed=seed,
+        check=lambda: min(exact_matches(model, words.validation).values()),
+        check_every=settings.together_check_every,
+        enough=settings.enough_percent,
+        adapter_names=[name for name in TASKS for _ in words.train],
+    )
+    folder = output / "together"
+    model.save_pretrained(folder)
+    for name in TASKS:
+        reloaded.load_adapter(folder / name, name)
+    reloaded.eval()
+    start = time.perf_counter()
+    right = exact_matches(reloaded, words.test)
+    seconds = time.perf_counter() - start
+    shown = words.test[: len(TASKS)]
+    answers = rewrite_words(reloaded, shown, TASKS["upper"], tagged=False, adapter_names=list(TASKS))
+    return {
+        "exact_match": right,
+        "rows": len(TASKS) * len(words.test),
+        "seconds_to_answer": seconds,
+        "seconds": curve.seconds[-1],
+        "steps": len(curve.loss),
+        "examples": [list(row) for row in zip(TASKS, shown, answers)],
+        "curve": dataclasses.asdict(curve),
+    }
+
+
+def exact_matches(model: PromptModel, words: list[str]) -> dict[str, float]:
+    """Percentage of right answers by task: every word for every task, all in one batch."""
+    asked = [word for word in words for _ in TASKS]
+    answers = rewrite_words(model, asked, TASKS["upper"], tagged=False, adapter_names=[*TASKS] * len(words))
+    return {
+        name: percent_right(answers[index :: len(TASKS)], words, task)
+        for index, (name, task) in enumerate(TASKS.items())
+    }

@@ -96,10 +96,10 @@ def _python_sources(folder: str) -> Iterator[str]:
             yield source.read()
 
 
-def lines_of_all(words: Sequence[str], tagged: bool, device: torch.device) -> dict[str, Tensor]:
+def lines_of_all(words: Sequence[str], tagged: bool) -> dict[str, Tensor]:
     """`lines` of every task, one task after another."""
     parts = [lines(words, task, tagged) for task in TASKS.values()]
-    return {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def lines(words: Sequence[str], task: Task, tagged: bool) -> dict[str, Tensor]:
@@ -153,7 +153,11 @@ def rewrite_words(
 
 def exact_match(model: torch.nn.Module, words: Sequence[str], task: Task, tagged: bool) -> float:
     """Percentage of words that the model rewrites without a single wrong letter."""
-    answers = rewrite_words(model, words, task, tagged)
+    return percent_right(rewrite_words(model, words, task, tagged), words, task)
+
+
+def percent_right(answers: Sequence[str], words: Sequence[str], task: Task) -> float:
+    """Percentage of answers without a single wrong letter."""
     return 100.0 * sum(answer == task.rewrite(word) for answer, word in zip(answers, words)) / len(words)
 
 
