@@ -23,13 +23,9 @@ PACKAGES = ("transformers", "tqdm", "matplotlib")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo.
+    """Run the demo on arguments without the program's name (None: the command line's), and return the exit code.
 
-    Args:
-        argv: arguments without the program's name; None takes the command line's.
-
-    Returns:
-        The exit code. Wrong arguments leave by argparse's SystemExit, with a message that names the argument.
+    Wrong arguments leave by argparse's SystemExit, with a message that names the argument.
     """
     parser = _parser()
     args = parser.parse_args(argv)

@@ -15,20 +15,7 @@ from torch import nn
 from ... import PromptEncoderConfig, PromptModel, get_prompt_model
 from . import report, timing
 from .training import Curve, Settings, train
-from .words import (
-    END,
-    PAD,
-    TASKS,
-    VOCABULARY,
-    Task,
-    Words,
-    exact_match,
-    lines,
-    lines_of_all,
-    load_words,
-    percent_right,
-    rewrite_words,
-)
+from .words import TASKS, TOKENS, Task, Words, all_lines, exact_match, exact_matches, lines, load_words, rewrite_words
 
 
 @contextlib.contextmanager
@@ -47,10 +34,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 @_quiet_transformers()
 def tell(settings: Settings, output: Path, task: Task, seed: int, device: torch.device) -> dict[str, Any]:
-    """Run the story, print it, and write base model, adapters and curves below `output`.
-
-    Args:
-        task: what the prompts learn to ask for.
+    """Run the story of prompts that ask for `task`, print it, and write models, adapters and curves below `output`.
 
     Returns:
         All its numbers, ready for JSON. Exact match is in percent, times in seconds unless a name ends in `_ms`.
@@ -111,20 +95,17 @@ def pretrain(settings: Settings, words: Words, seed: int, device: torch.device) 
     torch.manual_seed(seed)
     # Rotary positions are relative: a word is read the same way wherever a prompt moves it.
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        **TOKENS,
         hidden_size=settings.width,
         intermediate_size=2 * settings.width,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
         max_position_embeddings=64,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=END,
     )
     model = LlamaForCausalLM(config).to(device)
     curve = train(
         model,
-        lines_of_all(words.train, tagged=True),
+        all_lines(words.train, tagged=True),
         title="pre-training",
         steps=settings.pretraining_steps,
         batch_size=settings.pretraining_batch,
@@ -168,17 +149,17 @@ def learn_prompt(
     model.save_pretrained(folder)
     reloaded = PromptModel.from_pretrained(fresh_base(output, device), folder)
     difference = compare_models(model, reloaded, words, task)
-    answers = rewrite_words(reloaded, words.test, task, tagged=False)
+    shown = words.test[: settings.examples]
     encoder: Any = model.prompt_encoder["default"]
     return {
         "exact_match_untrained": curve.checks[0],
-        "exact_match": percent_right(answers, words.test, task),
+        "exact_match": exact_match(reloaded, words.test, task, tagged=False),
         "trainable_parameters": model.get_nb_trainable_parameters()[0],
         "adapter_bytes": (folder / "adapter_model.safetensors").stat().st_size,
         "seconds": curve.seconds[-1],
         "steps": len(curve.loss),
         "reloaded_largest_difference": difference,
-        "examples": dict(zip(words.test[: settings.examples], answers)),
+        "examples": dict(zip(shown, rewrite_words(reloaded, shown, task, tagged=False))),
         "encoding": timing.compare_encoders(encoder, settings.timing_rounds),
         "backends": timing.backends(encoder),
         "curve": dataclasses.asdict(curve),
@@ -220,7 +201,7 @@ def learn_together(settings: Settings, words: Words, output: Path, seed: int, de
     model.set_adapter(list(TASKS))
     curve = train(
         model,
-        lines_of_all(words.train, tagged=False),
+        all_lines(words.train, tagged=False),
         title="P-tuning four prompts",
         steps=settings.together_steps,
         batch_size=settings.together_batch,
@@ -249,14 +230,4 @@ def learn_together(settings: Settings, words: Words, output: Path, seed: int, de
         "steps": len(curve.loss),
         "examples": [list(row) for row in zip(TASKS, shown, answers)],
         "curve": dataclasses.asdict(curve),
-    }
-
-
-def exact_matches(model: PromptModel, words: list[str]) -> dict[str, float]:
-    """Percentage of right answers by task: every word for every task, all in one batch."""
-    asked = [word for word in words for _ in TASKS]
-    answers = rewrite_words(model, asked, TASKS["upper"], tagged=False, adapter_names=[*TASKS] * len(words))
-    return {
-        name: percent_right(answers[index :: len(TASKS)], words, task)
-        for index, (name, task) in enumerate(TASKS.items())
     }

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-VOCABULARY = 256  # one token per byte
 PAD, END = 0, ord("\n")
+# For a model's configuration: one token per byte.
+TOKENS = {"vocab_size": 256, "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": END}
 SHORTEST, LONGEST = 3, 8  # letters of a word
 IGNORED = -100  # transformers' label for "no loss here"
 
@@ -96,7 +97,7 @@ def _python_sources(folder: str) -> Iterator[str]:
             yield source.read()
 
 
-def lines_of_all(words: Sequence[str], tagged: bool) -> dict[str, Tensor]:
+def all_lines(words: Sequence[str], tagged: bool) -> dict[str, Tensor]:
     """`lines` of every task, one task after another."""
     parts = [lines(words, task, tagged) for task in TASKS.values()]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -153,11 +154,18 @@ def rewrite_words(
 
 def exact_match(model: torch.nn.Module, words: Sequence[str], task: Task, tagged: bool) -> float:
     """Percentage of words that the model rewrites without a single wrong letter."""
-    return percent_right(rewrite_words(model, words, task, tagged), words, task)
+    return _percent_right(rewrite_words(model, words, task, tagged), words, task)
 
 
-def percent_right(answers: Sequence[str], words: Sequence[str], task: Task) -> float:
-    """Percentage of answers without a single wrong letter."""
+def exact_matches(model: torch.nn.Module, words: Sequence[str]) -> dict[str, float]:
+    """The same for each task by the adapter of its name: every word for every task, all in one batch without tags."""
+    asked = [word for word in words for _ in TASKS]
+    answers = rewrite_words(model, asked, TASKS["upper"], tagged=False, adapter_names=[*TASKS] * len(words))
+    tasks = TASKS.values()
+    return {task.name: _percent_right(answers[first :: len(tasks)], words, task) for first, task in enumerate(tasks)}
+
+
+def _percent_right(answers: Sequence[str], words: Sequence[str], task: Task) -> float:
     return 100.0 * sum(answer == task.rewrite(word) for answer, word in zip(answers, words)) / len(words)
 
 
