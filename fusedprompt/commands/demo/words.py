@@ -122,7 +122,7 @@ def lines(words: Sequence[str], task: Task, tagged: bool) -> dict[str, Tensor]:
 def rewrite_words(
     model: torch.nn.Module, words: Sequence[str], task: Task, tagged: bool, adapter_names: Sequence[str] | None = None
 ) -> list[str]:
-    """What the model makes of each word, decoded greedily in one batch.
+    """What the model makes of each word, decoded greedily in one batch, in eval mode.
 
     Args:
         model: anything with transformers' `generate`.
@@ -135,7 +135,6 @@ def rewrite_words(
     # Padding is on the left, so that every row continues where its question ends.
     rows = [[PAD] * (width - len(question)) + list(question) for question in questions]
     ids = torch.tensor(rows, device=next(model.parameters()).device)
-    was_training = model.training
     model.eval()
     names = {} if adapter_names is None else {"adapter_names": list(adapter_names)}
     output = model.generate(  # type: ignore[operator]
@@ -147,7 +146,6 @@ def rewrite_words(
         pad_token_id=PAD,
         **names,
     )
-    model.train(was_training)
     answers = [bytes(row).split(bytes([END]))[0] for row in output[:, width:].tolist()]
     return [answer.decode("ascii", errors="replace") for answer in answers]
 
