@@ -21,7 +21,6 @@ from .._version import __version__
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
 # Settings that change what runs; beside all of our own.
 _SETTINGS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_INTERPRET")
-_OURS = "FUSEDPROMPT_"
 _SECTIONS = ("versions", "system", "devices", "environment", "native code", "backends", "checks")
 
 
@@ -45,13 +44,16 @@ def examine() -> dict[str, Any]:
         },
         "system": _guarded(_system),
         "devices": _guarded(_devices),
-        "environment": {key: os.environ[key] for key in sorted(os.environ) if key in _SETTINGS or key[:12] == _OURS},
+        "environment": {
+            key: value
+            for key, value in sorted(os.environ.items())
+            if key.startswith("FUSEDPROMPT_") or key in _SETTINGS
+        },
         "native code": _guarded(_native_code),
         "backends": _guarded(_backends),
         "checks": _guarded(_checks),
     }
-    checks = report["checks"]
-    report["healthy"] = isinstance(checks, dict) and "error" not in checks and all(v == "ok" for v in checks.values())
+    report["healthy"] = all(result == "ok" for result in report["checks"].values())
     return report
 
 
@@ -73,7 +75,7 @@ def _guarded(probe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return probe()
     except Exception:  # the report must be finished whatever is broken
-        return {"error": traceback.format_exc(limit=3).strip().splitlines()[-1]}
+        return {"error": traceback.format_exc().strip().splitlines()[-1]}
 
 
 def _version(package: str) -> str:
@@ -118,12 +120,6 @@ def _devices() -> dict[str, Any]:
     return devices
 
 
-def _names() -> list[str]:
-    import torch
-
-    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-
-
 def _native_code() -> dict[str, Any]:
     from ..ops import _native
 
@@ -132,24 +128,19 @@ def _native_code() -> dict[str, Any]:
 
 def _backends() -> dict[str, Any]:
     from .. import ops
-    from .op_checks import sample
+    from . import op_checks
 
-    return {f"{op} on {device}": ops.explain(op, *given) for device in _names() for op, given in sample(device).items()}
+    return {
+        f"{op} on {device}": ops.explain(op, *arguments)
+        for device in op_checks.devices()
+        for op, (_, *arguments) in op_checks.samples(device).items()
+    }
 
 
 def _checks() -> dict[str, Any]:
-    """Each op and its gradients, on each device and backend that runs."""
-    from .. import ops
-    from .op_checks import compare, sample
+    from . import op_checks
 
-    results: dict[str, Any] = {}
-    for device in _names():
-        for name, given in sample(device).items():
-            for backend, objection in ops.explain(name, *given).items():
-                if objection == "runs":
-                    key = f"{name} {backend} on {device}"
-                    results[key] = _guarded(lambda: {"": compare(name, backend, given)}).popitem()[1]  # noqa: B023
-    return results
+    return op_checks.check_all()
 
 
 if __name__ == "__main__":

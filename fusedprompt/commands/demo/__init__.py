@@ -23,13 +23,9 @@ PACKAGES = ("transformers", "tqdm", "matplotlib")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo.
+    """Run the demo on arguments without the program's name (None: the command line's), and return the exit code.
 
-    Args:
-        argv: arguments without the program's name; None takes the command line's.
-
-    Returns:
-        The exit code. Wrong arguments leave by argparse's SystemExit, with a message that names the argument.
+    Wrong arguments leave by argparse's SystemExit, with a message that names the argument.
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -39,10 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.model is None and text_options:
         names = ", ".join("--" + name.replace("_", "-") for name in text_options)
         parser.error(f"{names}: expected only with --model and --text")
-    try:
-        require_packages(*PACKAGES)
-    except ImportError as error:
-        print(f"error: {error}", file=sys.stderr)
+    missing = " and ".join(name for name in PACKAGES if importlib.util.find_spec(name) is None)
+    if missing:
+        print(f"error: the demo needs {missing}; install with: pip install fusedprompt[demo]", file=sys.stderr)
         return 1
     try:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -69,17 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{args.output / 'summary.json'}. Adapters are beside them."
     )
     return 0
-
-
-def require_packages(*names: str) -> None:
-    """Check that packages are installed.
-
-    Raises:
-        ImportError: one is missing; the message says how to get it.
-    """
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"the demo needs {' and '.join(missing)}; install with: pip install fusedprompt[demo]")
 
 
 def _parser() -> argparse.ArgumentParser:

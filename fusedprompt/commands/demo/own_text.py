@@ -65,27 +65,24 @@ def load(model: str, text: Path, settings: TextSettings) -> TextData:
         tokenizer = AutoTokenizer.from_pretrained(model)
         base = AutoModelForCausalLM.from_pretrained(model)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"--model: expected a causal language model with a tokenizer, got {model!r}: {reason}"
-        ) from error
-    if settings.block_size < 2:
-        raise ValueError(f"--block-size: expected at least 2, one token to predict the next, got {settings.block_size}")
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(f"--model: expected a causal language model with a tokenizer, got {model!r}: {why}") from error
+    size = settings.block_size
+    if size < 2:
+        raise ValueError(f"--block-size: expected at least 2, one token to predict the next, got {size}")
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and settings.virtual_tokens + settings.block_size > limit:
+    if limit is not None and settings.virtual_tokens + size > limit:
         raise ValueError(
             f"--virtual-tokens + --block-size: expected at most the model's {limit} positions, "
-            f"got {settings.virtual_tokens} + {settings.block_size}"
+            f"got {settings.virtual_tokens} + {size}"
         )
     # A long text is more than the model's context, about which tokenizers warn; here it is cut into blocks.
     ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     begin = [token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id]
-    width = settings.block_size - len(begin)
+    width = size - len(begin)
     count = len(ids) // width
     if count < 2:
-        raise ValueError(
-            f"--text: expected at least two blocks of --block-size {settings.block_size} tokens, got {len(ids)} tokens"
-        )
+        raise ValueError(f"--text: expected at least two blocks of --block-size {size} tokens, got {len(ids)} tokens")
     blocks = torch.tensor([begin + ids[width * row : width * (row + 1)] for row in range(count)])
     held_out = max(1, count // 10)
     return TextData(base, blocks[:-held_out], blocks[-held_out:])
@@ -101,7 +98,7 @@ def run(data: TextData, settings: TextSettings, output: Path, seed: int, device:
     start = time.perf_counter()
     torch.manual_seed(seed)
     base = data.base.to(device)
-    train_rows, held_out = data.train.to(device), data.held_out.to(device)
+    train_rows, held_out = data.train, data.held_out.to(device)
     without = held_out_loss(base, held_out, settings.batch_size)
     config = PromptEncoderConfig(
         task_type="CAUSAL_LM",
@@ -163,8 +160,6 @@ def labels(blocks: Tensor) -> Tensor:
 def held_out_loss(model: nn.Module, blocks: Tensor, batch_size: int) -> float:
     """Mean loss in nats per token, in eval mode."""
     model.eval()
-    total = 0.0
+    batches = torch.split(blocks, batch_size)
     with torch.no_grad():
-        for rows in torch.split(blocks, batch_size):
-            total += float(model(input_ids=rows, labels=labels(rows)).loss) * len(rows)
-    return total / len(blocks)
+        return sum(float(model(input_ids=rows, labels=labels(rows)).loss) * len(rows) for rows in batches) / len(blocks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -40,15 +39,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def write_json(path: Path, summary: Mapping[str, Any]) -> None:
     """Write a summary; numbers that are not finite become null, for JSON has none."""
-    path.write_text(json.dumps(_finite(summary), indent=2) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    finite = json.loads(json.dumps(summary), parse_constant=lambda name: None)
+    path.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -58,11 +50,6 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         print("   " + "  ".join([row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:])]))
         if index == 0:
             print("   " + "-" * (sum(widths) + 2 * len(widths) - 2))
-
-
-def runs(explained: Mapping[str, str]) -> str:
-    """The backend that `auto` takes, from what `fusedprompt.explain` says."""
-    return next(name for name, reason in explained.items() if reason == "runs")
 
 
 def print_prompts(prompts: Mapping[str, Mapping[str, Any]], before: float, with_tag: float) -> None:
@@ -91,8 +78,27 @@ def _describe(prompt: Mapping[str, Any], before: float, with_tag: float) -> dict
         "encoding the prompt, forward + backward: plain PyTorch": f"{encoding['pytorch_ms']:.3f} ms",
     }
     for op in ("lstm", "mlp", "splice"):
-        description[f"backend of op '{op}'"] = runs(explained[op]) if op in explained else "not used"
+        running = [name for name, reason in explained.get(op, {}).items() if reason == "runs"]
+        description[f"backend of op '{op}'"] = running[0] if running else "not used"
     return description
+
+
+def print_together(together: Mapping[str, Any]) -> None:
+    """Print what the prompts that were learned together achieved."""
+    print(
+        "5. Four prompts of different lengths, one per task, learned together in mixed batches: "
+        f"{together['steps']} steps, {together['seconds']:.0f} s.\n"
+        f"   One batch of {together['rows']:,} rows, each answered as its own prompt says, in "
+        f"{together['seconds_to_answer']:.1f} s:"
+    )
+    for name, word, answer in together["examples"]:
+        print(f"     {name:<12} {word}= {answer}")
+    print(f"   Exact match: {percents(together['exact_match'])}.")
+
+
+def percents(by_task: Mapping[str, float]) -> str:
+    """Exact match of each task, for people."""
+    return ", ".join(f"{name} {percent:.1f} %" for name, percent in by_task.items())
 
 
 def draw_story(
@@ -100,32 +106,31 @@ def draw_story(
 ) -> None:
     """Draw loss and exact match of the pre-training (top) and of the prompts (bottom) over time."""
     figure, axes = _figure(2, 2)
-    _loss(axes[0][0], "all four tasks", pretraining, "tab:green", "training loss (nats per byte)")
-    _checks(axes[0][1], "all four tasks", pretraining, "tab:green")
-    axes[0][0].set_title("Pre-training with the tag: loss")
-    axes[0][1].set_title("Pre-training with the tag: unseen words")
-    for kind, curve in curves.items():
-        _loss(axes[1][0], f"{kind} encoder", curve, COLORS[kind], "training loss (nats per byte)")
-        _checks(axes[1][1], f"{kind} encoder", curve, COLORS[kind])
-    axes[1][0].set_title(f"P-tuning to '{task}', model frozen, no tag: loss")
-    axes[1][1].set_title(f"P-tuning to '{task}', model frozen, no tag: unseen words")
+    top, bottom = "Pre-training with the tag", f"P-tuning to '{task}', model frozen, no tag"
+    _story_row(axes[0], top, {"all four tasks": (pretraining, "tab:green")})
+    _story_row(axes[1], bottom, {f"{kind} encoder": (curve, COLORS[kind]) for kind, curve in curves.items()})
     axes[1][1].axhline(with_tag, color="gray", linestyle="--", label=f"with the tag, no prompt ({with_tag:.1f} %)")
     axes[1][1].axhline(before, color="gray", linestyle=":", label=f"without tag or prompt ({before:.1f} %)")
-    for axis in (axes[0][1], axes[1][1]):
-        axis.set_ylim(-5, 105)
-        axis.set_ylabel("exact match (% of words)")
     _finish(figure, path)
+
+
+def _story_row(axes: Any, title: str, curves: Mapping[str, tuple[Curve, str]]) -> None:
+    losses, matches = axes
+    for label, (curve, color) in curves.items():
+        losses.plot(curve.seconds, curve.loss, color=color, linewidth=1, label=label)
+        matches.plot(curve.checked_seconds(), curve.checks, color=color, marker="o", markersize=3, label=label)
+    losses.set(title=f"{title}: loss", yscale="log", ylabel="training loss (nats per byte)")
+    matches.set(title=f"{title}: unseen words", ylim=(-5, 105), ylabel="exact match (% of words)")
 
 
 def draw_text(path: Path, curve: Curve, encoder: str, without: float) -> None:
     """Draw the loss on training batches and on the held-out blocks over time."""
     figure, axes = _figure(1, 1)
-    axis = axes[0][0]
-    axis.plot(curve.seconds, curve.loss, color=COLORS[encoder], alpha=0.35, label="training batch")
-    axis.plot(curve.checked_seconds(), curve.checks, color=COLORS[encoder], marker="o", label="held-out text")
+    axis, color = axes[0][0], COLORS[encoder]
+    axis.plot(curve.seconds, curve.loss, color=color, alpha=0.35, label="training batch")
+    axis.plot(curve.checked_seconds(), curve.checks, color=color, marker="o", label="held-out text")
     axis.axhline(without, color="gray", linestyle="--", label=f"held-out text without prompt ({without:.3f})")
-    axis.set_ylabel("loss (nats per token)")
-    axis.set_title(f"P-tuning with the {encoder} encoder, model frozen")
+    axis.set(title=f"P-tuning with the {encoder} encoder, model frozen", ylabel="loss (nats per token)")
     _finish(figure, path)
 
 
@@ -135,16 +140,6 @@ def _figure(rows: int, columns: int) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(6 * columns, 3.8 * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _loss(axis: Any, label: str, curve: Curve, color: str, unit: str) -> None:
-    axis.plot(curve.seconds, curve.loss, color=color, linewidth=1, label=label)
-    axis.set_yscale("log")
-    axis.set_ylabel(unit)
-
-
-def _checks(axis: Any, label: str, curve: Curve, color: str) -> None:
-    axis.plot(curve.checked_seconds(), curve.checks, color=color, marker="o", markersize=3, label=label)
 
 
 def _finish(figure: Any, path: Path) -> None:

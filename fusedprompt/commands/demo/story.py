@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ... import PromptModel, get_prompt_model
-from . import report, timing, together
+from ... import PromptEncoderConfig, PromptModel, get_prompt_model
+from . import report, timing
 from .training import Curve, Settings, train
-from .words import END, PAD, TASKS, VOCABULARY, Task, Words, exact_match, lines, load_words, rewrite_words
+from .words import TASKS, TOKENS, Task, Words, all_lines, exact_match, exact_matches, lines, load_words, rewrite_words
 
 
 @contextlib.contextmanager
@@ -35,10 +34,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 @_quiet_transformers()
 def tell(settings: Settings, output: Path, task: Task, seed: int, device: torch.device) -> dict[str, Any]:
-    """Run the story, print it, and write base model, adapters and curves below `output`.
-
-    Args:
-        task: what the prompts learn to ask for.
+    """Run the story of prompts that ask for `task`, print it, and write models, adapters and curves below `output`.
 
     Returns:
         All its numbers, ready for JSON. Exact match is in percent, times in seconds unless a name ends in `_ms`.
@@ -66,18 +62,15 @@ def tell(settings: Settings, output: Path, task: Task, seed: int, device: torch.
     before = exact_match(base, words.test, task, tagged=False)
     print(
         f"   {base.num_parameters():,} parameters, {pretraining.seconds[-1]:.0f} s. Exact match on "
-        f"{settings.test_words} unseen words with the tag: "
-        + ", ".join(f"{name} {percent:.1f} %" for name, percent in with_tag.items())
-        + f".\n   Without the tag it cannot know what is wanted: {before:.1f} %. From here on it is frozen.\n"
+        f"{settings.test_words} unseen words with the tag: {report.percents(with_tag)}.\n"
+        f"   Without the tag it cannot know what is wanted: {before:.1f} %. From here on it is frozen.\n"
         f"3. P-tuning {settings.virtual_tokens} virtual tokens to ask for '{task.name}' in the tag's place:"
     )
-    prompts, curves = {}, {}
-    for kind in ("MLP", "LSTM"):
-        prompts[kind], curves[kind] = learn_prompt(settings, kind, words, task, output, seed, device)
+    prompts = {kind: learn_prompt(settings, kind, words, task, output, seed, device) for kind in ("MLP", "LSTM")}
     report.print_prompts(prompts, before, with_tag[task.name])
-    trained, fresh = fresh_base(output, device), fresh_base(output, device)
-    all_tasks, _ = together.learn_all(settings, trained, fresh, words, output, seed, device)
-    print(together.describe(all_tasks))
+    together = learn_together(settings, words, output, seed, device)
+    report.print_together(together)
+    curves = {kind: Curve(**prompt["curve"]) for kind, prompt in prompts.items()}
     report.draw_story(output / "curves.png", pretraining, curves, task.name, before, with_tag[task.name])
     return {
         "mode": "story",
@@ -90,7 +83,7 @@ def tell(settings: Settings, output: Path, task: Task, seed: int, device: torch.
         "exact_match_with_tag": with_tag,
         "exact_match_without_tag": before,
         "prompts": prompts,
-        "together": all_tasks,
+        "together": together,
         "total_seconds": time.perf_counter() - start,
     }
 
@@ -102,26 +95,25 @@ def pretrain(settings: Settings, words: Words, seed: int, device: torch.device) 
     torch.manual_seed(seed)
     # Rotary positions are relative: a word is read the same way wherever a prompt moves it.
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        **TOKENS,
         hidden_size=settings.width,
         intermediate_size=2 * settings.width,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
         max_position_embeddings=64,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=END,
     )
     model = LlamaForCausalLM(config).to(device)
     curve = train(
         model,
-        lines(words.train, [*TASKS.values()], True, device),
+        all_lines(words.train, tagged=True),
         title="pre-training",
         steps=settings.pretraining_steps,
         batch_size=settings.pretraining_batch,
         learning_rate=settings.pretraining_rate,
         seed=seed,
-        check=lambda: statistics.fmean(exact_match(model, words.validation, task, True) for task in TASKS.values()),
+        check=lambda: (
+            sum(exact_match(model, words.validation, task, tagged=True) for task in TASKS.values()) / len(TASKS)
+        ),
         check_every=settings.pretraining_check_every,
     )
     return model, curve
@@ -137,20 +129,13 @@ def fresh_base(output: Path, device: torch.device) -> nn.Module:
 
 def learn_prompt(
     settings: Settings, kind: str, words: Words, task: Task, output: Path, seed: int, device: torch.device
-) -> tuple[dict[str, Any], Curve]:
-    """P-tune a prompt through one kind of encoder, save it, load it again, and use it.
-
-    Args:
-        kind: "MLP" or "LSTM".
-
-    Returns:
-        Its numbers, and how it learned.
-    """
+) -> dict[str, Any]:
+    """P-tune a prompt through one kind of encoder ("MLP" or "LSTM"), save it, load it again, and use it."""
     torch.manual_seed(seed)
-    model = get_prompt_model(fresh_base(output, device), settings.prompt(kind))
+    model = get_prompt_model(fresh_base(output, device), _config(settings, kind, settings.virtual_tokens))
     curve = train(
         model,
-        lines(words.train, task, False, device),
+        lines(words.train, task, tagged=False),
         title=f"P-tuning, {kind}",
         steps=settings.prompt_steps,
         batch_size=settings.prompt_batch,
@@ -164,22 +149,30 @@ def learn_prompt(
     model.save_pretrained(folder)
     reloaded = PromptModel.from_pretrained(fresh_base(output, device), folder)
     difference = compare_models(model, reloaded, words, task)
-    answers = rewrite_words(reloaded, words.test, task, tagged=False)
-    right = sum(answer == task.rewrite(word) for answer, word in zip(answers, words.test))
+    shown = words.test[: settings.examples]
     encoder: Any = model.prompt_encoder["default"]
     return {
         "exact_match_untrained": curve.checks[0],
-        "exact_match": 100.0 * right / len(answers),
+        "exact_match": exact_match(reloaded, words.test, task, tagged=False),
         "trainable_parameters": model.get_nb_trainable_parameters()[0],
         "adapter_bytes": (folder / "adapter_model.safetensors").stat().st_size,
         "seconds": curve.seconds[-1],
         "steps": len(curve.loss),
         "reloaded_largest_difference": difference,
-        "examples": dict(zip(words.test[: settings.examples], answers)),
+        "examples": dict(zip(shown, rewrite_words(reloaded, shown, task, tagged=False))),
         "encoding": timing.compare_encoders(encoder, settings.timing_rounds),
         "backends": timing.backends(encoder),
         "curve": dataclasses.asdict(curve),
-    }, curve
+    }
+
+
+def _config(settings: Settings, kind: str, length: int) -> PromptEncoderConfig:
+    return PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=length,
+        encoder_reparameterization_type=kind,
+        encoder_hidden_size=settings.encoder_width,
+    )
 
 
 def compare_models(saved: nn.Module, reloaded: nn.Module, words: Words, task: Task) -> float:
@@ -189,10 +182,52 @@ def compare_models(saved: nn.Module, reloaded: nn.Module, words: Words, task: Ta
         RuntimeError: it is more than rounding could make it.
     """
     device = next(saved.parameters()).device
-    batch = lines(words.test, task, False, device)
+    batch = {name: tensor.to(device) for name, tensor in lines(words.test, task, tagged=False).items()}
     with torch.no_grad():
         before, after = saved(**batch).logits, reloaded(**batch).logits
     difference = float((before - after).abs().max())
     if not difference <= 1e-5 * float(before.abs().max()):
         raise RuntimeError(f"the reloaded adapter's logits differ from the saved one's by {difference}")
     return difference
+
+
+def learn_together(settings: Settings, words: Words, output: Path, seed: int, device: torch.device) -> dict[str, Any]:
+    """P-tune one adapter per task in mixed batches, save and reload them, and answer one mixed batch."""
+    model, reloaded = PromptModel(fresh_base(output, device)), PromptModel(fresh_base(output, device))
+    torch.manual_seed(seed)
+    for extra, name in enumerate(TASKS):
+        # Prompts of different lengths, since they may be.
+        model.add_adapter(name, _config(settings, "MLP", settings.virtual_tokens + extra))
+    model.set_adapter(list(TASKS))
+    curve = train(
+        model,
+        all_lines(words.train, tagged=False),
+        title="P-tuning four prompts",
+        steps=settings.together_steps,
+        batch_size=settings.together_batch,
+        learning_rate=settings.prompt_rate,
+        seed=seed,
+        check=lambda: min(exact_matches(model, words.validation).values()),
+        check_every=settings.together_check_every,
+        enough=settings.enough_percent,
+        adapter_names=[name for name in TASKS for _ in words.train],
+    )
+    folder = output / "together"
+    model.save_pretrained(folder)
+    for name in TASKS:
+        reloaded.load_adapter(folder / name, name)
+    reloaded.eval()
+    start = time.perf_counter()
+    right = exact_matches(reloaded, words.test)
+    seconds = time.perf_counter() - start
+    shown = words.test[: len(TASKS)]
+    answers = rewrite_words(reloaded, shown, TASKS["upper"], tagged=False, adapter_names=list(TASKS))
+    return {
+        "exact_match": right,
+        "rows": len(TASKS) * len(words.test),
+        "seconds_to_answer": seconds,
+        "seconds": curve.seconds[-1],
+        "steps": len(curve.loss),
+        "examples": [list(row) for row in zip(TASKS, shown, answers)],
+        "curve": dataclasses.asdict(curve),
+    }

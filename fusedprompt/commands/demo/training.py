@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ... import PromptEncoderConfig
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -40,15 +38,6 @@ class Settings:
     enough_percent: float = 99.0
     timing_rounds: int = 100
     examples: int = 5
-
-    def prompt(self, encoder: str, extra: int = 0) -> PromptEncoderConfig:
-        """The configuration of a prompt with `extra` virtual tokens more than usual."""
-        return PromptEncoderConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=self.virtual_tokens + extra,
-            encoder_reparameterization_type=encoder,
-            encoder_hidden_size=self.encoder_width,
-        )
 
 
 QUICK = Settings(
@@ -118,6 +107,8 @@ def train(
     from tqdm import tqdm
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = parameters[0].device
+    data = {name: tensor.to(device) for name, tensor in data.items()}
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     warmup = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -132,7 +123,7 @@ def train(
             start = time.perf_counter()
             model.train()
             drawn = torch.randint(count, (batch_size,), generator=generator)
-            rows = drawn.to(data["input_ids"].device)
+            rows = drawn.to(device)
             names = {} if adapter_names is None else {"adapter_names": [adapter_names[row] for row in drawn.tolist()]}
             loss = model(**{name: tensor[rows] for name, tensor in data.items()}, **names).loss
             optimizer.zero_grad()

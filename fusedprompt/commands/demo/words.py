@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-VOCABULARY = 256  # one token per byte
 PAD, END = 0, ord("\n")
+# For a model's configuration: one token per byte.
+TOKENS = {"vocab_size": 256, "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": END}
 SHORTEST, LONGEST = 3, 8  # letters of a word
 IGNORED = -100  # transformers' label for "no loss here"
 
@@ -96,18 +97,17 @@ def _python_sources(folder: str) -> Iterator[str]:
             yield source.read()
 
 
-def lines(
-    words: Sequence[str], tasks: Task | Sequence[Task], tagged: bool, device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
+def all_lines(words: Sequence[str], tagged: bool) -> dict[str, Tensor]:
+    """`lines` of every task, one task after another."""
+    parts = [lines(words, task, tagged) for task in TASKS.values()]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def lines(words: Sequence[str], task: Task, tagged: bool) -> dict[str, Tensor]:
     """Whole lines to train on, as int64 tensors (words, T): `input_ids`, `attention_mask` and `labels`.
 
-    Lines are padded on the right to the longest possible one. Only the answer and its newline bear labels. Of several
-    tasks each has all words, one task after another.
+    Lines are padded on the right to the longest possible one. Only the answer and its newline bear labels.
     """
-    if not isinstance(tasks, Task):
-        parts = [lines(words, task, tagged, device) for task in tasks]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    task = tasks
     width = len(_question("x" * LONGEST, task, tagged)) + LONGEST + 1
     ids = torch.full((len(words), width), PAD)
     labels = torch.full((len(words), width), IGNORED)
@@ -116,14 +116,13 @@ def lines(
         line = torch.tensor(list(question + task.rewrite(word).encode() + bytes([END])))
         ids[row, : len(line)] = line
         labels[row, len(question) : len(line)] = line[len(question) :]
-    batch = {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
 
 
 def rewrite_words(
     model: torch.nn.Module, words: Sequence[str], task: Task, tagged: bool, adapter_names: Sequence[str] | None = None
 ) -> list[str]:
-    """What the model makes of each word, decoded greedily in one batch.
+    """What the model makes of each word, decoded greedily in one batch, in eval mode.
 
     Args:
         model: anything with transformers' `generate`.
@@ -136,7 +135,6 @@ def rewrite_words(
     # Padding is on the left, so that every row continues where its question ends.
     rows = [[PAD] * (width - len(question)) + list(question) for question in questions]
     ids = torch.tensor(rows, device=next(model.parameters()).device)
-    was_training = model.training
     model.eval()
     names = {} if adapter_names is None else {"adapter_names": list(adapter_names)}
     output = model.generate(  # type: ignore[operator]
@@ -148,14 +146,24 @@ def rewrite_words(
         pad_token_id=PAD,
         **names,
     )
-    model.train(was_training)
     answers = [bytes(row).split(bytes([END]))[0] for row in output[:, width:].tolist()]
     return [answer.decode("ascii", errors="replace") for answer in answers]
 
 
 def exact_match(model: torch.nn.Module, words: Sequence[str], task: Task, tagged: bool) -> float:
     """Percentage of words that the model rewrites without a single wrong letter."""
-    answers = rewrite_words(model, words, task, tagged)
+    return _percent_right(rewrite_words(model, words, task, tagged), words, task)
+
+
+def exact_matches(model: torch.nn.Module, words: Sequence[str]) -> dict[str, float]:
+    """The same for each task by the adapter of its name: every word for every task, all in one batch without tags."""
+    asked = [word for word in words for _ in TASKS]
+    answers = rewrite_words(model, asked, TASKS["upper"], tagged=False, adapter_names=[*TASKS] * len(words))
+    tasks = TASKS.values()
+    return {task.name: _percent_right(answers[first :: len(tasks)], words, task) for first, task in enumerate(tasks)}
+
+
+def _percent_right(answers: Sequence[str], words: Sequence[str], task: Task) -> float:
     return 100.0 * sum(answer == task.rewrite(word) for answer, word in zip(answers, words)) / len(words)
 
 
