@@ -82,6 +82,10 @@ class Op:
                     raise BackendUnavailable(f"backend '{name}' of op '{self.name}' cannot run: it {reason}")
         raise AssertionError(f"the reference backend of op '{self.name}' must accept everything")
 
+    def run(self, requested: str | None, *args: Any) -> Any:
+        """What the backend that `select` chooses makes of `args`."""
+        return self.select(requested, *args).call(*args)
+
     def explain(self, *args: Any) -> dict[str, str]:
         """For each backend, "runs", or why it cannot run on `args`. `auto` takes the first that runs."""
         return {backend.name: backend.why_not(*args) or "runs" for backend in self.backends}
