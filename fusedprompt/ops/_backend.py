@@ -64,15 +64,13 @@ class Op:
             ValueError: `requested` names no backend of this op.
             BackendUnavailable: the requested backend objects.
         """
-        name = requested or AUTO
-        if name == AUTO:
-            name = _preferred()
-            # A preference set for all ops applies to those that have such a backend.
-            if name != AUTO and all(backend.name != name for backend in self.backends):
-                name = AUTO
-        elif all(backend.name != name for backend in self.backends):
-            choices = (AUTO, *(backend.name for backend in self.backends))
-            raise ValueError(f"backend: expected one of {choices} for op '{self.name}', got {requested!r}")
+        is_auto = (requested or AUTO) == AUTO
+        name = _preferred() if is_auto else requested
+        if name != AUTO and all(backend.name != name for backend in self.backends):
+            if not is_auto:
+                choices = (AUTO, *(backend.name for backend in self.backends))
+                raise ValueError(f"backend: expected one of {choices} for op '{self.name}', got {requested!r}")
+            name = AUTO  # a preference set for all ops applies to those that have such a backend
         for backend in self.backends:
             if name in (AUTO, backend.name):
                 reason = backend.why_not(*args)
