@@ -64,15 +64,13 @@ class Op:
             ValueError: `requested` names no backend of this op.
             BackendUnavailable: the requested backend objects.
         """
-        name = requested or AUTO
-        if name == AUTO:
-            name = _preferred()
-            # A preference set for all ops applies to those that have such a backend.
-            if name != AUTO and all(backend.name != name for backend in self.backends):
-                name = AUTO
-        elif all(backend.name != name for backend in self.backends):
-            choices = (AUTO, *(backend.name for backend in self.backends))
-            raise ValueError(f"backend: expected one of {choices} for op '{self.name}', got {requested!r}")
+        is_auto = (requested or AUTO) == AUTO
+        name = _preferred() if is_auto else requested
+        if name != AUTO and all(backend.name != name for backend in self.backends):
+            if not is_auto:
+                choices = (AUTO, *(backend.name for backend in self.backends))
+                raise ValueError(f"backend: expected one of {choices} for op '{self.name}', got {requested!r}")
+            name = AUTO  # a preference set for all ops applies to those that have such a backend
         for backend in self.backends:
             if name in (AUTO, backend.name):
                 reason = backend.why_not(*args)
@@ -81,6 +79,10 @@ class Op:
                 if name != AUTO:
                     raise BackendUnavailable(f"backend '{name}' of op '{self.name}' cannot run: it {reason}")
         raise AssertionError(f"the reference backend of op '{self.name}' must accept everything")
+
+    def run(self, requested: str | None, *args: Any) -> Any:
+        """What the backend that `select` chooses makes of `args`."""
+        return self.select(requested, *args).call(*args)
 
     def explain(self, *args: Any) -> dict[str, str]:
         """For each backend, "runs", or why it cannot run on `args`. `auto` takes the first that runs."""

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+Tensors = Sequence[Tensor]  # what a schema calls Tensor[]
 LIBRARY: Any = torch.library.Library("fusedprompt", "DEF")  # type: ignore[no-untyped-call]
 
 

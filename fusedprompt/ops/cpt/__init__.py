@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -49,9 +51,7 @@ def cpt(
     _check.same_dtype("delta", delta, "embedding", embedding)
     if trainable.dtype != torch.bool:
         raise TypeError(f"trainable: expected torch.bool, got {trainable.dtype}")
-    arguments = (embedding, delta, epsilon, trainable)
-    result: tuple[Tensor, Tensor] = OP.select(backend, *arguments).call(*arguments)
-    return result
+    return cast("tuple[Tensor, Tensor]", OP.run(backend, embedding, delta, epsilon, trainable))
 
 
 def cpt_loss(logits: Tensor, labels: Tensor, token_types: Tensor, *, decay: float = 1.0) -> Tensor:

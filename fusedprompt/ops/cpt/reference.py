@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,8 +49,7 @@ define(
 
 
 def cpt(embedding: Tensor, delta: Tensor, epsilon: Tensor, trainable: Tensor) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = torch.ops.fusedprompt.cpt(embedding, delta, epsilon, trainable)
-    return result
+    return cast("tuple[Tensor, Tensor]", torch.ops.fusedprompt.cpt(embedding, delta, epsilon, trainable))
 
 
 def is_label(token_types: Tensor) -> Tensor:

@@ -73,6 +73,5 @@ def head_loss(
     _check.same_dtype("weight", weight, "hidden", hidden)
     if bias is not None:
         _check.same_dtype("bias", bias, "hidden", hidden)
-    arguments = (hidden, weight, bias, labels, factors)
     with torch.autocast(device, enabled=False):
-        return cast(Tensor, OP.select(backend, *arguments).call(*arguments))
+        return cast(Tensor, OP.run(backend, hidden, weight, bias, labels, factors))

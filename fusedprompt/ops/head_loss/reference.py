@@ -64,12 +64,7 @@ def _part_size(count: int, vocabulary: int, is_host: bool) -> int:
 
 
 def _run(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    factors: Tensor | None,
-    d_rows: Tensor | None,
+    rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factors: Tensor | None, d_rows: Tensor | None
 ) -> Tensor:
     """The sum of the rows' losses times their factors; writes its gradient into d_rows (R, D)."""
     count, vocabulary = rows.shape[0], weight.shape[0]
@@ -116,17 +111,9 @@ class _HeadLoss(torch.autograd.Function):
     """The gradient is made in the forward pass, while each part's logits are there."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        factors: Tensor | None,
-        trains: bool,
-    ) -> tuple[Tensor, Tensor]:
-        trains = trains or ctx.needs_input_grad[0]
-        loss, d_hidden = below_autograd("head_loss", hidden, weight, bias, labels, factors, trains)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, trains = args
+        loss, d_hidden = below_autograd("head_loss", *tensors, trains or ctx.needs_input_grad[0])
         ctx.save_for_backward(d_hidden)
         ctx.mark_non_differentiable(d_hidden)
         return loss, d_hidden

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -61,9 +62,8 @@ def lstm(
         # nn.LSTM works on (P, B, directions * H) inside, and draws there.
         shape = (x.shape[1], x.shape[0], hidden * (2 if bidirectional else 1))
         masks = [torch.nn.functional.dropout(x.new_ones(shape), dropout, training=True) for _ in range(num_layers - 1)]
-    arguments = (x, weights if type(weights) is list else list(weights), masks, bidirectional)
-    result: Tensor = OP.select(backend, *arguments).call(*arguments)
-    return result
+    weights = weights if type(weights) is list else list(weights)
+    return cast(Tensor, OP.run(backend, x, weights, masks, bidirectional))
 
 
 def _autocast_dtype(x: object) -> torch.dtype | None:
@@ -85,8 +85,7 @@ def _check_arguments(
     _check.probability("dropout", dropout)
     if num_layers < 1:
         raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
-    directions = 2 if bidirectional else 1
-    expected = 4 * num_layers * directions
+    expected = 4 * num_layers * (2 if bidirectional else 1)
     if len(weights) != expected:
         raise ValueError(
             f"weights: expected 4 per layer and direction = {expected} (weight_ih, weight_hh, bias_ih, bias_hh), "
@@ -94,16 +93,9 @@ def _check_arguments(
         )
     _check.tensor("weights[1]", weights[1], "(4H, H)", 2)
     hidden = int(weights[1].shape[1])
-    for index, weight in enumerate(weights):
-        layer, kind = index // (4 * directions), index % 4
-        width = x.shape[2] if layer == 0 else hidden * directions
-        rule, shape = (
-            ("(4H, D_in)", (4 * hidden, width)),
-            ("(4H, H)", (4 * hidden, hidden)),
-            ("(4H,)", (4 * hidden,)),
-            ("(4H,)", (4 * hidden,)),
-        )[kind]
-        name = f"weights[{index}]"
+    shapes = _shapes(x.shape[2], hidden, num_layers, bidirectional)
+    for index, (weight, shape) in enumerate(zip(weights, shapes)):
+        name, rule = f"weights[{index}]", ("(4H, D_in)", "(4H, H)", "(4H,)", "(4H,)")[index % 4]
         _check.tensor(name, weight, rule, len(shape))
         _check.shape(name, weight, rule, shape)
         _check.same_device(name, weight, "x", x)
@@ -114,7 +106,6 @@ def _check_arguments(
     return hidden
 
 
-@functools.lru_cache(maxsize=64)
 def _shapes(width: int, hidden: int, num_layers: int, bidirectional: bool) -> list[tuple[int, ...]]:
     """The shapes of `nn.LSTM`'s parameters."""
     directions = 2 if bidirectional else 1
@@ -123,6 +114,9 @@ def _shapes(width: int, hidden: int, num_layers: int, bidirectional: bool) -> li
         into = directions * hidden if layer else width
         shapes += [(4 * hidden, into), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,)] * directions
     return shapes
+
+
+_cached_shapes = functools.lru_cache(maxsize=64)(_shapes)
 
 
 def _hidden_if_all_fits(
@@ -136,7 +130,7 @@ def _hidden_if_all_fits(
         _, _, width = x.shape
         _, hidden = weights[1].shape
         dtype, device = x.dtype, x.device
-        shapes = _shapes(width, hidden, num_layers, bidirectional)
+        shapes = _cached_shapes(width, hidden, num_layers, bidirectional)
         if len(weights) != len(shapes):
             return 0
         for weight, shape in zip(weights, shapes):

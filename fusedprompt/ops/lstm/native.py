@@ -6,14 +6,13 @@ The schemas are here, so that they exist whether or not anything was compiled an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from .._library import LIBRARY, is_traced
+from .._library import LIBRARY, Tensors, is_traced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_BATCH = 8  # of the recurrence kernels; larger batches are matrix products, which PyTorch does well
@@ -24,12 +23,12 @@ LIBRARY.define(f"lstm_native_forward({_ARGUMENTS}) -> (Tensor, Tensor[])")
 LIBRARY.define(f"lstm_native_backward(Tensor d_output, {_ARGUMENTS}, Tensor output, Tensor[] saved) -> Tensor[]")
 
 
-def _fake(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
+def _fake(x: Tensor, weights: Tensors, dropout_masks: Tensors, bidirectional: bool) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1], weights[1].shape[1] * (2 if bidirectional else 1))
 
 
 def _forward_fake(
-    x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool
+    x: Tensor, weights: Tensors, dropout_masks: Tensors, bidirectional: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """What is kept: the gates and the cell states of each layer in fp32, and the output of each but the last."""
     directions, size = (2 if bidirectional else 1), weights[1].shape[1]
@@ -44,15 +43,7 @@ def _forward_fake(
     return _fake(x, weights, dropout_masks, bidirectional), saved
 
 
-def _backward_fake(
-    d_output: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    dropout_masks: Sequence[Tensor],
-    bidirectional: bool,
-    output: Tensor,
-    saved: Sequence[Tensor],
-) -> list[Tensor]:
+def _backward_fake(d_output: Tensor, x: Tensor, weights: Tensors, *_: Any) -> list[Tensor]:
     return [value.new_empty(value.shape) for value in (x, *weights)]
 
 
@@ -66,15 +57,12 @@ class _LSTM(torch.autograd.Function):
     """Takes every tensor that may need a gradient once more at the end, where autograd sees it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weights: Sequence[Tensor], masks: Sequence[Tensor], bidirectional: bool, *_: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weights: Tensors, masks: Tensors, bidirectional: bool, *_: Tensor) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             output, saved = _FORWARD(x, weights, masks, bidirectional)
         ctx.bidirectional, ctx.num_weights, ctx.num_masks = bidirectional, len(weights), len(masks)
         ctx.save_for_backward(x, output, *weights, *masks, *saved)
-        result: Tensor = output
-        return result
+        return cast(Tensor, output)
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -92,27 +80,20 @@ _apply: Any = _LSTM.apply
 _apply_untransformed: Any = super(torch.autograd.Function, _LSTM).apply
 
 
-def _autograd(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
+def _autograd(x: Tensor, weights: Tensors, dropout_masks: Tensors, bidirectional: bool, apply: Any = _apply) -> Tensor:
     if torch.is_grad_enabled():
-        differentiable: Tensor = _apply(x, weights, dropout_masks, bidirectional, *weights)
-        return differentiable
+        return cast(Tensor, apply(x, weights, dropout_masks, bidirectional, *weights))
     with torch._C._AutoDispatchBelowAutograd():
-        inference: Tensor = _INFERENCE(x, weights, dropout_masks, bidirectional)
-    return inference
+        return cast(Tensor, _INFERENCE(x, weights, dropout_masks, bidirectional))
 
 
-for _name, _function in (
-    ("lstm_native", _fake),
-    ("lstm_native_forward", _forward_fake),
-    ("lstm_native_backward", _backward_fake),
-):
-    torch.library.register_fake(f"fusedprompt::{_name}", _function, lib=LIBRARY)
+torch.library.register_fake("fusedprompt::lstm_native", _fake, lib=LIBRARY)
+torch.library.register_fake("fusedprompt::lstm_native_forward", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("fusedprompt::lstm_native_backward", _backward_fake, lib=LIBRARY)
 LIBRARY.impl("lstm_native", _autograd, "Autograd")
 
 
-def why_not(
-    x: Tensor, weights: Sequence[Tensor] = (), dropout_masks: Sequence[Tensor] = (), bidirectional: bool = True
-) -> str | None:
+def why_not(x: Tensor, *_: Any) -> str | None:
     """None, or one clause that says why the native LSTM cannot run on these arguments."""
     if x.dtype not in DTYPES:
         return f"needs float32, bfloat16 or float16, got {x.dtype}"
@@ -125,14 +106,8 @@ def why_not(
     return f"needs a CPU or CUDA tensor, got {x.device.type}"
 
 
-def lstm(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
+def lstm(x: Tensor, weights: Tensors, dropout_masks: Tensors, bidirectional: bool) -> Tensor:
     """dropout_masks: nothing, or per layer but the last a (P, B, directions * H) tensor of 0 and 1 / (1 - p)."""
-    result: Tensor
     if is_traced(x):
-        result = _INFERENCE(x, weights, dropout_masks, bidirectional)
-    elif torch.is_grad_enabled():
-        result = _apply_untransformed(x, weights, dropout_masks, bidirectional, *weights)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            result = _INFERENCE(x, weights, dropout_masks, bidirectional)
-    return result
+        return cast(Tensor, _INFERENCE(x, weights, dropout_masks, bidirectional))
+    return _autograd(x, weights, dropout_masks, bidirectional, _apply_untransformed)

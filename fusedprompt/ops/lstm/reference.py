@@ -15,13 +15,12 @@ again with two GEMMs, and only c is left to do step by step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .._library import below_autograd, define, is_traced
+from .._library import Tensors, below_autograd, define, is_traced
 from . import stock
 from .stock import by_layer
 
@@ -40,7 +39,7 @@ def _state_dtype(x: Tensor) -> torch.dtype:
 _TOGETHER_BYTES = 12 << 20
 
 
-def _turns(layer: list[Sequence[Tensor]]) -> list[slice]:
+def _turns(layer: list[Tensors]) -> list[slice]:
     """The directions that take their steps together; each slice is a turn."""
     weight_hh = layer[0][1]
     if len(layer) * weight_hh.numel() * weight_hh.element_size() <= _TOGETHER_BYTES:
@@ -67,7 +66,7 @@ def _split_ways(output: Tensor, directions: int) -> Tensor:
     return hidden
 
 
-def _gates_again(inputs: Tensor, hidden: Tensor, layer: list[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def _gates_again(inputs: Tensor, hidden: Tensor, layer: list[Tensors]) -> tuple[Tensor, Tensor, Tensor]:
     """Gates, cell and tanh of the cell, from inputs and hidden states."""
     directions, steps, batch, width = inputs.shape
     size = hidden.shape[-1]
@@ -93,7 +92,7 @@ def _gates_again(inputs: Tensor, hidden: Tensor, layer: list[Sequence[Tensor]]) 
     return gates, cell, cell[:, 1:].tanh()
 
 
-def _layer_forward(inputs: Tensor, layer: list[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _layer_forward(inputs: Tensor, layer: list[Tensors]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     directions, steps, batch, width = inputs.shape
     size = layer[0][1].shape[1]
     state = _state_dtype(inputs)
@@ -110,9 +109,7 @@ def _layer_forward(inputs: Tensor, layer: list[Sequence[Tensor]]) -> tuple[Tenso
     return gates, hidden, cell, cell_tanh
 
 
-def _steps_forward(
-    layer: list[Sequence[Tensor]], gates: Tensor, hidden: Tensor, cell: Tensor, cell_tanh: Tensor
-) -> None:
+def _steps_forward(layer: list[Tensors], gates: Tensor, hidden: Tensor, cell: Tensor, cell_tanh: Tensor) -> None:
     """All steps of some directions: fills in `hidden`, `cell` and `cell_tanh`, and applies the gates' functions."""
     directions, steps, batch, size = cell_tanh.shape
     recurrent = [weights[1].t() for weights in layer]
@@ -139,7 +136,7 @@ def _steps_forward(
 
 
 def _lstm_forward(
-    x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool, keep: bool = True
+    x: Tensor, weights: Tensors, dropout_masks: Tensors, bidirectional: bool, *, keep: bool = True
 ) -> tuple[Tensor, list[Tensor]]:
     directions = 2 if bidirectional else 1
     layers = by_layer(weights, directions)
@@ -159,29 +156,28 @@ def _lstm_forward(
 
 
 def _lstm_forward_fake(
-    x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool
+    x: Tensor, weights: Tensors, dropout_masks: Tensors, bidirectional: bool
 ) -> tuple[Tensor, list[Tensor]]:
     directions = 2 if bidirectional else 1
     batch, steps, _ = x.shape
     size, state = weights[1].shape[1], _state_dtype(x)
     saved: list[Tensor] = []
-    for _ in range(len(weights) // (4 * directions)):
-        if stock.has_forward(x):
-            saved.append(x.new_empty(steps, batch, directions * size))
-        else:
+    layers = len(weights) // (4 * directions)
+    if stock.has_forward(x):
+        saved = [x.new_empty(steps, batch, directions * size) for _ in range(layers - 1)]
+    else:
+        for _ in range(layers):
             saved += (
                 x.new_empty(directions, steps + 1, batch, size),
                 x.new_empty(directions, steps, batch, 4 * size, dtype=state),
                 x.new_empty(directions, steps + 1, batch, size, dtype=state),
                 x.new_empty(directions, steps, batch, size, dtype=state),
             )
-    if stock.has_forward(x):
-        saved.pop()
     return x.new_empty(batch, steps, directions * size), saved
 
 
 def _steps_backward(
-    layer: list[Sequence[Tensor]], d_output: Tensor, d_cell_d_hidden: Tensor, f: Tensor, factor: Tensor, d_gates: Tensor
+    layer: list[Tensors], d_output: Tensor, d_cell_d_hidden: Tensor, f: Tensor, factor: Tensor, d_gates: Tensor
 ) -> None:
     """All steps of some directions, from the last to the first: fills in `d_gates`, and adds to `d_output`."""
     directions, steps, batch, size = d_output.shape
@@ -213,9 +209,7 @@ def _steps_backward(
                 way_d_hidden[way][t - 1].add_(d_hidden)
 
 
-def _layer_backward(
-    d_output: Tensor, inputs: Tensor, layer: list[Sequence[Tensor]], saved: dict[str, Tensor]
-) -> list[Tensor]:
+def _layer_backward(d_output: Tensor, inputs: Tensor, layer: list[Tensors], saved: dict[str, Tensor]) -> list[Tensor]:
     """d_output: (directions, P, B, H) and inputs: (directions, P, B, D), each direction in its own order of time;
     d_output is used up.
 
@@ -256,13 +250,7 @@ def _layer_backward(
 
 
 def _lstm_backward(
-    d_output: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    dropout_masks: Sequence[Tensor],
-    bidirectional: bool,
-    output: Tensor,
-    saved: Sequence[Tensor],
+    d_output: Tensor, x: Tensor, weights: Tensors, masks: Tensors, bidirectional: bool, output: Tensor, saved: Tensors
 ) -> list[Tensor]:
     """Gradients of x and of every weight, in the order of nn.LSTM's parameters."""
     directions = 2 if bidirectional else 1
@@ -274,31 +262,22 @@ def _lstm_backward(
     d_sequence = d_output.transpose(0, 1)
     gradients: list[Tensor] = []
     for index in range(len(layers) - 1, -1, -1):
-        if dropout_masks and index + 1 < len(layers):
-            d_sequence = d_sequence * dropout_masks[index]
+        if masks and index + 1 < len(layers):
+            d_sequence = d_sequence * masks[index]
         ways = d_sequence.to(_state_dtype(d_sequence)).chunk(directions, dim=-1)
         d_hidden = torch.stack((ways[0], *(way.flip(0) for way in ways[1:])))
         sequence = _join_ways(kept[index - 1]["hidden"][:, 1:]) if index else x.transpose(0, 1)
-        if dropout_masks and index:
-            sequence = sequence * dropout_masks[index - 1]
+        if masks and index:
+            sequence = sequence * masks[index - 1]
         inputs = _both_ways(sequence, directions)
         if stock.has_forward(x):
-            again = _gates_again(inputs, kept[index]["hidden"], layers[index])
-            kept[index].update(zip(SAVED[1:], again))
+            kept[index].update(zip(SAVED[1:], _gates_again(inputs, kept[index]["hidden"], layers[index])))
         d_sequence, *of_layer = _layer_backward(d_hidden, inputs, layers[index], kept.pop())
         gradients = of_layer + gradients
     return [d_sequence.transpose(0, 1).contiguous(), *gradients]
 
 
-def _lstm_backward_fake(
-    d_output: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    dropout_masks: Sequence[Tensor],
-    bidirectional: bool,
-    output: Tensor,
-    saved: Sequence[Tensor],
-) -> list[Tensor]:
+def _lstm_backward_fake(d_output: Tensor, x: Tensor, weights: Tensors, *_: Any) -> list[Tensor]:
     return [value.new_empty(value.shape) for value in (x, *weights)]
 
 
@@ -313,8 +292,7 @@ class _LSTM(torch.autograd.Function):
                 output, saved = _lstm_forward(*arguments)
         ctx.bidirectional, ctx.num_weights, ctx.num_tensors = bidirectional, num_weights, len(tensors)
         ctx.save_for_backward(x, output, *tensors, *saved)
-        result: Tensor = output
-        return result
+        return cast(Tensor, output)
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -328,36 +306,26 @@ class _LSTM(torch.autograd.Function):
         return (d_x, None, None, *d_weights, *(None for _ in masks))
 
 
-def _lstm_autograd(
-    x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool
-) -> Tensor:
+def _lstm_autograd(x: Tensor, weights: Tensors, dropout_masks: Tensors, bidirectional: bool) -> Tensor:
     if not torch.is_grad_enabled():
-        inference: Tensor = below_autograd("lstm", x, weights, dropout_masks, bidirectional)
-        return inference
+        return cast(Tensor, below_autograd("lstm", x, weights, dropout_masks, bidirectional))
     apply: Any = _LSTM.apply
-    result: Tensor = apply(x, bidirectional, len(weights), *weights, *dropout_masks)
-    return result
-
-
-def _lstm_fake(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
-    return _lstm_forward_fake(x, weights, dropout_masks, bidirectional)[0]
-
-
-def _lstm(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
-    return _lstm_forward(x, weights, dropout_masks, bidirectional, keep=False)[0]
+    return cast(Tensor, apply(x, bidirectional, len(weights), *weights, *dropout_masks))
 
 
 _ARGUMENTS = "Tensor x, Tensor[] weights, Tensor[] dropout_masks, bool bidirectional"
 define(f"lstm_forward({_ARGUMENTS}) -> (Tensor, Tensor[])", _lstm_forward, _lstm_forward_fake)
+_BACKWARD_SCHEMA = f"lstm_backward(Tensor d_output, {_ARGUMENTS}, Tensor output, Tensor[] saved) -> Tensor[]"
+define(_BACKWARD_SCHEMA, _lstm_backward, _lstm_backward_fake)
 define(
-    f"lstm_backward(Tensor d_output, {_ARGUMENTS}, Tensor output, Tensor[] saved) -> Tensor[]",
-    _lstm_backward,
-    _lstm_backward_fake,
+    f"lstm({_ARGUMENTS}) -> Tensor",
+    lambda *args: _lstm_forward(*args, keep=False)[0],
+    lambda *args: _lstm_forward_fake(*args)[0],
+    _lstm_autograd,
 )
-define(f"lstm({_ARGUMENTS}) -> Tensor", _lstm, _lstm_fake, _lstm_autograd)
 
 
-def lstm(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], bidirectional: bool) -> Tensor:
+def lstm(x: Tensor, weights: Tensors, dropout_masks: Tensors, bidirectional: bool) -> Tensor:
     """dropout_masks: nothing, or per layer but the last a (P, B, directions * H) tensor of 0 and 1 / (1 - p)."""
     if stock.has_forward(x) and not is_traced(x) and x.numel() * weights[1].numel() > 0:
         if not torch.is_grad_enabled():
@@ -368,5 +336,4 @@ def lstm(x: Tensor, weights: Sequence[Tensor], dropout_masks: Sequence[Tensor], 
         return _lstm_autograd(x, weights, dropout_masks, bidirectional)
     if x.is_cuda and not dropout_masks and not torch.compiler.is_compiling():
         return stock.lstm(x, weights, dropout_masks, bidirectional)
-    result: Tensor = torch.ops.fusedprompt.lstm(x, weights, dropout_masks, bidirectional)
-    return result
+    return cast(Tensor, torch.ops.fusedprompt.lstm(x, weights, dropout_masks, bidirectional))

@@ -37,11 +37,7 @@ def by_layer(weights: Sequence[Tensor], directions: int) -> list[list[Sequence[T
 
 
 def refuse_double_backward(d_output: Tensor) -> None:
-    """Called with the gradient of the LSTM's output.
-
-    Raises:
-        RuntimeError: this gradient is to be differentiated again.
-    """
+    """Called with the gradient of the LSTM's output; raises where it is to be differentiated again."""
     if torch.is_grad_enabled() and d_output.requires_grad:
         raise RuntimeError("fusedprompt.ops.lstm has no double backward; use torch.nn.LSTM where you need one")
 

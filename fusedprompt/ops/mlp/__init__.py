@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -85,9 +86,7 @@ def mlp(
             torch.nn.functional.dropout(x.new_ones(x.shape[0], weight.shape[0]), dropout, training=True)
             for weight in weights[:-1]
         ]
-    arguments = (x, list(weights), list(biases), masks)
-    result: Tensor = OP.select(backend, *arguments).call(*arguments)
-    return result
+    return cast(Tensor, OP.run(backend, x, list(weights), list(biases), masks))
 
 
 def _check_arguments(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dropout: float) -> None:

@@ -121,7 +121,23 @@ _PRODUCTS = (
     ("fp32", "fp32", "fp32", True),
 )
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_TRITON_DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def constants(
+    tile: dict[str, int], compute: torch.dtype, precision: str, flags: tuple[bool, ...], interpreted: bool
+) -> dict[str, Any]:
+    """The constexprs of either kernel, in their order there. flags: RELU, HAS_MASK and PDL."""
+    relu, has_mask, pdl = flags
+    return {
+        "RELU": relu,
+        "HAS_MASK": has_mask,
+        "COMPUTE": _TRITON_DTYPES[compute],
+        "PRECISION": precision,
+        **{name: size for name, size in tile.items() if name.startswith("BLOCK")},
+        "PDL": pdl,
+        "INTERPRETED": interpreted,
+    }
 
 
 def configurations(pdl: bool) -> Iterator[dict[str, Any]]:
@@ -153,26 +169,18 @@ def _configuration(
     kernel: Any, dtypes: tuple[str, str, str], precision: str, aligned: bool, tile: dict[str, int], pdl: bool
 ) -> dict[str, Any]:
     inputs, parameters, compute = dtypes
-    blocks = {name: size for name, size in tile.items() if name.startswith("BLOCK")}
-    constants = {
-        "RELU": True,
-        "HAS_MASK": True,
-        "COMPUTE": _TRITON_DTYPES[compute],
-        "PRECISION": precision,
-        **blocks,
-        "PDL": pdl,
-        "INTERPRETED": False,
-    }
+    values = constants(tile, _DTYPES[compute], precision, (True, True, pdl), interpreted=False)
+    blocks = " x ".join(str(tile[name]) for name in ("BLOCK_P", "BLOCK_N", "BLOCK_K"))
     pointers = dict.fromkeys(("weight_ptr", "bias_ptr", "mask_ptr", "d_weight_ptr", "d_bias_ptr"), f"*{parameters}")
     pointers |= {"x_ptr": f"*{inputs}", "d_x_ptr": f"*{inputs}", "out_ptr": f"*{compute}", "d_out_ptr": f"*{compute}"}
     products = compute if compute != "fp32" else "fp32" if precision == "ieee" else "tf32"
     of = f"{inputs} by {parameters} in {products}"
     return {
         "kernel": kernel,
-        "types": {**pointers, **dict.fromkeys(constants, "constexpr")},
-        "constants": constants,
+        "types": {**pointers, **dict.fromkeys(values, "constexpr")},
+        "constants": values,
         "aligned": ("K", "N") if aligned else (),
         "num_warps": tile["num_warps"],
         "num_stages": tile["num_stages"],
-        "label": f"{of}, {' x '.join(map(str, blocks.values()))}{'' if aligned else ', odd widths'}",
+        "label": f"{of}, {blocks}{'' if aligned else ', odd widths'}",
     }

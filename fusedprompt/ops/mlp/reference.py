@@ -5,6 +5,8 @@ Composite: autograd, autocast and Inductor see the matrix products themselves, s
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,5 +32,4 @@ LIBRARY.impl("mlp", _mlp, "CompositeImplicitAutograd")
 
 def mlp(x: Tensor, weights: list[Tensor], biases: list[Tensor], dropout_masks: list[Tensor]) -> Tensor:
     run = torch.ops.fusedprompt.mlp if is_traced(x) else _mlp
-    result: Tensor = run(x, weights, biases, dropout_masks)
-    return result
+    return cast(Tensor, run(x, weights, biases, dropout_masks))

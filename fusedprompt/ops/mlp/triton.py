@@ -12,19 +12,15 @@ autograd drops. Products of fp32 operands are exact or TF32, as cuBLAS has them 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from .._library import below_autograd, define, is_traced
+from .._library import Tensors, below_autograd, define, is_traced
 from .._triton import INTERPRETED, Launch, cdiv, supports_pdl
-from ._configs import backward_config, backward_precision, configurations, forward_config
+from ._configs import backward_config, backward_precision, configurations, constants, forward_config
 from ._kernels import linear_backward, linear_forward
-
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def _precision(compute: torch.dtype) -> str:
@@ -33,71 +29,45 @@ def _precision(compute: torch.dtype) -> str:
     return "ieee" if is_exact else "tf32"
 
 
-# Made once for all that the kernels are compiled for: see `Launch`.
+# Made once for all that the kernels are compiled for: see `Launch`. sizes: rows, inputs and outputs. flags: whether
+# there is a ReLU, a mask, and programmatic dependent launch.
 
 
 @functools.cache
 def _forward_launch(
-    sizes: tuple[int, int, int],
-    dtypes: tuple[torch.dtype, ...],
-    compute: torch.dtype,
-    precision: str,
-    relu: bool,
-    has_mask: bool,
-    pdl: bool,
+    sizes: tuple[int, int, int], dtypes: tuple[torch.dtype, ...], compute: torch.dtype, precision: str, *flags: bool
 ) -> tuple[tuple[int, int, int], Launch]:
-    """The grid, and the launch. sizes: rows, inputs and outputs. dtypes: of input, weight and mask."""
+    """The grid, and the launch. dtypes: of input, weight and mask."""
     rows, _, outputs = sizes
     config = forward_config(*sizes, max(dtypes[0].itemsize, dtypes[1].itemsize), precision)
     grid = (cdiv(outputs, config["BLOCK_N"]), cdiv(rows, config["BLOCK_P"]), 1)
-    return grid, _launch(linear_forward, config, compute, precision, relu, has_mask, pdl)
+    return grid, _launch(linear_forward, config, compute, precision, flags)
 
 
 @functools.cache
 def _backward_launch(
-    sizes: tuple[int, int, int],
-    dtypes: tuple[torch.dtype, ...],
-    compute: torch.dtype,
-    precision: str,
-    relu: bool,
-    has_mask: bool,
-    pdl: bool,
+    sizes: tuple[int, int, int], dtypes: tuple[torch.dtype, ...], compute: torch.dtype, precision: str, *flags: bool
 ) -> tuple[tuple[int, int, int], Launch]:
-    """The grid, and the launch. sizes: rows, inputs and outputs. dtypes: of output, input, weight and mask."""
+    """The grid, and the launch. dtypes: of output, input, weight and mask."""
     precision = backward_precision(*sizes, compute, precision)
     config = backward_config(*sizes, dtypes[2].itemsize, compute, precision)
     grid = (cdiv(sizes[1], config["BLOCK_K"]), 1, 1)
-    return grid, _launch(linear_backward, config, compute, precision, relu, has_mask, pdl)
+    return grid, _launch(linear_backward, config, compute, precision, flags)
 
 
 def _launch(
-    kernel: Any, config: dict[str, int], compute: torch.dtype, precision: str, relu: bool, has_mask: bool, pdl: bool
+    kernel: Any, config: dict[str, int], compute: torch.dtype, precision: str, flags: tuple[bool, ...]
 ) -> Launch:
-    blocks = {name: config[name] for name in ("BLOCK_P", "BLOCK_N", "BLOCK_K")}
-    constants = {
-        "RELU": relu,
-        "HAS_MASK": has_mask,
-        "COMPUTE": _TRITON_DTYPES[compute],
-        "PRECISION": precision,
-        **blocks,
-        "PDL": pdl,
-        "INTERPRETED": INTERPRETED,
-    }
-    return Launch(kernel, constants, config["num_warps"], config["num_stages"], pdl)
+    values = constants(config, compute, precision, flags, INTERPRETED)
+    return Launch(kernel, values, config["num_warps"], config["num_stages"], values["PDL"])
 
 
 def _mlp(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    dropout_masks: Sequence[Tensor],
-    compute: torch.dtype | None,
+    x: Tensor, weights: Tensors, biases: Tensors, dropout_masks: Tensors, compute: torch.dtype | None
 ) -> tuple[Tensor, list[Tensor]]:
     """The output, and for backward the activations after each ReLU and mask."""
-    dtype = compute or x.dtype
+    dtype, rows, pdl = compute or x.dtype, x.shape[0], supports_pdl(x.device)
     precision = _precision(dtype)
-    pdl = supports_pdl(x.device)
-    rows = x.shape[0]
     out, layers = x.contiguous(), []
     for layer, (weight, bias) in enumerate(zip(weights, biases)):
         outputs, width = weight.shape
@@ -115,29 +85,18 @@ def _mlp(
 
 
 def _mlp_fake(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    dropout_masks: Sequence[Tensor],
-    compute: torch.dtype | None,
+    x: Tensor, weights: Tensors, biases: Tensors, dropout_masks: Tensors, compute: torch.dtype | None
 ) -> tuple[Tensor, list[Tensor]]:
     outputs = [x.new_empty(x.shape[0], weight.shape[0], dtype=compute or x.dtype) for weight in weights]
     return outputs[-1], outputs[:-1]
 
 
 def _mlp_backward(
-    d_out: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    dropout_masks: Sequence[Tensor],
-    hidden: Sequence[Tensor],
-    compute: torch.dtype | None,
+    d_out: Tensor, x: Tensor, weights: Tensors, dropout_masks: Tensors, hidden: Tensors, compute: torch.dtype | None
 ) -> list[Tensor]:
     """Gradients of x, of every weight, and of every bias."""
-    dtype = compute or x.dtype
+    dtype, rows, pdl = compute or x.dtype, x.shape[0], supports_pdl(x.device)
     precision = _precision(dtype)
-    pdl = supports_pdl(x.device)
-    rows = x.shape[0]
     activations = [x.contiguous(), *hidden]
     d_weights = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
     d_biases = [weight.new_empty(weight.shape[0]) for weight in weights]
@@ -161,14 +120,7 @@ def _mlp_backward(
     return [d_out, *d_weights, *d_biases]
 
 
-def _mlp_backward_fake(
-    d_out: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    dropout_masks: Sequence[Tensor],
-    hidden: Sequence[Tensor],
-    compute: torch.dtype | None,
-) -> list[Tensor]:
+def _mlp_backward_fake(d_out: Tensor, x: Tensor, weights: Tensors, *_: Any) -> list[Tensor]:
     d_tensors = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, *weights)]
     return [*d_tensors, *(weight.new_empty(weight.shape[0]) for weight in weights)]
 
@@ -195,24 +147,14 @@ class _MLP(torch.autograd.Function):
             raise RuntimeError("fusedprompt.ops.mlp on Triton has no double backward; use backend='reference'")
         x, *tensors = ctx.saved_tensors
         masks_end = ctx.depth + ctx.num_masks
+        weights, masks, hidden = tensors[: ctx.depth], tensors[ctx.depth : masks_end], tensors[masks_end:]
         run = torch.ops.fusedprompt.mlp_backward_triton if is_traced(d_out) else _mlp_backward
-        d_x, *d_parameters = run(
-            d_out,
-            x,
-            tensors[: ctx.depth],
-            tensors[ctx.depth : masks_end],
-            tensors[masks_end:],
-            ctx.compute,
-        )
+        d_x, *d_parameters = run(d_out, x, weights, masks, hidden, ctx.compute)
         return (d_x, None, None, *d_parameters, *of_masks)
 
 
 def _mlp_autograd(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    dropout_masks: Sequence[Tensor],
-    compute: torch.dtype | None,
+    x: Tensor, weights: Tensors, biases: Tensors, dropout_masks: Tensors, compute: torch.dtype | None
 ) -> tuple[Tensor, list[Tensor]]:
     apply: Any = _MLP.apply
     out, *hidden = apply(x, compute, len(weights), *weights, *biases, *dropout_masks)
@@ -238,8 +180,7 @@ def mlp(x: Tensor, weights: list[Tensor], biases: list[Tensor], dropout_masks: l
     device = x.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     run = torch.ops.fusedprompt.mlp_triton if is_traced(x) else _mlp_autograd
-    result: Tensor = run(x, weights, biases, dropout_masks, compute)[0]
-    return result
+    return cast(Tensor, run(x, weights, biases, dropout_masks, compute)[0])
 
 
 __all__ = ["configurations", "mlp"]

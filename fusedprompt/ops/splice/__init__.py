@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -82,8 +82,7 @@ def splice(
         BackendUnavailable: the requested backend cannot run on these arguments.
     """
     _check_arguments(prompt, layout, input_ids, table, inputs_embeds)
-    embeds, _ = _splice(prompt, layout, input_ids, table, inputs_embeds, [], [], backend)
-    return embeds
+    return cast(Tensor, OP.run(backend, prompt, layout.slots, input_ids, table, inputs_embeds, [], [])[0])
 
 
 def splice_batch(
@@ -129,33 +128,10 @@ def splice_batch(
             carried[name] = layout.position_ids(field, first_position).to(field.dtype)
         else:
             carried[name] = layout.fill(field, fills[name])
-    embeds, fields = _splice(
-        prompt,
-        layout,
-        input_ids,
-        table,
-        inputs_embeds,
-        list(together.values()),
-        [fills[name] for name in together],
-        backend,
-    )
-    carried.update(zip(together, fields.unbind(0)))
+    fields, values = list(together.values()), [fills[name] for name in together]
+    embeds, filled = OP.run(backend, prompt, layout.slots, input_ids, table, inputs_embeds, fields, values)
+    carried.update(zip(together, filled.unbind(0)))
     return SplicedBatch(embeds, carried.get("attention_mask"), carried.get("labels"), carried.get("position_ids"))
-
-
-def _splice(
-    prompt: Tensor,
-    layout: Layout,
-    input_ids: Tensor | None,
-    table: Tensor | None,
-    inputs_embeds: Tensor | None,
-    fields: Sequence[Tensor],
-    fills: Sequence[int],
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    arguments = (prompt, layout.slots, input_ids, table, inputs_embeds, fields, fills)
-    result: tuple[Tensor, Tensor] = OP.select(backend, *arguments).call(*arguments)
-    return result
 
 
 def _check_arguments(

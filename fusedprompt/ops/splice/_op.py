@@ -23,6 +23,13 @@ def out_of_range(ids: Tensor, table: Tensor) -> IndexError:
     return IndexError(f"input_ids: expected ids in [0, {table.shape[0]}), got {int(outside[0])}")
 
 
+def sources(input_ids: Tensor | None, table: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The tokens, and what their rows come from: ids and their table, or the embeddings, which are both."""
+    tokens, rows = (input_ids, table) if inputs_embeds is None else (inputs_embeds, inputs_embeds)
+    assert tokens is not None and rows is not None
+    return tokens, rows
+
+
 def _splice_fake(
     prompt: Tensor,
     slots: Tensor | None,
@@ -32,9 +39,7 @@ def _splice_fake(
     fields: Sequence[Tensor],
     fills: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    tokens = input_ids if inputs_embeds is None else inputs_embeds
-    rows = table if inputs_embeds is None else inputs_embeds
-    assert tokens is not None and rows is not None
+    tokens, rows = sources(input_ids, table, inputs_embeds)
     batch, length = tokens.shape[0], prompt.shape[0] + tokens.shape[1] if slots is None else slots.shape[1]
     embeds = rows.new_empty(batch, length, prompt.shape[1])
     return embeds, tokens.new_empty((len(fields), batch, length), dtype=filled_dtype(input_ids))
@@ -48,13 +53,10 @@ def filled_dtype(input_ids: Tensor | None) -> torch.dtype:
 def _splice_backward_fake(
     d_out: Tensor, slots: Tensor | None, num_prompt_rows: int, num_tokens: int, prompt: bool, tokens: bool
 ) -> tuple[Tensor, Tensor]:
-    width = d_out.shape[2]
-    return (
-        d_out.new_empty(
-            (num_prompt_rows, width) if prompt else (0,), dtype=torch.promote_types(d_out.dtype, torch.float32)
-        ),
-        d_out.new_empty((d_out.shape[0], num_tokens, width) if tokens else (0,)),
-    )
+    batch, _, width = d_out.shape
+    accumulate = torch.promote_types(d_out.dtype, torch.float32)
+    d_prompt = d_out.new_empty((num_prompt_rows, width) if prompt else (0,), dtype=accumulate)
+    return d_prompt, d_out.new_empty((batch, num_tokens, width) if tokens else (0,))
 
 
 def register(
@@ -74,24 +76,14 @@ def register(
 
     class Splice(torch.autograd.Function):
         @staticmethod
-        def forward(
-            ctx: Any,
-            run: Callable[..., tuple[Tensor, Tensor]],
-            prompt: Tensor,
-            slots: Tensor | None,
-            input_ids: Tensor | None,
-            table: Tensor | None,
-            inputs_embeds: Tensor | None,
-            fields: Sequence[Tensor],
-            fills: Sequence[int],
-        ) -> tuple[Tensor, Tensor]:
+        def forward(ctx: Any, run: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> tuple[Tensor, Tensor]:
+            prompt, slots, input_ids, table, inputs_embeds, _, _ = args
+            tokens, _ = sources(input_ids, table, inputs_embeds)
             ctx.save_for_backward(slots, input_ids)
-            tokens = input_ids if inputs_embeds is None else inputs_embeds
-            assert tokens is not None
             ctx.num_prompt_rows, ctx.num_tokens = prompt.shape[0], tokens.shape[1]
             ctx.prompt_dtype = prompt.dtype
             ctx.table_rows = 0 if table is None else table.shape[0]
-            embeds, filled = run(prompt, slots, input_ids, table, inputs_embeds, fields, fills)
+            embeds, filled = run(*args)
             ctx.mark_non_differentiable(filled)
             return embeds, filled
 
@@ -101,19 +93,12 @@ def register(
             needs_prompt = ctx.needs_input_grad[1]
             needs_table, needs_embeds = ctx.needs_input_grad[4:6]
             run = backward_operator if is_traced(d_out) else backward
-            d_prompt, d_tokens = run(
+            of_prompt, of_tokens = run(
                 d_out, slots, ctx.num_prompt_rows, ctx.num_tokens, needs_prompt, needs_table or needs_embeds
             )
-            return (
-                None,
-                d_prompt.to(ctx.prompt_dtype) if needs_prompt else None,
-                None,
-                None,
-                table_gradient(d_tokens, input_ids, ctx.table_rows) if needs_table else None,
-                d_tokens if needs_embeds else None,
-                None,
-                None,
-            )
+            d_prompt = of_prompt.to(ctx.prompt_dtype) if needs_prompt else None
+            d_table = table_gradient(of_tokens, input_ids, ctx.table_rows) if needs_table else None
+            return None, d_prompt, None, None, d_table, of_tokens if needs_embeds else None, None, None
 
     apply: Any = Splice.apply
     define(
@@ -132,8 +117,4 @@ def register(
     operator: Callable[..., tuple[Tensor, Tensor]] = getattr(torch.ops.fusedprompt, f"splice{suffix}")
     backward_operator: Callable[..., tuple[Tensor, Tensor]] = getattr(torch.ops.fusedprompt, f"splice_backward{suffix}")
 
-    def splice(*args: Any) -> tuple[Tensor, Tensor]:
-        spliced: tuple[Tensor, Tensor] = operator(*args) if is_traced(args[0]) else apply(forward, *args)
-        return spliced
-
-    return splice
+    return lambda *args: operator(*args) if is_traced(args[0]) else apply(forward, *args)

@@ -17,25 +17,17 @@ from .._library import define
 from .._triton import Launch, cdiv, supports_pdl
 from ._configs import backward_config, configurations, forward_config
 from ._kernels import segment_sum, splice_forward, splice_prefix_backward
-from ._op import CHECK_IDS, POSITIONS, filled_dtype, out_of_range, register
+from ._op import CHECK_IDS, POSITIONS, filled_dtype, out_of_range, register, sources
 
 # Made once for all that the kernels are compiled for: see `Launch`.
 
 
 @functools.cache
 def _forward_launch(
-    width: int,
-    prompt: torch.dtype,
-    rows: torch.dtype,
-    tokens: torch.dtype,
-    fields: torch.dtype,
-    prefix: bool,
-    from_table: bool,
-    num_fields: int,
-    pdl: bool,
+    width: int, dtypes: tuple[torch.dtype, ...], prefix: bool, from_table: bool, num_fields: int, pdl: bool
 ) -> tuple[int, Launch]:
-    """Rows of a program, and the launch."""
-    config = forward_config(width, rows.itemsize)
+    """Rows of a program, and the launch. dtypes: of the rows, the prompt, the tokens and the fields."""
+    config = forward_config(width, dtypes[0].itemsize)
     constants = {"PREFIX": prefix, "FROM_TABLE": from_table, "NUM_FIELDS": num_fields}
     return config["ROWS"], _launch(splice_forward, config, pdl, **constants)
 
@@ -70,9 +62,7 @@ def _splice(
     fields: Sequence[Tensor],
     fills: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    tokens = input_ids if inputs_embeds is None else inputs_embeds
-    rows = table if inputs_embeds is None else inputs_embeds
-    assert tokens is not None and rows is not None
+    tokens, rows = sources(input_ids, table, inputs_embeds)
     if CHECK_IDS and inputs_embeds is None and bool(((tokens < 0) | (tokens >= rows.shape[0])).any()):
         raise out_of_range(tokens, rows)
     batch, length = tokens.shape[:2]
@@ -88,21 +78,12 @@ def _splice(
     starts = [fill - POSITIONS if step else fill for fill, step in zip(fills, steps)]
     unused = [0] * (3 - len(fields))
     from_table = inputs_embeds is None
-    pdl = supports_pdl(out.device)
-    tile, launch = _forward_launch(
-        width, prompt.dtype, rows.dtype, tokens.dtype, filled.dtype, slots is None, from_table, len(fields), pdl
-    )
+    dtypes = (rows.dtype, prompt.dtype, tokens.dtype, filled.dtype)
+    tile, launch = _forward_launch(width, dtypes, slots is None, from_table, len(fields), supports_pdl(out.device))
+    places, taken = filled if slots is None else slots.contiguous(), rows.contiguous() if from_table else tokens
     launch(
         (batch * cdiv(total, tile), 1, 1),
-        (
-            prompt.contiguous(),
-            filled if slots is None else slots.contiguous(),
-            tokens,
-            rows.contiguous() if from_table else tokens,
-            *given,
-            out,
-            filled,
-        ),
+        (prompt.contiguous(), places, tokens, taken, *given, out, filled),
         (num_rows, total, length, width, rows.shape[0], batch * total, *starts, *unused, *steps, *unused),
     )
     return out, filled
@@ -160,17 +141,12 @@ def _table_backward(d_tokens: Tensor, input_ids: Tensor, num_table_rows: int) ->
     return _sum_by(input_ids.flatten(), d_tokens.flatten(0, 1).contiguous(), num_table_rows, d_tokens.dtype)
 
 
-def _table_gradient(d_tokens: Tensor, input_ids: Tensor, num_table_rows: int) -> Tensor:
-    d_table: Tensor = torch.ops.fusedprompt.splice_table_backward_triton(d_tokens, input_ids, num_table_rows)
-    return d_table
-
-
 define(
     "splice_table_backward_triton(Tensor d_tokens, Tensor input_ids, SymInt num_table_rows) -> Tensor",
     _table_backward,
     lambda d_tokens, _, num_table_rows: d_tokens.new_empty(num_table_rows, d_tokens.shape[2]),
 )
-splice = register("_triton", _splice, _splice_backward, _table_gradient)
+splice = register("_triton", _splice, _splice_backward, torch.ops.fusedprompt.splice_table_backward_triton)
 
 
 __all__ = ["configurations", "splice"]
