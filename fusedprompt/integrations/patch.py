@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.state import evaluating
 from ..methods import method_of
-from ..methods.module import evaluating
 from ..ops import explain
 from ..ops._backend import BackendUnavailable, using
 from ..routes.call import SHARED, Call

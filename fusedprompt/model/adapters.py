@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from ..base import saved_modules
 from ..base.cache import SharingFacts
 from ..base.facts import BaseFacts, check_base_model, device_of
-from ..base.state import BaseState
+from ..base.state import BaseState, evaluating
 from ..base.tasks import task_names, task_of
 from ..layouts.prompt import Prompt
 from ..layouts.template import Template
 from ..methods import PromptModule, method_of
 from ..methods.config import PromptLearningConfig, as_config
-from ..methods.module import evaluating
 from ..ops._backend import AUTO
 from ..routes.head import TextHead
 from ..routes.host import joined

@@ -49,18 +49,13 @@ def plan_generate(host: Host, call: Call, placement: str) -> Plan:
     if in_template or call.slots is not None:
         return _given(host, active, call)
     if call.adapter_names is not None:
-        _refuse_mixed(host, call)
-    return (_encoder_decoder if host.facts.encoder_decoder else _decoder)(host, active, call)
-
-
-def _refuse_mixed(host: Host, call: Call) -> None:
-    """What cannot be done for rows of different adapters."""
-    if any(option(host.base_model, call.others, name) for name in _ASSISTED):
-        raise ValueError(
-            "adapter_names: expected None with assisted decoding, which generates one row: use set_adapter"
-        )
-    if cache_length(call.past_key_values):
-        refuse_cache(adapter_names=())
+        if any(option(host.base_model, call.others, name) for name in _ASSISTED):
+            raise ValueError(
+                "adapter_names: expected None with assisted decoding, which generates one row: use set_adapter"
+            )
+        if cache_length(call.past_key_values):
+            refuse_cache(adapter_names=())
+    return _in_front(host, active, call)
 
 
 def _planned(host: Host, call: Call, active: Prompt, placed: Placed, others: Mapping[str, Any], **more: Any) -> Plan:
@@ -82,33 +77,23 @@ def _to_splice(batch: Batch) -> Batch:
     return batch if batch.inputs_embeds is None else replace(batch, input_ids=None)
 
 
-def _encoder_decoder(host: Host, active: Prompt, call: Call) -> Plan:
-    if call.others.get("encoder_outputs") is not None:
+def _in_front(host: Host, active: Prompt, call: Call) -> Plan:
+    """Behind a prompt in front of all text, or each row behind its own adapter's."""
+    base, facts = host.base_model, host.facts
+    if facts.encoder_decoder and call.others.get("encoder_outputs") is not None:
         raise ValueError(
             "encoder_outputs: expected None, because the prompt goes through the encoder; pass input_ids instead"
         )
-    call = _with_mask(host, call)
-    why = _choice(host, call, (active,), active.rows)
-    if call.adapter_names is None:
-        placed = put_in_front(host.facts, active.rows, call.batch, start=active.start)
-        return _planned(host, call, active, placed, call.others, why=why)
-    mixture = Mixture.of(host.prompts, active, call.adapter_names, call.batch.tokens)
-    placed = place_mixture(mixture, host.facts, call.batch)
-    return _planned(host, call, active, placed, call.others, why=why, table=mixture.adapters, mixture=mixture)
-
-
-def _decoder(host: Host, active: Prompt, call: Call) -> Plan:
-    base, facts = host.base_model, host.facts
-    if call.batch.input_ids is None and call.batch.inputs_embeds is None:
+    if not facts.encoder_decoder and call.batch.input_ids is None and call.batch.inputs_embeds is None:
         call = replace(call, batch=replace(call.batch, input_ids=_start_of_text(host, call.others)))
     call = _with_mask(host, call)
-    batch, others, cache = call.batch, dict(call.others), call.past_key_values
+    batch, others, cache, mixture = call.batch, dict(call.others), call.past_key_values, None
     ids, embeds, mask = batch.input_ids, batch.inputs_embeds, batch.attention_mask
-    _count_new_tokens(base, batch.shape[1], others)
-    mixture = None
+    if not facts.encoder_decoder:
+        _count_new_tokens(base, batch.shape[1], others)
     if call.adapter_names is not None:
         mixture = Mixture.of(host.prompts, active, call.adapter_names, batch.tokens)
-    elif ids is not None and mask is not None and mask.shape[1] != ids.shape[1]:
+    elif not facts.encoder_decoder and ids is not None and mask is not None and mask.shape[1] != ids.shape[1]:
         return _continued(host, active, call, others)
     if embeds is not None and ids is not None and embeds.shape[1] != ids.shape[1]:
         raise ValueError(f"inputs_embeds: expected the length of input_ids, {ids.shape[1]}, got {embeds.shape[1]}")
@@ -130,10 +115,8 @@ def _decoder(host: Host, active: Prompt, call: Call) -> Plan:
         placed = replace(placed, batch=replace(placed.batch, attention_mask=mask))
     else:
         placed = put_in_front(facts, rows, tokens, start=active.start)
-    route, table = (SHARED if why is None else SPLICE), tuple(prompt.name for prompt in prompts)
-    return _planned(
-        host, call, active, _counted(placed, call), others, route=route, why=why, table=table, mixture=mixture
-    )
+    found = {"route": SPLICE if why else SHARED, "table": tuple(prompt.name for prompt in prompts), "mixture": mixture}
+    return _planned(host, call, active, _counted(placed, call), others, why=why, **found)
 
 
 def _counted(placed: Placed, call: Call) -> Placed:
