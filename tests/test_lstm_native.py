@@ -73,7 +73,8 @@ def test_native_lstm_of_every_instruction_set_matches_fp64_oracle(shape: Shape, 
     shape=st.tuples(*[st.integers(1, high) for high in (8, 9, 40, 40, 3)], st.booleans()), seed=st.integers(0, 2**31)
 )
 def test_native_lstm_of_any_shape_matches_fp64_oracle(shape: Shape, seed: int) -> None:
-    check(shape, make(shape, torch.float32, seed), d_output(shape, torch.float32), "native")
+    # A single column of d_x is up to 320 products added in their order, which MKL adds in several partial sums.
+    check(shape, make(shape, torch.float32, seed), d_output(shape, torch.float32), "native", ulps=4)
 
 
 def cell_inputs(gate: int, values: Tensor) -> Tensors:

@@ -169,7 +169,10 @@ def test_lstm_encoder_dropout_gives_the_values_and_gradients_of_peft_for_a_seed(
 def test_prompt_encoder_under_autocast_has_the_dtype_of_peft_and_is_as_close_to_fp64(encoder: str) -> None:
     ours, theirs = encoder_pair(encoder)
     with torch.autocast("cpu", torch.bfloat16):
-        actual, plain = ours(INDICES["all"]), theirs(INDICES["all"])
+        actual = ours(INDICES["all"])
+        # Without AVX-512 oneDNN has no bf16 LSTM, and PEFT's raises; PyTorch's own code serves there.
+        with torch.backends.mkldnn.flags(enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            plain = theirs(INDICES["all"])
     assert actual.dtype == plain.dtype == torch.bfloat16
     truth = theirs.double()(INDICES["all"])
     allowed = 2 * largest(plain.double() - truth) + ulp(largest(truth), torch.bfloat16)

@@ -148,8 +148,9 @@ def assert_as_accurate(
     *,
     precision: torch.dtype | None = None,
     neighbours: int = 7,
+    ulps: int = 1,
 ) -> None:
-    """`actual` is as close to `exact` as `plain` is, tensor by tensor.
+    """`actual` is as close to `exact` as `plain` is, tensor by tensor, and some units in the last place.
 
     precision: the dtype of the plain computation, where it is not that of `actual` (fp64 judged by fp32) or of the
         inputs (autocast).
@@ -166,7 +167,7 @@ def assert_as_accurate(
     for name, true_value in truth.items():
         value = actual[name]
         assert value.shape == true_value.shape, f"{name}: {tuple(value.shape)}, not {tuple(true_value.shape)}"
-        allowed = 2 * errors[name] + ulp(largest(true_value), precision or value.dtype)
+        allowed = 2 * errors[name] + ulps * ulp(largest(true_value), precision or value.dtype)
         error = largest(value.double() - true_value)
         assert error <= allowed, f"{name}: error {error:.3g} exceeds {allowed:.3g}"
 
