@@ -21,16 +21,9 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
     return triton.splice(*arguments)
 
 
-def _why_not_triton(
-    prompt: Tensor,
-    slots: Tensor | None = None,
-    input_ids: Tensor | None = None,
-    table: Tensor | None = None,
-    inputs_embeds: Tensor | None = None,
-    fields: Sequence[Tensor] = (),
-    fills: Sequence[int] = (),
-) -> str | None:
+def _why_not_triton(prompt: Tensor, *others: Any) -> str | None:
     """Also of the prompt alone, for `explain`."""
+    table, inputs_embeds, fields = others[2:5] or (None, None, ())
     rows = table if inputs_embeds is None else inputs_embeds
     reason = why_not_triton(prompt) if rows is None else why_not_triton(prompt, rows)
     if reason is None and len(fields) > 3:

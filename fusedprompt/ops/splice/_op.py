@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,26 +23,31 @@ def out_of_range(ids: Tensor, table: Tensor) -> IndexError:
     return IndexError(f"input_ids: expected ids in [0, {table.shape[0]}), got {int(outside[0])}")
 
 
-def sources(input_ids: Tensor | None, table: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The tokens, and what their rows come from: ids and their table, or the embeddings, which are both."""
-    tokens, rows = (input_ids, table) if inputs_embeds is None else (inputs_embeds, inputs_embeds)
-    assert tokens is not None and rows is not None
-    return tokens, rows
+class Arguments(NamedTuple):
+    """What a backend is called with: see `register`."""
+
+    prompt: Tensor
+    slots: Tensor | None
+    input_ids: Tensor | None
+    table: Tensor | None
+    inputs_embeds: Tensor | None
+    fields: Sequence[Tensor]
+    fills: Sequence[int]
+
+    def sources(self) -> tuple[Tensor, Tensor]:
+        """The tokens, and what their rows come from: ids and their table, or the embeddings, which are both."""
+        embeds = self.inputs_embeds
+        tokens, rows = (self.input_ids, self.table) if embeds is None else (embeds, embeds)
+        assert tokens is not None and rows is not None
+        return tokens, rows
 
 
-def _splice_fake(
-    prompt: Tensor,
-    slots: Tensor | None,
-    input_ids: Tensor | None,
-    table: Tensor | None,
-    inputs_embeds: Tensor | None,
-    fields: Sequence[Tensor],
-    fills: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    tokens, rows = sources(input_ids, table, inputs_embeds)
-    batch, length = tokens.shape[0], prompt.shape[0] + tokens.shape[1] if slots is None else slots.shape[1]
-    embeds = rows.new_empty(batch, length, prompt.shape[1])
-    return embeds, tokens.new_empty((len(fields), batch, length), dtype=filled_dtype(input_ids))
+def _splice_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    given = Arguments(*args)
+    (tokens, rows), slots = given.sources(), given.slots
+    batch, length = tokens.shape[0], given.prompt.shape[0] + tokens.shape[1] if slots is None else slots.shape[1]
+    embeds = rows.new_empty(batch, length, given.prompt.shape[1])
+    return embeds, tokens.new_empty((len(given.fields), batch, length), dtype=filled_dtype(given.input_ids))
 
 
 def filled_dtype(input_ids: Tensor | None) -> torch.dtype:
@@ -67,8 +72,8 @@ def register(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Register one backend's ops, `splice` + suffix and `splice_backward` + suffix; returns the differentiable splice.
 
-    forward: (prompt, slots, input_ids, table, inputs_embeds, fields, fills) -> (embeds, filled). `fields` are integer
-        tensors (B, T) in `filled_dtype`, with the fill of each at prompt rows; they come back as (k, B, S).
+    forward: `Arguments`, one by one -> (embeds, filled). `fields` are integer tensors (B, T) in
+        `filled_dtype`, with the fill of each at prompt rows; they come back as (k, B, S).
     backward: (d_out, slots, R, T, prompt, tokens) -> (d_prompt, d_tokens): each prompt row's gradients summed over its
         uses, (R, D) in fp32 (fp64 for fp64), and each token's, (B, T, D) in d_out's dtype; empty if not asked for.
     table_gradient: (d_tokens, input_ids, V) -> (V, D), of anything that torch can trace.
@@ -77,12 +82,11 @@ def register(
     class Splice(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, run: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> tuple[Tensor, Tensor]:
-            prompt, slots, input_ids, table, inputs_embeds, _, _ = args
-            tokens, _ = sources(input_ids, table, inputs_embeds)
-            ctx.save_for_backward(slots, input_ids)
-            ctx.num_prompt_rows, ctx.num_tokens = prompt.shape[0], tokens.shape[1]
-            ctx.prompt_dtype = prompt.dtype
-            ctx.table_rows = 0 if table is None else table.shape[0]
+            given = Arguments(*args)
+            ctx.save_for_backward(given.slots, given.input_ids)
+            ctx.num_prompt_rows, ctx.num_tokens = given.prompt.shape[0], given.sources()[0].shape[1]
+            ctx.prompt_dtype = given.prompt.dtype
+            ctx.table_rows = 0 if given.table is None else given.table.shape[0]
             embeds, filled = run(*args)
             ctx.mark_non_differentiable(filled)
             return embeds, filled

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...layouts.layout import Layout
-from ._op import CHECK_IDS, POSITIONS, filled_dtype, out_of_range, register
+from ._op import CHECK_IDS, POSITIONS, Arguments, filled_dtype, out_of_range, register
 
 
-def _splice(
-    prompt: Tensor,
-    slots: Tensor | None,
-    input_ids: Tensor | None,
-    table: Tensor | None,
-    inputs_embeds: Tensor | None,
-    fields: Sequence[Tensor],
-    fills: Sequence[int],
-) -> tuple[Tensor, Tensor]:
+def _splice(*args: Any) -> tuple[Tensor, Tensor]:
+    prompt, slots, input_ids, table, inputs_embeds, fields, fills = Arguments(*args)
     layout = Layout(prompt.shape[0], slots)
     if inputs_embeds is not None:
         embeds = _join(prompt.to(inputs_embeds.dtype), slots, inputs_embeds)

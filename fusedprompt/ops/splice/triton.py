@@ -7,7 +7,6 @@ by the same programs. The gradients are sums over segments, in a fixed order and
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from .._library import define
 from .._triton import Launch, cdiv, supports_pdl
 from ._configs import backward_config, configurations, forward_config
 from ._kernels import segment_sum, splice_forward, splice_prefix_backward
-from ._op import CHECK_IDS, POSITIONS, filled_dtype, out_of_range, register, sources
+from ._op import CHECK_IDS, POSITIONS, Arguments, filled_dtype, out_of_range, register
 
 # Made once for all that the kernels are compiled for: see `Launch`.
 
@@ -53,16 +52,10 @@ def _launch(kernel: Any, config: dict[str, int], pdl: bool, **constants: Any) ->
     return Launch(kernel, {**constants, **blocks, "PDL": pdl}, num_warps=config["num_warps"], pdl=pdl)
 
 
-def _splice(
-    prompt: Tensor,
-    slots: Tensor | None,
-    input_ids: Tensor | None,
-    table: Tensor | None,
-    inputs_embeds: Tensor | None,
-    fields: Sequence[Tensor],
-    fills: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    tokens, rows = sources(input_ids, table, inputs_embeds)
+def _splice(*args: Any) -> tuple[Tensor, Tensor]:
+    arguments = Arguments(*args)
+    prompt, slots, input_ids, _, inputs_embeds, fields, fills = arguments
+    tokens, rows = arguments.sources()
     if CHECK_IDS and inputs_embeds is None and bool(((tokens < 0) | (tokens >= rows.shape[0])).any()):
         raise out_of_range(tokens, rows)
     batch, length = tokens.shape[:2]
