@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 USAGE = """usage: python -m fusedprompt COMMAND [OPTIONS]
@@ -16,14 +17,9 @@ python -m fusedprompt COMMAND --help tells a command's options."""
 def main(arguments: list[str]) -> int:
     """Run one command; returns its exit code (2 for an unknown command)."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if command == "demo":
-        from .commands.demo import main as demo
-
-        return demo(rest)
-    if command == "doctor":
-        from .commands.doctor import main as doctor
-
-        return doctor(rest)
+    if command in ("demo", "doctor"):
+        code: int = importlib.import_module(f"fusedprompt.commands.{command}").main(rest)
+        return code
     wants_help = command in ("-h", "--help")
     print(USAGE, file=sys.stdout if wants_help else sys.stderr)
     return 0 if wants_help else 2

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import sys
 import traceback
 from collections.abc import Callable
 from importlib import metadata
@@ -141,7 +140,3 @@ def _checks() -> dict[str, Any]:
     from . import op_checks
 
     return op_checks.check_all()
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ..ops._backend import AUTO, NAMES
+from ..ops._backend import AUTO, checked_name
 from ..routes.choice import checked_route
 from .patch import Patch
 from .record import record_on
@@ -58,7 +58,8 @@ def apply(peft_model: Any, backend: str = AUTO, route: str = AUTO, fix: bool = F
             "peft_model: expected a model that is not patched; revert first: patch.revert(), or "
             "fusedprompt.integrations.peft.patch_of(peft_model).revert()"
         )
-    check_names(backend, route)
+    checked_name("backend", backend)
+    checked_route(route)
     patch = Patch(peft_model, backend, route, fix)
     patch._check_requests()
     patch._install()
@@ -86,7 +87,8 @@ def enable(backend: str = AUTO, route: str = AUTO, fix: bool = False) -> None:
 
     if _enabled:
         raise ValueError("enable: expected it not to be enabled already; call disable() first")
-    check_names(backend, route)
+    checked_name("backend", backend)
+    checked_route(route)
     plain, loader = peft.get_peft_model, vars(peft.PeftModel)["from_pretrained"]
 
     def patched(model: Any) -> Any:
@@ -121,13 +123,6 @@ def disable() -> None:
     """Undo `enable`; models that are patched stay so. Without `enable` it does nothing."""
     while _enabled:
         _enabled.pop()()
-
-
-def check_names(backend: str, route: str) -> None:
-    """Refuse names that no op and no route has."""
-    if backend not in (AUTO, *NAMES):
-        raise ValueError(f"backend: expected one of {(AUTO, *NAMES)}, got {backend!r}")
-    checked_route(route)
 
 
 def _check_versions() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .. import ops
 from ..base.facts import fusable_table
 from ..base.tasks import task_of
 from ..methods import method_of
 from ..methods.method import name_of
+from ..routes import explain
 from ..routes.call import SHARED, SPLICE
 from ..routes.choice import why_not_head_loss, why_not_model
 from .encoders import why_not_adapter, why_not_encoder
@@ -94,7 +94,9 @@ def report(patch: Record) -> str:
     elif hasattr(model.base_model, "generate"):
         left["generate"] = "PEFT's own, but with adapter_names; its prompt comes from the encoder above"
     objection = why_not_head_loss(patch.host)
-    if objection is not None and any(_computes_loss(patch, config) for config in model.peft_config.values()):
+    served = [config for config in model.peft_config.values() if config.task_type and why_not_adapter(config) is None]
+    makes_loss = any(task_of(config.task_type).predicts_next for config in served) and patch.host.facts.causal
+    if objection is not None and makes_loss:
         left["loss"] = f"made of logits, because {objection}"
     embeddings = model.word_embeddings
     if "forward" in patch.replaced and embeddings is not None and fusable_table(embeddings) is None:
@@ -111,33 +113,17 @@ def _adapter(patch: Record, name: str, config: Any) -> str:
     method = name_of(config.peft_type)
     if why_not_adapter(config) is not None:
         return f"{method}, left alone"
-    runs = ", ".join(f"{op}: {backend}" for op, backend in backends(patch, name).items())
+    runs = explain.backends(patch.host, name, operations(patch, name))
     return f"{method}, {config.num_virtual_tokens} virtual tokens, {runs}, route {_route(patch, name)}"
 
 
 def operations(patch: Record, name: str) -> list[str]:
     """The ops that serve an adapter, in the order they run in."""
     config, encoder = patch.model.peft_config[name], patch.model.prompt_encoder[name]
-    used, method = ["splice"] if "forward" in patch.replaced else [], method_of(config)
-    if used and _computes_loss(patch, config) and (method.targets is not None or patch.route != SPLICE):
-        used += ["head_loss"] if why_not_head_loss(patch.host) is None else []
-    return used if why_not_encoder(encoder, config) is not None else [*method.ops(encoder), *used]
-
-
-def _computes_loss(patch: Record, config: Any) -> bool:
-    task = None if config.task_type is None else task_of(config.task_type)
-    return task is not None and task.predicts_next and patch.host.facts.causal and why_not_adapter(config) is None
-
-
-def backends(patch: Record, name: str) -> dict[str, str]:
-    """The backend of each op that serves an adapter."""
-    weight = patch.model.prompt_encoder[name].embedding.weight
-    found = {}
-    for op in operations(patch, name):
-        reasons = ops.explain(op, weight)
-        asked = patch.backend if patch.backend in reasons else None
-        found[op] = asked or next(backend for backend, why in reasons.items() if why == "runs")
-    return found
+    encodes = why_not_encoder(encoder, config) is None
+    if "forward" in patch.replaced:
+        return explain.operations(patch.host, name, encodes)
+    return [*method_of(config).ops(encoder)] if encodes else []
 
 
 def _route(patch: Record, name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -206,16 +205,13 @@ def _shorten(
         )
     for b in range(len(next(iter(values.values()), ()))):
         counts = {name: len(rows[b]) for name, rows in values.items()}
-        caps = range(max(counts.values()) + 1)
-        cap = bisect.bisect_right(caps, room, key=lambda c: sum(min(count, c) for count in counts.values())) - 1
-        spare = room - sum(min(count, cap) for count in counts.values())
-        for name, count in counts.items():
-            keep = min(count, cap)
-            if count > cap and spare:
-                keep, spare = cap + 1, spare - 1
+        for _ in range(sum(counts.values()) - room):
+            counts[max(reversed(counts), key=counts.__getitem__)] -= 1  # of equally long ones the last
+        for name, keep in counts.items():
+            first = len(values[name][b]) - keep if side == "left" else 0
             for rows in (values, targets):
                 if name in rows:
-                    rows[name][b] = rows[name][b][count - keep :] if side == "left" else rows[name][b][:keep]
+                    rows[name][b] = rows[name][b][first : first + keep]
 
 
 def _rows(

@@ -180,9 +180,7 @@ class PromptModel(PromptAdapters):
             return "\n".join(describe_adapter(self, name) for name in self.peft_config)
         if self.active_adapter is None:
             return "no prompt: the model has no adapter"
-        if method == "generate":
-            return explain(self, Call.to_generate(None, arguments, self.route))
-        return explain(self, Call.of(arguments, self.route))
+        return explain(self, Call.of(arguments, self.route, generates=method == "generate"))
 
     # Saving and loading
 

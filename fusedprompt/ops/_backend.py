@@ -94,14 +94,15 @@ def never_objects(*args: Any) -> str | None:
     return None
 
 
-def _checked_name(source: str, name: str) -> str:
+def checked_name(source: str, name: str) -> str:
+    """A backend's name, if it is one; source: names it in the error."""
     if name not in (AUTO, *NAMES):
         raise ValueError(f"{source}: expected one of {(AUTO, *NAMES)}, got {name!r}")
     return name
 
 
 # Read once from the environment.
-_default = _checked_name("FUSEDPROMPT_BACKEND", os.environ.get("FUSEDPROMPT_BACKEND") or AUTO)
+_default = checked_name("FUSEDPROMPT_BACKEND", os.environ.get("FUSEDPROMPT_BACKEND") or AUTO)
 _preference: ContextVar[str | None] = ContextVar("fusedprompt_backend", default=None)
 # The same for what torch.compile traces, which cannot read a ContextVar: of all threads, the last entry being in force.
 _traced = [_default]
@@ -119,7 +120,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: `name` is not "auto", "reference", "triton" or "native".
     """
-    _traced.append(_checked_name("backend", name))
+    _traced.append(checked_name("backend", name))
     token = None if torch.compiler.is_compiling() else _preference.set(name)
     try:
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,20 +45,27 @@ def describe_adapter(host: Host, name: str) -> str:
     active, config = ", active" if name == host.in_use else "", host.peft_config[name]
     return (
         f"{name}{active}: {method_of(config).name}, {config.num_virtual_tokens} virtual tokens, "
-        f"{_route_of_model(host, host.prompts[name])}, {_backends(host, name)}"
+        f"{_route_of_model(host, host.prompts[name])}, "
+        f"{backends(host, name, operations(host, name, encodes=not config.inference_mode))}"
     )
 
 
-def _backends(host: Host, name: str) -> str:
-    config, encoder, prompt = host.peft_config[name], host.prompt_encoder[name], host.prompts[name]
-    method = method_of(config)
-    used = [*(() if config.inference_mode else method.ops(encoder)), "splice"]
-    makes_loss = prompt.task.predicts_next and host.facts.causal
-    if makes_loss and (host.route != SPLICE or method.targets is not None) and why_not_head_loss(host) is None:
-        used.append("head_loss")
-    found = (ops.explain(op, encoder.embedding.weight) for op in used)
-    runs = (next(name for name, why in reasons.items() if why == "runs") for reasons in found)
-    return ", ".join(f"{op}: {backend}" for op, backend in zip(used, runs))
+def operations(host: Host, name: str, encodes: bool) -> list[str]:
+    """The ops that serve an adapter, in the order they run in. encodes: its encoder runs on ops."""
+    method, task = method_of(host.peft_config[name]), host.prompts[name].task
+    used = [*(method.ops(host.prompt_encoder[name]) if encodes else ()), "splice"]
+    makes_loss = task.predicts_next and host.facts.causal and (host.route != SPLICE or method.targets is not None)
+    return [*used, "head_loss"] if makes_loss and why_not_head_loss(host) is None else used
+
+
+def backends(host: Host, name: str, used: Sequence[str]) -> str:
+    """The backend of each of an adapter's ops."""
+    weight, found = host.prompt_encoder[name].embedding.weight, []
+    for op in used:
+        reasons = ops.explain(op, weight)
+        asked = host.backend if host.backend in reasons else None
+        found.append(f"{op}: {asked or next(backend for backend, why in reasons.items() if why == 'runs')}")
+    return ", ".join(found)
 
 
 def _route_of_model(host: Host, prompt: Prompt) -> str:

@@ -76,7 +76,10 @@ class NextToken:
                 first = first.masked_fill(self.alone, IGNORE_INDEX)
             parts = [following, first]
             total = F.cross_entropy(from_prompt.float(), first, ignore_index=IGNORE_INDEX, reduction="sum")
-        text = _summed(source, following)
+        if isinstance(source, Withheld):
+            text = source.summed_loss(following.to(source.hidden.device)).float()
+        else:
+            text = summed_cross_entropy(source.view(-1, source.shape[-1]), following.to(source.device).flatten())
         total = text if total is None else total + text
         number = sum((part != IGNORE_INDEX).sum() for part in parts) if self.counted is None else self.counted
         mean: Tensor = total / (number.to(total.device) if isinstance(number, Tensor) else number)
@@ -161,10 +164,3 @@ def answers_loss(
         ours = loss.of(base, output["start_logits"], output["end_logits"], moved)
         _same_loss[base] = torch.allclose(ours.float(), own.float(), rtol=1e-3, atol=1e-5, equal_nan=True)
     return loss.of(base, *cut) if _same_loss.get(base, True) else own
-
-
-def _summed(source: Source, following: Tensor) -> Tensor:
-    """Sum of the cross entropies of logits (B, T, V), or of those that a head would make, with labels (B, T)."""
-    if isinstance(source, Withheld):
-        return source.summed_loss(following.to(source.hidden.device)).float()
-    return summed_cross_entropy(source.view(-1, source.shape[-1]), following.to(source.device).flatten())

@@ -38,10 +38,7 @@ class Planner:
         self.labelled = self.batch.labels is not None and self.task.predicts_next
 
     def plan(self) -> Plan:
-        why, pays = self._choice()
-        return replace(self.begun, why=why, pays=pays, **(self._shared() if why is None else self._spliced()))
-
-    def _choice(self) -> tuple[str | None, bool]:
+        """The route, and what becomes of the call on it."""
         host, call, batch = self.host, self.call, self.batch
         prompts = [host.prompts[name] for name in self.table]
         size, length = batch.shape
@@ -55,7 +52,8 @@ class Planner:
             lambda: why_not_loss(host) if self.labelled and self.targets_of is None else None,
             lambda: why_not_now(host),
         ]
-        return why_not_shared(host, call.route, objections, cost, self.table)
+        why, pays = why_not_shared(host, call.route, objections, cost, self.table)
+        return replace(self.begun, why=why, pays=pays, **(self._shared() if why is None else self._spliced()))
 
     def _own_targets(self) -> Callable[[Layout, Batch], Targets] | None:
         """What a method's own loss counts, of a layout and fields; None for the base model's loss.
@@ -87,9 +85,6 @@ class Planner:
     def _could_wait(self) -> bool:
         return not torch.compiler.is_compiling() and why_not_wait(self.host) is None
 
-    def _holds_back(self) -> bool:
-        return self._could_wait() and self.host.text_head.may_be_withheld(self.host.base_model)
-
     def _others(self) -> dict[str, Any]:
         """What else the base model gets; PEFT asks CPT's base model for an output with names."""
         named = self.placement == PEFT and self.targets_of is not None and self.labelled
@@ -112,7 +107,7 @@ class Planner:
             fields = replace(fields, labels=None)
         elif logits == TEXT:
             cuts = (*cuts, "logits")
-        elif self.labelled and call.route == AUTO and self._has_plain_loss(others) and self._holds_back():
+        elif self.labelled and call.route == AUTO and self._withholds(others):
             waits = not self.host.text_head.read
             loss = NextToken(counted=others.get("num_items_in_batch")) if waits else None
             reads = not waits
@@ -138,14 +133,17 @@ class Planner:
             batch = replace(batch, labels=batch.labels.masked_fill(unpredicted(mask), IGNORE_INDEX))
         return place(facts, self.given, batch, Turn.of(task, facts), self.call.pool_index)
 
-    def _has_plain_loss(self, others: Mapping[str, Any]) -> bool:
-        """Whether nothing but labels and logits decides about the base model's loss, and its output has names."""
+    def _withholds(self, others: Mapping[str, Any]) -> bool:
+        """Whether the base model's head can wait: nothing but labels and logits decides about its loss, and its output
+        has names."""
         as_dict, config = others.get("return_dict"), self.host.base_model.config
         named = getattr(config, "return_dict", True) if as_dict is None else as_dict
         if not named or getattr(config, "output_router_logits", False):
             return False
         plain = ("use_cache", "return_dict", "output_hidden_states", "num_items_in_batch")
-        return all(value is None or name in plain for name, value in others.items())
+        if not all(value is None or name in plain for name, value in others.items()):
+            return False
+        return self._could_wait() and self.host.text_head.may_be_withheld(self.host.base_model)
 
     def _move_answers(self, placed: Placed, others: dict[str, Any]) -> Answers | None:
         """Answer positions count tokens: they move with the tokens. Their loss is that of the tokens' own logits."""
@@ -170,10 +168,7 @@ class Planner:
 
     def _shared(self) -> dict[str, Any]:
         """Text behind a prompt in the cache: mask and positions count the prompt, and padding changes nothing."""
-        if self.placement == PEFT:
-            fields, layout, padding = self._text_as_peft(), Layout.prefix(self.rows), None
-        else:
-            fields, layout, padding = self._text()
+        fields, layout, padding = self._text()
         logits = self.call.logits
         loss = self._loss_of_text(layout, padding) if self.labelled else None
         fields = replace(fields, labels=None if self.labelled else fields.labels, input_type_mask=None)
@@ -184,18 +179,16 @@ class Planner:
         found = {"layout": layout, "fields": fields, "loss": loss, "waits": waits, "logits": logits, "cuts": cuts}
         return {"route": SHARED, "looks_up": self.task.pools, "others": self._others(), **found}
 
-    def _text_as_peft(self) -> Batch:
-        """Prompt, padding, text, with positions left to the base model."""
-        mask = self.batch.attention_mask
-        return self.batch if mask is None else replace(self.batch, attention_mask=F.pad(mask, (self.rows, 0), value=1))
-
     def _text(self) -> tuple[Batch, Layout, Tensor | None]:
         """The text's fields, where prompt and text stand in the output, and (B,) padding at the left of each row."""
         facts, rows, mixture, batch = self.facts, self.rows, self.mixture, self.batch
         (size, length), tokens = batch.shape, batch.tokens
+        mask, positions = batch.attention_mask, batch.position_ids
+        if self.placement == PEFT:  # prompt, padding, text, with positions left to the base model
+            wide_mask = None if mask is None else F.pad(mask, (rows, 0), value=1)
+            return replace(batch, attention_mask=wide_mask), Layout.prefix(rows), None
         check_length(facts, rows, length)
         batch.checked()
-        mask, positions = batch.attention_mask, batch.position_ids
         # With ids the base model would look for a classifier's padding by its token; the mask has said where it is.
         if self.task.pools and mask is not None and may_be_padded(mask, -1):
             batch = _padding_to_left(batch, mask)

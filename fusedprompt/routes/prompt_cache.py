@@ -97,9 +97,6 @@ class PromptCache:
                 self._entries.popitem(last=False)
             return found
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled model starts with an empty cache: locks and weak references stay with the original."""
-        return {"max_bytes": self.max_bytes}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["max_bytes"])  # type: ignore[misc]
+        return PromptCache, (self.max_bytes,)

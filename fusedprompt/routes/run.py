@@ -26,16 +26,12 @@ def run(host: Host, plan: Plan) -> Any:
     names = plan.mixture.names if plan.mixture is not None else None
     try:
         with host.heads_for_rows(names):
-            return _run(host, plan)
+            if plan.call.generates:
+                return run_generate(host, plan)
+            if plan.route in (BASE, CONTINUE):
+                return host.base_model(**plan.fields.given(), **plan.others)
+            return (run_shared if plan.route == SHARED else run_spliced)(host, plan)
     except RouteUnavailable:
         if plan.route != SHARED or plan.call.route != AUTO:
             raise
     return run(host, plan_again(host, plan.call, plan.placement))
-
-
-def _run(host: Host, plan: Plan) -> Any:
-    if plan.call.generates:
-        return run_generate(host, plan)
-    if plan.route in (BASE, CONTINUE):
-        return host.base_model(**plan.fields.given(), **plan.others)
-    return (run_shared if plan.route == SHARED else run_spliced)(host, plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,9 +112,7 @@ def pretrain(settings: Settings, words: Words, seed: int, device: torch.device) 
         batch_size=settings.pretraining_batch,
         learning_rate=settings.pretraining_rate,
         seed=seed,
-        check=lambda: (
-            sum(exact_match(model, words.validation, task, tagged=True) for task in TASKS.values()) / len(TASKS)
-        ),
+        check=lambda: statistics.fmean(exact_match(model, words.validation, task, True) for task in TASKS.values()),
         check_every=settings.pretraining_check_every,
     )
     return model, curve

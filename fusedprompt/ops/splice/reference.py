@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,15 +52,10 @@ def _carry(layout: Layout, field: Tensor, fill: int) -> Tensor:
     return layout.position_ids(field, fill - POSITIONS).to(field.dtype)
 
 
-_HEADS: dict[tuple[tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
-
-
+@functools.cache
 def _heads(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A (k, 1, 1) constant, kept so that only the first forward copies it to the device."""
-    key = (values, dtype, device)
-    if key not in _HEADS:
-        _HEADS[key] = torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
-    return _HEADS[key]
+    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 def _embedding(ids: Tensor, table: Tensor) -> Tensor:
