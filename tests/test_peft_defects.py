@@ -368,3 +368,18 @@ def test_bad_prompt_starts_are_named(start: int, given: dict[str, Any], message:
     config = fusedprompt.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     with pytest.raises(ValueError, match=message):
         fusedprompt.get_prompt_model(build("Llama"), config, prompt_start=start)(input_ids=tokens(), **given)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_row_shorter_than_prompt_start_has_the_prompt_behind_it(mixed: bool) -> None:
+    config = fusedprompt.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = fusedprompt.get_prompt_model(build("Llama"), config, prompt_start=2).eval()
+    model.add_adapter("one", config, prompt_start=1)
+    model.prompt_encoder["one"].load_state_dict(model.prompt_encoder["default"].state_dict())
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :-1] = 0
+    names = {"adapter_names": ["default"] * len(ids)} if mixed else {}
+    found = model(input_ids=ids, attention_mask=mask, **names).logits[1, -4:]
+    model.set_adapter("one")
+    torch.testing.assert_close(found, model(input_ids=ids[1:2, -1:]).logits[0], rtol=1e-4, atol=1e-5)

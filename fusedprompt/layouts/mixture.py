@@ -205,7 +205,7 @@ def arrange(
     # `text` counts the row's text as it stands: padding tokens of its own, then tokens, and the prompt among them.
     filler_in_front = facts.causal and not mixture.even
     text = position - (longest - count) if filler_in_front else position.expand(tokens.shape[0], -1)
-    begin = start if padding is None else start + padding.unsqueeze(1)
+    begin = start if padding is None else (start + padding.unsqueeze(1)).clamp(max=length)
     prompt_row = text - begin
     is_prompt = (prompt_row >= 0) & (prompt_row < count)
     token = torch.where(prompt_row < 0, text, text - count)

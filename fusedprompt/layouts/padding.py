@@ -81,7 +81,8 @@ def choose_layout(
     at_left, at_right = count_padding(attention_mask)
     if facts.causal:
         padding = at_left + at_right if pool_last else at_left
-        return Layout.insert(num_prompt_rows, length, padding + start, -at_right if pool_last else None), padding
+        first = (padding + start).clamp(max=length)  # of a row with fewer tokens than `start`, behind them all
+        return Layout.insert(num_prompt_rows, length, first, -at_right if pool_last else None), padding
     if facts.takes_position_ids and not start:
         return Layout.prefix(num_prompt_rows), at_left
     return Layout.insert(num_prompt_rows, length, torch.full_like(at_left, start), at_left), None

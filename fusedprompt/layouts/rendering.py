@@ -83,7 +83,7 @@ def render(
     if not slots and not template.is_plain_prefix:
         raise ValueError(f"slots: expected True for '{template}', which is not a prompt in front of all text")
     values = _field_ids(template, fields, tokenizer)
-    size = len(next(iter(values.values()))) if values else len(mask_labels or labels or [()])
+    size = next((len(rows) for rows in (*values.values(), mask_labels, labels) if rows is not None), 1)
     side = padding_side or getattr(tokenizer, "padding_side", "right")
     for name, value, allowed in (("padding_side", side, ("left", "right")), ("pool", pool, (None, "first", "last"))):
         if value not in allowed:

@@ -30,7 +30,7 @@ def cpt(
         delta: (P, D) learned change, in embedding's dtype.
         epsilon: (P,) fp32 largest L2 norms.
         trainable: (P,) bool.
-        backend: "auto", "reference" or "triton".
+        backend: "auto" or "reference".
 
     Returns:
         rows and projected, (P, D) each; no gradient flows through `projected`.
