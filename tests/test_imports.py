@@ -127,7 +127,7 @@ def imports_of(path: Path, forbidden: tuple[str, ...], top_level_only: bool = Fa
 
 def test_the_scan_of_imports_sees_relative_nested_and_type_checking_imports() -> None:
     folder = PACKAGE / "ops" / "mlp"
-    assert "fusedprompt.ops._check" in set(imported_names(folder / "__init__.py"))
+    assert "fusedprompt.base.check" in set(imported_names(folder / "__init__.py"))
     assert "fusedprompt.ops.mlp.reference" in set(imported_names(folder / "__init__.py"))
     assert "fusedprompt.ops._library.LIBRARY" in set(imported_names(folder / "reference.py"))
     face, doctor = PACKAGE / "__init__.py", PACKAGE / "commands" / "doctor.py"

@@ -23,6 +23,7 @@ class BaseFacts:
     takes_position_ids, takes_token_type_ids: its forward has an argument of that name.
     first_position: position id of a sequence's first token (RoBERTa starts behind its padding index).
     position_limit: longest sequence a learned position table can number, or None for relative positions.
+    width: of the input embeddings, if they say so.
     """
 
     encoder_decoder: bool
@@ -31,9 +32,10 @@ class BaseFacts:
     takes_token_type_ids: bool
     first_position: int
     position_limit: int | None
+    width: int | None = None
 
     @classmethod
-    def of(cls, base: nn.Module) -> BaseFacts:
+    def of(cls, base: Any) -> BaseFacts:
         """Look at a transformers model."""
         encoder_decoder = bool(getattr(base.config, "is_encoder_decoder", False))
         attentions = [bool(module.is_causal) for module in base.modules() if hasattr(module, "is_causal")]
@@ -46,6 +48,7 @@ class BaseFacts:
             takes_token_type_ids="token_type_ids" in parameters,
             first_position=first,
             position_limit=_position_limit(base, first),
+            width=getattr(base.get_input_embeddings(), "embedding_dim", None),
         )
 
 
@@ -87,11 +90,19 @@ def check_base_model(base: Any) -> nn.Module:
 
 def transformers_model(base: nn.Module) -> Any:
     """The model whose code is transformers' own: `base`, or the one that it wraps (torch.compile, LoRA); else None."""
-    for module in base.modules():
-        own = any(parent.__module__.startswith("transformers.models.") for parent in type(module).__mro__)
-        if own and hasattr(module, "config"):
-            return module
-    return None
+    if _is_transformers_own(base):  # without a walk that mostly ends where it begins
+        return base
+    return next((module for module in base.modules() if _is_transformers_own(module)), None)
+
+
+_own_kinds: dict[type, bool] = {}
+
+
+def _is_transformers_own(module: nn.Module) -> bool:
+    kind = type(module)
+    if kind not in _own_kinds:
+        _own_kinds[kind] = any(parent.__module__.startswith("transformers.models.") for parent in kind.__mro__)
+    return _own_kinds[kind] and "config" in vars(module)
 
 
 def fusable_table(embeddings: nn.Module) -> Tensor | None:

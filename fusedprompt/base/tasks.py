@@ -71,10 +71,17 @@ def register_task(task: Task) -> None:
     """Make a task known to configurations, `task_type=task.name`.
 
     Raises:
-        ValueError: there is one of that name.
+        TypeError, ValueError: there is one of that name, or a field is none of its values.
     """
     if task.name in _TASKS:
         raise ValueError(f"task: expected a new name, got {task.name!r}, which is one of {[*_TASKS]}")
+    allowed = {"labels": ("tokens", "rows", None), "token_types": ("always", "never", "placed")}
+    for field, values in allowed.items():
+        if getattr(task, field) not in values:
+            raise ValueError(f"task.{field}: expected one of {values}, got {getattr(task, field)!r}")
+    for field in ("token_outputs", "answers", "heads"):
+        if not isinstance(getattr(task, field), tuple):
+            raise TypeError(f"task.{field}: expected a tuple of names, got {getattr(task, field)!r}")
     _TASKS[task.name] = task
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base import check
 from ..base.facts import BaseFacts
 from .layout import Layout
 from .padding import Turn, choose_layout, count_padding, may_be_padded, padding_positions
@@ -49,15 +50,31 @@ class Batch:
         """The fields that are there."""
         return {name: value for name in FIELDS if (value := getattr(self, name)) is not None}
 
-    def checked(self) -> Tensor:
-        """The one of ids (B, T) and embeddings (B, T, D) that is given, if the mask fits it.
+    def checked(self, facts: BaseFacts) -> Tensor:
+        """The one of ids (B, T) and embeddings (B, T, D) that is given, if the other fields fit it.
 
         Raises:
-            ValueError: both or none are given, or the mask is not (B, T).
+            TypeError, ValueError: both or none are given, or a field has another shape or dtype than it must.
         """
-        if (self.input_ids is None) == (self.inputs_embeds is None):
+        ids, embeds, positions = self.input_ids, self.inputs_embeds, self.position_ids
+        if (ids is None) == (embeds is None):
             raise ValueError("You have to provide either input_ids or inputs_embeds, and not both")
-        check_mask(self.tokens, self.attention_mask)
+        if ids is not None:
+            check.tensor("input_ids", ids, "(B, T)", 2)
+            check.token_ids("input_ids", ids)
+        if embeds is not None:
+            check.tensor("inputs_embeds", embeds, "(B, T, D)", 3)
+            check.floating("inputs_embeds", embeds)
+            check.shape("inputs_embeds", embeds, "(B, T, D)", (*self.shape, facts.width or embeds.shape[2]))
+        for name in ("attention_mask", "labels", "token_type_ids", "input_type_mask"):
+            if (field := getattr(self, name)) is not None:
+                check.tensor(name, field, "(B, T)", 2)
+                check.shape(name, field, "(B, T)", self.shape)
+        if positions is not None and tuple(positions.shape) not in (self.shape, (1, self.shape[1])):
+            raise ValueError(f"position_ids: expected shape (B, T) = {self.shape}, got {tuple(positions.shape)}")
+        for name in ("labels", "position_ids", "input_type_mask"):
+            if (field := getattr(self, name)) is not None:
+                check.integral(name, field)
         return self.tokens
 
 
@@ -107,7 +124,7 @@ def put_in_front(
     Returns:
         Mask, labels and ids that were not given are not made up, but for position ids that padding makes necessary.
     """
-    tokens = batch.checked()
+    tokens = batch.checked(facts)
     size, length = batch.shape
     check_length(facts, num_prompt_rows, length)
     if start > length:
@@ -188,6 +205,8 @@ def _check_placed(facts: BaseFacts, layout: Layout, batch: Batch, pool_index: Te
         raise ValueError(f"pool_index: expected shape (B,) = ({slots.shape[0]},), got {tuple(pool_index.shape)}")
     looks = slots.device.type == "cpu" and not torch.compiler.is_compiling() and slots.numel() > 0
     if looks:
+        if pool_index is not None and not all(0 <= column < slots.shape[1] for column in pool_index.tolist()):
+            raise ValueError(f"pool_index: expected columns in [0, {slots.shape[1]}), got {pool_index.tolist()}")
         low, high = (int(end) for end in torch.aminmax(slots))
         if low < -layout.num_prompt_rows or high >= tokens.shape[1]:
             raise ValueError(

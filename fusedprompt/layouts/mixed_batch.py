@@ -21,7 +21,7 @@ def place_mixture(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: b
 
     The layout's slots refer to the prompts of all, one after another, and to a row of zeros behind them, which pads.
     """
-    tokens = batch.checked()
+    tokens = batch.checked(facts)
     size, length = batch.shape
     positions, prompts = batch.position_ids, mixture.prompts
     if positions is not None and (any(prompt.start for prompt in prompts) or mixture.has_patterns):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import _check
+from ..base import check
 from .config import PromptLearningConfig
 
 
@@ -39,8 +39,8 @@ class PromptModule(nn.Module):
         """
         if indices is None:
             return self.encode()
-        _check.tensor("indices", indices, "(B, P)", 2)
-        _check.token_ids("indices", indices)
+        check.tensor("indices", indices, "(B, P)", 2)
+        check.token_ids("indices", indices)
         return F.embedding(indices, self.encode())
 
     def copy_words(self, word_embeddings: nn.Module, ids: Sequence[int] | Tensor) -> None:

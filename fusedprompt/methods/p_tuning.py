@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops import _check
+from ..base import check
 from .config import PeftType, PromptLearningConfig, as_config, as_enum, check_count, check_number
 from .method import Method, Part, PeftEncoder, register_method
 from .module import PromptModule
@@ -129,8 +129,8 @@ class PromptEncoder(PromptModule):
         """
         if indices is None or self.inference_mode or self.encoder_type is PromptEncoderReparameterizationType.MLP:
             return super().forward(indices)
-        _check.tensor("indices", indices, "(B, P)", 2)
-        _check.token_ids("indices", indices)
+        check.tensor("indices", indices, "(B, P)", 2)
+        check.token_ids("indices", indices)
         if not indices.numel():
             return self.embedding.weight.new_empty(*indices.shape, self.token_dim)
         distinct, which = indices, None

@@ -83,6 +83,21 @@ class PromptAdapters(nn.Module):
         return {name: prompt.start for name, prompt in self.prompts.items()}
 
     @property
+    def active_start(self) -> int:
+        """Tokens of each row that stay before the active adapter's prompt."""
+        return self.prompt_start.get(self.active_adapter or "", 0)
+
+    @property
+    def active_template(self) -> Template | None:
+        """The active adapter's template, unless that is the plain prefix."""
+        return self.template_of(self.active_adapter or "")
+
+    def template_of(self, adapter_name: str) -> Template | None:
+        """An adapter's template, unless that is the plain prefix."""
+        template = self.templates.get(adapter_name)
+        return None if template is None or template.is_plain_prefix else template
+
+    @property
     def templates(self) -> dict[str, Template]:
         """Adapter name to its template, of those that have one."""
         return {name: prompt.template for name, prompt in self.prompts.items() if prompt.template is not None}
@@ -209,6 +224,8 @@ class PromptAdapters(nn.Module):
         assert config.num_virtual_tokens is not None
         try:
             encoder = encoder or method.module(config, self.word_embeddings)
+            for frozen in method.frozen:
+                encoder.get_submodule(frozen)  # an AttributeError names one that is not there
             encoder.train(self.training)
             self.prompt_encoder[adapter_name] = encoder.to(self.prompt_device)
             self.peft_config[adapter_name] = config

@@ -178,9 +178,9 @@ class PromptModel(PromptAdapters):
             raise ValueError(f"method: expected 'forward' or 'generate', got {method!r}")
         if method == "forward" and not arguments:
             return "\n".join(describe_adapter(self, name) for name in self.peft_config)
-        if self.active_adapter is None:
-            return "no prompt: the model has no adapter"
-        return explain(self, Call.of(arguments, self.route, generates=method == "generate"))
+        if method == "generate":
+            return explain(self, Call.to_generate(arguments.pop("inputs", None), arguments, self.route))
+        return explain(self, Call.of(arguments, self.route))
 
     # Saving and loading
 

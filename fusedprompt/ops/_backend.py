@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ def checked_name(source: str, name: str) -> str:
 _default = checked_name("FUSEDPROMPT_BACKEND", os.environ.get("FUSEDPROMPT_BACKEND") or AUTO)
 _preference: ContextVar[str | None] = ContextVar("fusedprompt_backend", default=None)
 # The same for what torch.compile traces, which cannot read a ContextVar: of all threads, the last entry being in force.
-_traced = [_default]
+_traced, _lock = [_default], threading.Lock()
 
 
 def _preferred() -> str:
@@ -120,14 +121,16 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: `name` is not "auto", "reference", "triton" or "native".
     """
-    _traced.append(checked_name("backend", name))
+    with _lock:
+        _traced.append(checked_name("backend", name))
     token = None if torch.compiler.is_compiling() else _preference.set(name)
     try:
         yield
     finally:
         if token is not None:
             _preference.reset(token)
-        del _traced[-1 - _traced[::-1].index(name)]  # another thread's may stand behind it
+        with _lock:
+            del _traced[-1 - _traced[::-1].index(name)]  # another thread's may stand behind it
 
 
 def using(backend: str) -> contextlib.AbstractContextManager[None]:

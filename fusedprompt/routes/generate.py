@@ -22,7 +22,7 @@ from .call import BASE, CONTINUE, SHARED, Plan
 from .host import Host
 from .plan_generate import most_new_tokens, option
 from .shared import prompt_states
-from .splice import spliced_arguments
+from .splice import embedded, spliced_arguments
 from .states import PromptStates
 
 
@@ -65,7 +65,7 @@ def _behind(host: Host, plan: Plan) -> dict[str, Any]:
     given, layout = plan.fields.given(), plan.layout
     assert layout is not None
     if "input_ids" in given:
-        given["inputs_embeds"] = host.word_embeddings(given.pop("input_ids"))
+        given["inputs_embeds"] = embedded(host, given.pop("input_ids"))
     given["inputs_embeds"] = F.pad(given["inputs_embeds"], (0, 0, layout.num_prompt_rows, 0))
     return given
 

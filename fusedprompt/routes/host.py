@@ -22,54 +22,39 @@ class Host(Protocol):
 
     sharing: whether prompts of this base model can be shared at all; what a call finds out is written into it.
     text_head: whether the next training step may leave its logits until they are read.
+    base_model: the transformers model. facts: what does not change of it. state: what may. word_embeddings: its own.
+    in_use: the adapter of calls that name none; None if they are for the base model alone.
+    prompts, peft_config, prompt_encoder: each adapter's prompt and its place, its configuration, ours or PEFT's, and
+        its module, in an `nn.ModuleDict`.
+    prompt_cache: prompts' keys and values for calls that train nothing.
+    route: "auto", "shared" or "splice", for calls that name none. backend: of the ops.
     """
 
     sharing: SharingFacts
     text_head: TextHead
 
     @property
-    def base_model(self) -> Any:
-        """The transformers model."""
-
+    def base_model(self) -> Any: ...
     @property
-    def facts(self) -> BaseFacts:
-        """What does not change of it."""
-
+    def facts(self) -> BaseFacts: ...
     @property
-    def state(self) -> BaseState:
-        """What may change of it."""
-
+    def state(self) -> BaseState: ...
     @property
-    def word_embeddings(self) -> nn.Module:
-        """Its input embedding."""
-
+    def word_embeddings(self) -> nn.Module: ...
     @property
-    def in_use(self) -> str | None:
-        """The adapter of calls that name none; None if they are for the base model alone."""
-
+    def in_use(self) -> str | None: ...
     @property
-    def prompts(self) -> Mapping[str, Prompt]:
-        """Each adapter's prompt and its place."""
-
+    def prompts(self) -> Mapping[str, Prompt]: ...
     @property
-    def peft_config(self) -> Mapping[str, Any]:
-        """Each adapter's configuration, ours or PEFT's."""
-
+    def peft_config(self) -> Mapping[str, Any]: ...
     @property
-    def prompt_encoder(self) -> Any:
-        """Each adapter's module, in an `nn.ModuleDict`."""
-
+    def prompt_encoder(self) -> Any: ...
     @property
-    def prompt_cache(self) -> PromptCache:
-        """Prompts' keys and values for calls that train nothing."""
-
+    def prompt_cache(self) -> PromptCache: ...
     @property
-    def route(self) -> str:
-        """ "auto", "shared" or "splice", for calls that name none."""
-
+    def route(self) -> str: ...
     @property
-    def backend(self) -> str:
-        """The backend of the ops."""
+    def backend(self) -> str: ...
 
     def prompt_rows(self, adapter_name: str) -> Tensor:
         """An adapter's prompt, (P, D)."""

@@ -21,7 +21,7 @@ from ..layouts.mixture import Mixture, refuse_cache
 from ..layouts.padding import Turn, choose_layout
 from ..layouts.prompt import Prompt
 from ..ops._backend import AUTO
-from .call import CONTINUE, PEFT, SHARED, SPLICE, Call, Plan, refuse_fields, with_cache
+from .call import CONTINUE, FULL, PEFT, SHARED, SPLICE, Call, Plan, refuse, refuse_fields, with_cache
 from .choice import RouteUnavailable, why_not_length, why_not_now, why_not_prompts
 from .host import Host
 from .states import prompt_first
@@ -40,6 +40,8 @@ def plan_generate(host: Host, call: Call, placement: str) -> Plan:
         if why is not None and call.route == SHARED:
             raise RouteUnavailable(why)
         return Plan(SHARED if why is None else SPLICE, call, call.batch, why, task=active.task, table=(active.name,))
+    refuse("pool_index", call.pool_index, "in generate")
+    refuse("logits", None if call.logits == FULL else call.logits, "in generate")
     call = replace(call, batch=replace(call.batch, token_type_ids=None))
     if call.slots is not None and call.adapter_names is not None:
         raise ValueError("adapter_names: expected None with slots, got both")
@@ -102,7 +104,7 @@ def _in_front(host: Host, active: Prompt, call: Call) -> Plan:
     tokens = _to_splice(batch)
     if why is None:
         check_length(facts, rows, tokens.shape[1])
-        tokens.checked()
+        tokens.checked(facts)
         if mixture is not None:
             mask = mixture.prompt_first_mask(mask, tokens.shape[1])
         elif mask is not None:
@@ -184,11 +186,7 @@ def _given(host: Host, active: Prompt, call: Call) -> Plan:
 
 
 def _choice(host: Host, call: Call, prompts: tuple[Prompt, ...], rows: int) -> str | None:
-    """Why this call prefills the prompt in each row, or None: it prefills the text alone.
-
-    Raises:
-        RouteUnavailable: the shared route was asked for by name, and cannot run.
-    """
+    """Why this call prefills the prompt in each row, or None, if it prefills the text alone; or a RouteUnavailable."""
     if call.route == SPLICE:
         return "it was asked for"
     if cache_length(call.past_key_values):

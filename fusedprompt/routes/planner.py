@@ -56,11 +56,7 @@ class Planner:
         return replace(self.begun, why=why, pays=pays, **(self._shared() if why is None else self._spliced()))
 
     def _own_targets(self) -> Callable[[Layout, Batch], Targets] | None:
-        """What a method's own loss counts, of a layout and fields; None for the base model's loss.
-
-        Raises:
-            ValueError: there are several adapters in a batch that is to be learned.
-        """
+        """What a method's own loss counts, of a layout and fields; None for the base model's loss."""
         host, own = self.host, {name: find_method(self.host.prompts[name].method) for name in self.table}
         has_own = next((one.name for one in own.values() if one is not None and one.targets is not None), None)
         if self.mixture is not None or (self.call.slots is not None and self.call.adapter_names is not None):
@@ -124,12 +120,14 @@ class Planner:
             layout, types = Layout.prefix(self.rows), batch.token_type_ids
             types = None if types is None else layout.fill(types, 0).long()
             return Placed(layout, replace(batch, token_type_ids=types), carries=True)
+        next_token = self.labelled and has_transformers_loss(self.host.base_model)
         if self.mixture is not None:
-            return place_mixture(self.mixture, facts, batch, pool_last=task.pools)
+            mixture = replace(self.mixture, task=replace(task, predicts_next=next_token))
+            return place_mixture(mixture, facts, batch, task.pools)
         if self.given is None:
             return put_in_front(facts, self.rows, batch, pool_last=task.pools, start=self.active.start)
         mask = batch.attention_mask
-        if self.labelled and mask is not None and facts.causal and self.targets_of is None:
+        if next_token and mask is not None and facts.causal and self.targets_of is None:
             batch = replace(batch, labels=batch.labels.masked_fill(unpredicted(mask), IGNORE_INDEX))
         return place(facts, self.given, batch, Turn.of(task, facts), self.call.pool_index)
 
@@ -188,7 +186,7 @@ class Planner:
             wide_mask = None if mask is None else F.pad(mask, (rows, 0), value=1)
             return replace(batch, attention_mask=wide_mask), Layout.prefix(rows), None
         check_length(facts, rows, length)
-        batch.checked()
+        batch.checked(facts)
         # With ids the base model would look for a classifier's padding by its token; the mask has said where it is.
         if self.task.pools and mask is not None and may_be_padded(mask, -1):
             batch = _padding_to_left(batch, mask)

@@ -26,7 +26,7 @@ from .choice import RouteUnavailable, is_kept
 from .head import TextHead, Withheld
 from .host import Host
 from .loss import Answers, NextToken, OwnFunction
-from .splice import cut
+from .splice import cut, embedded
 from .states import PromptStates
 
 
@@ -62,8 +62,8 @@ def run_prompt(
         # Not 1, which slices (see below). A tensor of indices gathers.
         options["logits_to_keep"] = torch.arange(rows.shape[-2] - 1, rows.shape[-2], device=device)
     repeats = wait and "logits_to_keep" in options
-    # A copy where it must outlive the optimizer's next step.
-    embeds = rows.to(device, dtype, copy=repeats)
+    # A copy: the rows may be a parameter's own memory, and CTRL scales its embeddings in place.
+    embeds = rows.to(device, dtype, copy=True)
     arguments: dict[str, Any] = {"inputs_embeds": embeds.unsqueeze(0) if mixture is None else embeds}
     mask = None if mixture is None else mixture.stack_mask(device)
     if mask is not None:
@@ -155,7 +155,7 @@ def run_shared(host: Host, plan: Plan) -> Any:
     states = prompt_states(host, plan.table, plan.mixture, **options)
     arguments, as_dict = plan.fields.given(), others.pop("return_dict", None)
     if plan.looks_up and "input_ids" in arguments:
-        arguments["inputs_embeds"] = host.word_embeddings(arguments.pop("input_ids"))
+        arguments["inputs_embeds"] = embedded(host, arguments.pop("input_ids"))
     use_cache = others.pop("use_cache", None)
     if task.predicts_next:
         others.pop("num_items_in_batch", None)

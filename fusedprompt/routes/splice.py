@@ -20,6 +20,15 @@ from .host import Host
 from .loss import Answers, NextToken, Source, answers_loss
 
 
+def embedded(host: Host, ids: Tensor) -> Tensor:
+    """Word embeddings (B, T, D) of ids (B, T); on a CPU an IndexError names one that is outside the table."""
+    table = fusable_table(host.word_embeddings)
+    if table is None:
+        rows: Tensor = host.word_embeddings(ids)
+        return rows
+    return ops.splice(table[:0], Layout.prefix(0), input_ids=ids, table=table)
+
+
 def spliced_arguments(host: Host, plan: Plan) -> dict[str, Any]:
     """The arguments of the base model that come from tokens and prompts: fields that are there."""
     batch, layout = plan.fields, plan.layout

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .. import _check
+from ...base import check
 from .._backend import Op, never_objects
 from . import reference
 
@@ -38,17 +38,17 @@ def cpt(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape.
     """
-    _check.tensor("embedding", embedding, "(P, D)", 2)
-    _check.floating("embedding", embedding)
+    check.tensor("embedding", embedding, "(P, D)", 2)
+    check.floating("embedding", embedding)
     for name, value, rule, shape in (
         ("delta", delta, "(P, D)", embedding.shape),
         ("epsilon", epsilon, "(P,)", embedding.shape[:1]),
         ("trainable", trainable, "(P,)", embedding.shape[:1]),
     ):
-        _check.tensor(name, value, rule, len(shape))
-        _check.shape(name, value, rule, shape)
-        _check.same_device(name, value, "embedding", embedding)
-    _check.same_dtype("delta", delta, "embedding", embedding)
+        check.tensor(name, value, rule, len(shape))
+        check.shape(name, value, rule, shape)
+        check.same_device(name, value, "embedding", embedding)
+    check.same_dtype("delta", delta, "embedding", embedding)
     if trainable.dtype != torch.bool:
         raise TypeError(f"trainable: expected torch.bool, got {trainable.dtype}")
     return cast("tuple[Tensor, Tensor]", OP.run(backend, embedding, delta, epsilon, trainable))
@@ -70,10 +70,10 @@ def cpt_loss(logits: Tensor, labels: Tensor, token_types: Tensor, *, decay: floa
     Returns:
         A scalar in fp32 (fp64 for fp64 logits).
     """
-    _check.tensor("logits", logits, "(B, S, V)", 3)
-    _check.floating("logits", logits)
+    check.tensor("logits", logits, "(B, S, V)", 3)
+    check.floating("logits", logits)
     for name, value in (("labels", labels), ("token_types", token_types)):
-        _check.tensor(name, value, "(B, S)", 2)
-        _check.shape(name, value, "(B, S)", logits.shape[:2])
-        _check.integral(name, value)
+        check.tensor(name, value, "(B, S)", 2)
+        check.shape(name, value, "(B, S)", logits.shape[:2])
+        check.integral(name, value)
     return reference.weighted_loss(logits, labels, token_types, decay)

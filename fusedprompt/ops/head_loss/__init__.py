@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .. import _check
+from ...base import check
 from .._backend import Op, never_objects
 from . import reference
 
@@ -45,24 +45,24 @@ def head_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape; weight or bias require a gradient.
     """
-    _check.tensor("hidden", hidden, "(R, D)", 2)
-    _check.floating("hidden", hidden)
-    _check.tensor("weight", weight, "(V, D)", 2)
-    _check.shape("weight", weight, "(V, D)", (weight.shape[0], hidden.shape[1]))
-    _check.tensor("labels", labels, "(R,)", 1)
-    _check.shape("labels", labels, "(R,)", hidden.shape[:1])
+    check.tensor("hidden", hidden, "(R, D)", 2)
+    check.floating("hidden", hidden)
+    check.tensor("weight", weight, "(V, D)", 2)
+    check.shape("weight", weight, "(V, D)", (weight.shape[0], hidden.shape[1]))
+    check.tensor("labels", labels, "(R,)", 1)
+    check.shape("labels", labels, "(R,)", hidden.shape[:1])
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: expected torch.int64, got {labels.dtype}")
     if factors is not None:
-        _check.tensor("factors", factors, "(R,)", 1)
-        _check.shape("factors", factors, "(R,)", hidden.shape[:1])
-        _check.floating("factors", factors)
+        check.tensor("factors", factors, "(R,)", 1)
+        check.shape("factors", factors, "(R,)", hidden.shape[:1])
+        check.floating("factors", factors)
     if bias is not None:
-        _check.tensor("bias", bias, "(V,)", 1)
-        _check.shape("bias", bias, "(V,)", weight.shape[:1])
+        check.tensor("bias", bias, "(V,)", 1)
+        check.shape("bias", bias, "(V,)", weight.shape[:1])
     for name, value in (("weight", weight), ("bias", bias), ("labels", labels), ("factors", factors)):
         if value is not None:
-            _check.same_device(name, value, "hidden", hidden)
+            check.same_device(name, value, "hidden", hidden)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected a frozen tensor, got one that requires a gradient")
@@ -70,8 +70,8 @@ def head_loss(
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    _check.same_dtype("weight", weight, "hidden", hidden)
+    check.same_dtype("weight", weight, "hidden", hidden)
     if bias is not None:
-        _check.same_dtype("bias", bias, "hidden", hidden)
+        check.same_dtype("bias", bias, "hidden", hidden)
     with torch.autocast(device, enabled=False):
         return cast(Tensor, OP.run(backend, hidden, weight, bias, labels, factors))

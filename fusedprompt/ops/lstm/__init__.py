@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .. import _check
+from ...base import check
 from .._backend import Op, never_objects
 from . import native, reference
 
@@ -80,9 +80,9 @@ def _check_arguments(
     x: Tensor, weights: Sequence[Tensor], num_layers: int, bidirectional: bool, dropout: float, any_dtype: bool
 ) -> int:
     """Returns H. any_dtype: the weights need not have x's dtype."""
-    _check.tensor("x", x, "(B, P, D)", 3)
-    _check.floating("x", x)
-    _check.probability("dropout", dropout)
+    check.tensor("x", x, "(B, P, D)", 3)
+    check.floating("x", x)
+    check.probability("dropout", dropout)
     if num_layers < 1:
         raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
     expected = 4 * num_layers * (2 if bidirectional else 1)
@@ -91,18 +91,18 @@ def _check_arguments(
             f"weights: expected 4 per layer and direction = {expected} (weight_ih, weight_hh, bias_ih, bias_hh), "
             f"got {len(weights)}"
         )
-    _check.tensor("weights[1]", weights[1], "(4H, H)", 2)
+    check.tensor("weights[1]", weights[1], "(4H, H)", 2)
     hidden = int(weights[1].shape[1])
     shapes = _shapes(x.shape[2], hidden, num_layers, bidirectional)
     for index, (weight, shape) in enumerate(zip(weights, shapes)):
         name, rule = f"weights[{index}]", ("(4H, D_in)", "(4H, H)", "(4H,)", "(4H,)")[index % 4]
-        _check.tensor(name, weight, rule, len(shape))
-        _check.shape(name, weight, rule, shape)
-        _check.same_device(name, weight, "x", x)
+        check.tensor(name, weight, rule, len(shape))
+        check.shape(name, weight, rule, shape)
+        check.same_device(name, weight, "x", x)
         if any_dtype:
-            _check.floating(name, weight)
+            check.floating(name, weight)
         else:
-            _check.same_dtype(name, weight, "x", x)
+            check.same_dtype(name, weight, "x", x)
     return hidden
 
 

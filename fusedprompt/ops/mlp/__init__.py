@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .. import _check
+from ...base import check
 from .._backend import Op, never_objects
 from .._requirements import why_not_triton
 from . import reference
@@ -90,9 +90,9 @@ def mlp(
 
 
 def _check_arguments(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dropout: float) -> None:
-    _check.tensor("x", x, "(P, D)", 2)
-    _check.floating("x", x)
-    _check.probability("dropout", dropout)
+    check.tensor("x", x, "(P, D)", 2)
+    check.floating("x", x)
+    check.probability("dropout", dropout)
     if not weights or len(weights) != len(biases):
         raise ValueError(
             f"weights: expected at least one, and one per bias, got {len(weights)} for {len(biases)} biases"
@@ -100,14 +100,14 @@ def _check_arguments(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tens
     width = x.shape[1]
     for layer, (weight, bias) in enumerate(zip(weights, biases)):
         name = f"weights[{layer}]"
-        _check.tensor(name, weight, "(out, in)", 2)
-        _check.floating(name, weight)
-        _check.same_device(name, weight, "x", x)
-        _check.shape(name, weight, "(out, in)", (weight.shape[0], width))
-        _check.tensor(f"biases[{layer}]", bias, "(out,)", 1)
-        _check.shape(f"biases[{layer}]", bias, "(out,)", (weight.shape[0],))
-        _check.same_dtype(f"biases[{layer}]", bias, name, weight)
-        _check.same_device(f"biases[{layer}]", bias, "x", x)
+        check.tensor(name, weight, "(out, in)", 2)
+        check.floating(name, weight)
+        check.same_device(name, weight, "x", x)
+        check.shape(name, weight, "(out, in)", (weight.shape[0], width))
+        check.tensor(f"biases[{layer}]", bias, "(out,)", 1)
+        check.shape(f"biases[{layer}]", bias, "(out,)", (weight.shape[0],))
+        check.same_dtype(f"biases[{layer}]", bias, name, weight)
+        check.same_device(f"biases[{layer}]", bias, "x", x)
         if not torch.is_autocast_enabled(x.device.type):
-            _check.same_dtype(name, weight, "x", x)
+            check.same_dtype(name, weight, "x", x)
         width = weight.shape[0]

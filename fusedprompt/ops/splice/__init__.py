@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
+from ...base import check
 from ...layouts.layout import IGNORE_INDEX, Layout
-from .. import _check
 from .._backend import Op, never_objects
 from .._requirements import why_not_triton
 from . import reference
@@ -109,14 +109,14 @@ def splice_batch(
     for name, field in (("attention_mask", attention_mask), ("labels", labels), ("position_ids", position_ids)):
         if field is None:
             continue
-        _check.tensor(name, field, "(B, T)", 2)
-        _check.shape(name, field, "(B, T)", tokens.shape[:2])
-        _check.same_device(name, field, "the tokens", tokens)
+        check.tensor(name, field, "(B, T)", 2)
+        check.shape(name, field, "(B, T)", tokens.shape[:2])
+        check.same_device(name, field, "the tokens", tokens)
         # Fields of the ids' dtype travel with them, as one tensor; any other is carried by itself.
         if field.dtype == filled_dtype(input_ids):
             together[name] = field
         elif name == "position_ids":
-            _check.token_ids(name, field)
+            check.token_ids(name, field)
             carried[name] = layout.position_ids(field, first_position).to(field.dtype)
         else:
             carried[name] = layout.fill(field, fills[name])
@@ -132,25 +132,25 @@ def _check_arguments(
     """Returns the tokens: ids or embeddings."""
     if not isinstance(layout, Layout):
         raise TypeError(f"layout: expected a fusedprompt.Layout, got {type(layout).__name__}")
-    _check.tensor("prompt", prompt, "(R, D)", 2)
-    _check.floating("prompt", prompt)
-    _check.shape("prompt", prompt, "(R, D)", (layout.num_prompt_rows, prompt.shape[1]))
+    check.tensor("prompt", prompt, "(R, D)", 2)
+    check.floating("prompt", prompt)
+    check.shape("prompt", prompt, "(R, D)", (layout.num_prompt_rows, prompt.shape[1]))
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
     if inputs_embeds is not None:
-        tokens = _check.tensor("inputs_embeds", inputs_embeds, "(B, T, D)", 3)
-        _check.floating("inputs_embeds", inputs_embeds)
-        _check.shape("inputs_embeds", inputs_embeds, "(B, T, D)", (*tokens.shape[:2], prompt.shape[1]))
-        _check.same_device("inputs_embeds", tokens, "prompt", prompt)
+        tokens = check.tensor("inputs_embeds", inputs_embeds, "(B, T, D)", 3)
+        check.floating("inputs_embeds", inputs_embeds)
+        check.shape("inputs_embeds", inputs_embeds, "(B, T, D)", (*tokens.shape[:2], prompt.shape[1]))
+        check.same_device("inputs_embeds", tokens, "prompt", prompt)
     else:
-        tokens = _check.tensor("input_ids", input_ids, "(B, T)", 2)
-        _check.token_ids("input_ids", tokens)
-        _check.same_device("input_ids", tokens, "prompt", prompt)
-        table = _check.tensor("table", table, "(V, D)", 2)
-        _check.floating("table", table)
-        _check.shape("table", table, "(V, D)", (table.shape[0], prompt.shape[1]))
-        _check.same_device("table", table, "prompt", prompt)
+        tokens = check.tensor("input_ids", input_ids, "(B, T)", 2)
+        check.token_ids("input_ids", tokens)
+        check.same_device("input_ids", tokens, "prompt", prompt)
+        table = check.tensor("table", table, "(V, D)", 2)
+        check.floating("table", table)
+        check.shape("table", table, "(V, D)", (table.shape[0], prompt.shape[1]))
+        check.same_device("table", table, "prompt", prompt)
     if layout.slots is not None:
-        _check.shape("layout.slots", layout.slots, "(B, S)", (tokens.shape[0], layout.slots.shape[1]))
-        _check.same_device("layout.slots", layout.slots, "prompt", prompt)
+        check.shape("layout.slots", layout.slots, "(B, S)", (tokens.shape[0], layout.slots.shape[1]))
+        check.same_device("layout.slots", layout.slots, "prompt", prompt)
     return tokens
