@@ -90,8 +90,6 @@ def check_base_model(base: Any) -> nn.Module:
 
 def transformers_model(base: nn.Module) -> Any:
     """The model whose code is transformers' own: `base`, or the one that it wraps (torch.compile, LoRA); else None."""
-    if _is_transformers_own(base):  # without a walk that mostly ends where it begins
-        return base
     return next((module for module in base.modules() if _is_transformers_own(module)), None)
 
 

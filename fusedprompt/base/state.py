@@ -63,7 +63,7 @@ class BaseState:
 
     def _current(self) -> _Tree:
         tree = self._tree
-        if tree is None or not tree.stands():
+        if tree is None or tree.ties != tree.children_now():
             tree = self._tree = _Tree(self.module)
         return tree
 
@@ -80,17 +80,13 @@ class _Tree:
         self._own: list[dict[str, Any]] = [vars(part) for part in self._parts]
         self._parameters: list[dict[str, Any]] = [part._parameters for part in self._parts if part._parameters]
         self._children: list[dict[str, Any]] = [part._modules for part in self._parts if part._modules]
-        self._ties = self._children_now()
+        self.ties = self.children_now()
         self._kinds: dict[type[nn.Module], list[Any]] = {}
         self._found: tuple[list[Any], Findings] | None = None
         configs = {id(own["config"]): vars(own["config"]) for own in self._own if "config" in own}
         self._settings = [*self._own, *configs.values()]
         watched = [(one, key) for one in self._settings for key in one if key in _WATCHED or _is_noise(key)]
         self._owners, self._keys = [one for one, _ in watched], [key for _, key in watched]
-
-    def stands(self) -> bool:
-        """Whether the parts are still the module's."""
-        return self._children_now() == self._ties
 
     def of_kind(self, kind: type[Kind]) -> list[Kind]:
         if kind not in self._kinds:
@@ -111,7 +107,8 @@ class _Tree:
     def all_parameters(self) -> Iterator[Tensor]:
         return filter(_is_there, itertools.chain.from_iterable(map(dict.values, self._parameters)))
 
-    def _children_now(self) -> list[nn.Module]:
+    def children_now(self) -> list[nn.Module]:
+        """The parts' parts, which are `ties` as long as they are still the module's."""
         return list(itertools.chain.from_iterable(map(dict.values, self._children)))
 
 

@@ -13,6 +13,7 @@ import platform
 import traceback
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from .._version import __version__
@@ -99,11 +100,8 @@ def _system() -> dict[str, Any]:
 
 def _driver() -> str:
     """The version of NVIDIA's driver, from the kernel: nothing has to be started for it."""
-    try:
-        with open("/sys/module/nvidia/version", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return "none"
+    version = Path("/sys/module/nvidia/version")
+    return version.read_text().strip() if version.exists() else "none"
 
 
 def _devices() -> dict[str, Any]:

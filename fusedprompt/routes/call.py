@@ -119,6 +119,14 @@ def refuse_fields(call: Call, case: str) -> None:
     refuse("fields", None if call.fields is None else sorted(call.fields), case)
 
 
+def check_logits(logits: str, task: Task | None) -> None:
+    """Refuse what is none of the two, or not of a task."""
+    if logits not in (FULL, TEXT):
+        raise ValueError(f"logits: expected 'full' or 'text', got {logits!r}")
+    if logits == TEXT and task is not None and not task.predicts_next:
+        raise ValueError(f"logits: expected 'full' for task {task.name}, got {logits!r}")
+
+
 def without_prompt(call: Call) -> Plan:
     """For the base model alone."""
     refuse("slots", call.slots, "for a model without a prompt")

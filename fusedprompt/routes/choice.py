@@ -7,7 +7,7 @@ cannot run: ...".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,35 +127,6 @@ def cost_rule(rows: int, size: int, length: int, kept: bool, device: str = "cpu"
     if saved < max(fewest, share * spliced):
         return f"sharing would save {saved} of {spliced} tokens, which is too few to pay"
     return None
-
-
-def why_not_shared(
-    host: Host,
-    route: str,
-    objections: Iterable[Callable[[], str | None]],
-    costs: Callable[[bool], str | None],
-    names: Sequence[str],
-) -> tuple[str | None, bool]:
-    """Why a call does not take the shared route, or None; and whether that would pay.
-
-    Args:
-        objections: from cheap to dear. The last, which asks all parts of the base model, comes after the costs.
-        costs: what `cost_rule` says, of a prompt that is kept or not.
-        names: the adapters.
-
-    Raises:
-        RouteUnavailable: it was asked for by name, and cannot run.
-    """
-    if route == SPLICE:
-        return "it was asked for", True
-    *cheap, dear = objections
-    objection = next((found for question in cheap if (found := question()) is not None), None)
-    cost = None if route == SHARED else costs(is_kept(host, names))
-    if objection is None and cost is None:
-        objection = dear()
-    if objection is not None and route == SHARED:
-        raise RouteUnavailable(objection)
-    return cost if objection is None else objection, cost is None
 
 
 def is_kept(host: Host, names: Sequence[str]) -> bool:

@@ -14,20 +14,7 @@ from ..layouts.layout import Layout
 from ..layouts.mixture import Mixture, refuse_cache
 from ..layouts.padding import choose_layout
 from ..layouts.prompt import Prompt
-from .call import (
-    CONTINUE,
-    FULL,
-    OURS,
-    PEFT,
-    SPLICE,
-    TEXT,
-    Call,
-    Plan,
-    refuse,
-    refuse_fields,
-    with_cache,
-    without_prompt,
-)
+from .call import CONTINUE, OURS, SPLICE, Call, Plan, check_logits, refuse, refuse_fields, with_cache, without_prompt
 from .choice import checked_route
 from .host import Host
 from .packing import slots_of
@@ -51,7 +38,7 @@ def plan(host: Host, call: Call, placement: str = OURS) -> Plan:
     """
     checked_route(call.route)
     if host.in_use is None:
-        _check_logits(call.logits, None)
+        check_logits(call.logits, None)
         return without_prompt(call)
     if call.generates:
         return plan_generate(host, call, placement)
@@ -63,7 +50,7 @@ def plan(host: Host, call: Call, placement: str = OURS) -> Plan:
         mixture = Mixture.of(host.prompts, active, call.adapter_names, call.batch.tokens)
         table = mixture.adapters
     task = active.task if mixture is None else mixture.task
-    _check_logits(call.logits, task)
+    check_logits(call.logits, task)
     if call.past_key_values is not None:
         if placement == OURS and not host.facts.encoder_decoder and cache_length(call.past_key_values) > 0:
             return _continued(host, active, call)
@@ -106,7 +93,7 @@ def _slots(host: Host, active: Prompt, call: Call) -> tuple[Call, Layout | None,
 def _of_task(task: Task, call: Call, placement: str) -> Call:
     """Labels that are no tokens' are the base model's own argument."""
     labels = call.batch.labels
-    per_token = task.predicts_next if placement == PEFT else task.labels == "tokens"
+    per_token = task.predicts_next if placement != OURS else task.labels == "tokens"
     if labels is None or per_token:
         return call
     others = call.others if task.labels is None and placement == OURS else {**call.others, "labels": labels}
@@ -148,10 +135,3 @@ def _encoded(host: Host, active: Prompt, call: Call, mixture: Mixture | None, gi
         mask = choose_layout(host.facts, active.rows, mask, mask, start=active.start)[0].fill(mask, 1)
     why = "the encoder's output holds the prompt"
     return Plan(CONTINUE, call, Batch(attention_mask=mask), why, task=active.task, others=call.others)
-
-
-def _check_logits(logits: str, task: Task | None) -> None:
-    if logits not in (FULL, TEXT):
-        raise ValueError(f"logits: expected 'full' or 'text', got {logits!r}")
-    if logits == TEXT and task is not None and not task.predicts_next:
-        raise ValueError(f"logits: expected 'full' for task {task.name}, got {logits!r}")

@@ -18,8 +18,8 @@ from ..layouts.padding import Turn, choose_layout, count_padding, may_be_padded,
 from ..layouts.prompt import Prompt
 from ..methods import Targets, find_method
 from ..ops._backend import AUTO
+from . import choice
 from .call import FULL, OURS, PEFT, SHARED, SPLICE, TEXT, Plan
-from .choice import cost_rule, why_not_batch, why_not_loss, why_not_now, why_not_prompts, why_not_shared, why_not_wait
 from .host import Host
 from .loss import Answers, Loss, NextToken, OwnFunction, Weighted, has_transformers_loss
 
@@ -38,22 +38,28 @@ class Planner:
         self.labelled = self.batch.labels is not None and self.task.predicts_next
 
     def plan(self) -> Plan:
-        """The route, and what becomes of the call on it."""
-        host, call, batch = self.host, self.call, self.batch
-        prompts = [host.prompts[name] for name in self.table]
-        size, length = batch.shape
+        """The route, and what becomes of the call on it: the cheapest question first."""
+        host, batch, route = self.host, self.batch, self.call.route
+        objection: str | None = "it was asked for" if route == SPLICE else self._why_not_this()
+        cost = None
+        if route == AUTO:
+            kept, device = choice.is_kept(host, self.table), batch.tokens.device.type
+            cost = choice.cost_rule(self.rows, *batch.shape, kept, device, len(self.table))
+        if objection is None and cost is None:
+            objection = choice.why_not_now(host)
+        if objection is not None and route == SHARED:
+            raise choice.RouteUnavailable(objection)
+        why = objection or cost
+        return replace(self.begun, why=why, pays=cost is None, **(self._spliced() if why else self._shared()))
 
-        def cost(kept: bool) -> str | None:
-            return cost_rule(self.rows, size, length, kept, batch.tokens.device.type, len(prompts))
-
-        objections: list[Callable[[], str | None]] = [
-            lambda: why_not_prompts(host, prompts),
-            lambda: why_not_batch(host, batch, call.others, self.given is not None, self.rows),
-            lambda: why_not_loss(host) if self.labelled and self.targets_of is None else None,
-            lambda: why_not_now(host),
-        ]
-        why, pays = why_not_shared(host, call.route, objections, cost, self.table)
-        return replace(self.begun, why=why, pays=pays, **(self._shared() if why is None else self._spliced()))
+    def _why_not_this(self) -> str | None:
+        """An objection to sharing this call's prompts that asks no part of the base model, or None."""
+        host, prompts = self.host, [self.host.prompts[name] for name in self.table]
+        objection = choice.why_not_prompts(host, prompts)
+        objection = objection or choice.why_not_batch(
+            host, self.batch, self.call.others, self.given is not None, self.rows
+        )
+        return objection or (choice.why_not_loss(host) if self.labelled and self.targets_of is None else None)
 
     def _own_targets(self) -> Callable[[Layout, Batch], Targets] | None:
         """What a method's own loss counts, of a layout and fields; None for the base model's loss."""
@@ -79,7 +85,7 @@ class Planner:
         return self.labelled and not self.host.text_head.read and self._could_wait()
 
     def _could_wait(self) -> bool:
-        return not torch.compiler.is_compiling() and why_not_wait(self.host) is None
+        return not torch.compiler.is_compiling() and choice.why_not_wait(self.host) is None
 
     def _others(self) -> dict[str, Any]:
         """What else the base model gets; PEFT asks CPT's base model for an output with names."""

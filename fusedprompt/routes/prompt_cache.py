@@ -25,9 +25,8 @@ class _Entry:
 
 
 def _size(states: PromptStates) -> int:
-    layers = states.cache.layers
-    parts = [states.logits, *(layer.keys for layer in layers), *(layer.values for layer in layers)]
-    return sum(part.numel() * part.element_size() for part in parts)
+    tensors = [states.logits, *(part for layer in states.cache.layers for part in (layer.keys, layer.values))]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 class PromptCache:
