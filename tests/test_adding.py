@@ -211,5 +211,8 @@ def test_what_cannot_be_registered_says_why() -> None:
         fp.get_prompt_model(build("Llama"), Other(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises(ValueError, match="task: expected a new name, got 'TOKEN_SCORES'"):
         tasks.register_task(SCORES)
+    for field, error in (("labels", ValueError), ("token_types", ValueError), ("token_outputs", TypeError)):
+        with pytest.raises(error, match=rf"task.{field}: expected "):
+            tasks.register_task(tasks.Task("OTHER", **{field: "logits"}))
     with pytest.raises(ValueError, match=r"name: expected one of \(.*\) that op 'gated' has not yet, got 'cuda'"):
         OP.add("cuda", gated, never_objects)

@@ -112,3 +112,32 @@ def test_a_loss_that_the_forward_makes_by_itself_is_the_base_models(family: str,
     model, ids = fusedprompt.get_prompt_model(base, prompt), tokens(8, 10)
     output = model(input_ids=ids, labels=ids, route=route)
     torch.testing.assert_close(output.loss, cross_entropy(output.logits[:, 30:].flatten(0, 1), ids.flatten()))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("where", ["slots", "template", "mixed", "none"])
+@pytest.mark.parametrize("family", ["Mvp", "TrOCR"])
+def test_a_loss_that_is_not_of_next_tokens_keeps_the_first_label(family: str, where: str, masked: bool) -> None:
+    settings = {"d_model": WIDTH, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8}
+    config = getattr(transformers, f"{family}Config")(vocab_size=VOCAB, max_position_embeddings=64, **settings)
+    base = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    prompt = fusedprompt.PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=ROWS, num_attention_heads=2, num_layers=1
+    )
+    template = f"[text] [prompt {ROWS}]" if where == "template" else None
+    model = fusedprompt.get_prompt_model(base, prompt, template=template).eval()
+    ids, columns = tokens(3, 5), 5
+    given: dict[str, Any] = {"labels": ids}
+    if where == "slots":
+        slots = torch.tensor([0, 1, -1, -2, -3, -4, 2, 3, 4]).expand(3, -1)
+        given, columns = {"slots": slots, "labels": ids.gather(1, slots.clamp(min=0)).masked_fill(slots < 0, -100)}, 9
+    elif where in ("mixed", "none"):
+        given["adapter_names"] = ["default", "__base__", "default"] if where == "mixed" else ["__base__"] * 3
+    mask = {"attention_mask": torch.ones(3, columns, dtype=torch.int64)} if masked else {}
+    output = model(input_ids=ids, **given, **mask)
+    counts = (output.logits.shape[1] - 5) * (where in ("template", "mixed"))
+    labels = given["labels"] if where == "slots" else torch.nn.functional.pad(ids, (counts, 0), value=-100)
+    if where == "template":
+        labels = labels.roll(-ROWS, 1)
+    loss = cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(output.loss, loss, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from models import DECODERS, ENCODER_DECODERS, EOS, PAD, build, ours, pad, pair, tokens
+from models import DECODERS, ENCODER_DECODERS, EOS, PAD, VOCAB, WIDTH, build, ours, pad, pair, tokens
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
@@ -178,8 +178,17 @@ def test_generate_leaves_the_base_model_as_it_was() -> None:
         ({"inputs": tokens(), "input_ids": tokens()}, "inputs, input_ids"),
         ({"input_ids": tokens(), "max_length": 7}, "max_length: expected more than the 7 tokens"),
         ({"input_ids": tokens(), "attention_mask": torch.ones(3, 9)}, "attention_mask: expected shape"),
+        ({"input_ids": tokens(), "logits": "text"}, "logits: expected None in generate, got 'text'"),
+        ({"input_ids": tokens(), "pool_index": torch.zeros(3)}, "pool_index: expected None in generate"),
+        ({"input_ids": tokens()[0]}, r"input_ids: expected shape \(B, T\), got \(7,\)"),
+        ({"input_ids": tokens().float()}, "input_ids: expected int64 or int32 ids, got torch.float32"),
+        ({"input_ids": tokens() + VOCAB}, rf"input_ids: expected ids in \[0, {VOCAB}\), got"),
+        ({"inputs_embeds": torch.zeros(3, 7)}, r"inputs_embeds: expected shape \(B, T, D\), got \(3, 7\)"),
+        ({"inputs_embeds": torch.zeros(3, 7, 5)}, "inputs_embeds: expected shape"),
+        ({"inputs_embeds": torch.zeros(3, 7, WIDTH).long()}, "inputs_embeds: expected a floating-point dtype"),
     ],
 )
 def test_bad_arguments_of_generate_are_named(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ours("Llama").generate(**given)
+    for route in ("auto", "splice"):
+        with pytest.raises((ValueError, TypeError, IndexError), match=message):
+            ours("Llama", rows=20).generate(**given, route=route)

@@ -234,3 +234,39 @@ def test_an_empty_mixture_and_disabled_adapters_have_reasons() -> None:
     with model.disable_adapter():
         found = planned(model, input_ids=IDS)
     assert found.route == "base" and found.why == "the model has no prompt, or it is disabled"
+
+
+@pytest.mark.parametrize("names", [{}, {"adapter_names": ["default"] * 8}], ids=["one", "mixed"])
+@pytest.mark.parametrize("route", ["auto", "splice"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"labels": IDS[:, :5]}, r"labels: expected shape \(B, T\) = \(8, 10\), got \(8, 5\)"),
+        ({"labels": IDS[:3]}, "labels: expected shape"),
+        ({"labels": IDS[0]}, "labels: expected shape"),
+        ({"labels": IDS.float()}, "labels: expected an integer dtype, got torch.float32"),
+        ({"attention_mask": torch.ones(8, 12)}, "attention_mask: expected shape"),
+        ({"attention_mask": IDS.tolist()}, "attention_mask: expected a tensor of shape .*, got list"),
+        ({"position_ids": torch.arange(4)[None]}, r"position_ids: expected shape \(B, T\) = \(8, 10\), got \(1, 4\)"),
+        ({"position_ids": torch.zeros(8, 10)}, "position_ids: expected an integer dtype"),
+        ({"input_ids": IDS[0]}, "input_ids: expected shape|adapter_names: expected B"),
+        ({"input_ids": IDS.tolist()}, "input_ids: expected a tensor of shape .*, got list"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(8, 10, 3)}, "inputs_embeds: expected shape"),
+    ],
+)
+def test_what_does_not_fit_the_tokens_is_named(given: Any, message: str, route: str, names: Any) -> None:
+    model = ours("Llama", rows=ROWS)
+    for call in (model, model.explain):
+        with pytest.raises((ValueError, TypeError), match=message):
+            call(**{"input_ids": IDS, "labels": IDS, **names, **given}, route=route)
+
+
+def test_explain_and_generate_take_inputs_alike_and_a_model_without_adapters_is_checked() -> None:
+    model = ours("Llama", rows=ROWS)
+    assert model.explain("generate", inputs=IDS) == model.explain("generate", input_ids=IDS)
+    with pytest.raises(ValueError, match="inputs, input_ids: expected one of the two"):
+        model.explain("generate", inputs=IDS, input_ids=IDS)
+    model.delete_adapter("default")
+    assert model.explain(input_ids=IDS).startswith("route base: the model has no prompt")
+    with pytest.raises(ValueError, match="logits: expected 'full' or 'text'"):
+        model.explain(input_ids=IDS, logits="nonsense")

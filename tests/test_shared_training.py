@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fusedprompt
-from models import WIDTH, build, config_fields, ours, pad, pair, task_inputs, tokens
+from models import VOCAB, WIDTH, build, config_fields, ours, pad, pair, task_inputs, tokens
 from tolerance import largest, one_thread, ulp
 
 __all__ = ["one_thread"]
@@ -405,3 +406,18 @@ def test_the_trainer_reports_splices_losses_and_never_joins_logits(
         histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert histories[0] == pytest.approx(histories[1], rel=1e-5) and len(histories[0]) == 3
     assert not joined
+
+
+def test_a_base_model_that_writes_into_its_embeddings_leaves_the_prompt_alone() -> None:
+    """CTRL scales `inputs_embeds` in place: three evaluations multiplied a prompt by 181."""
+    config = transformers.CTRLConfig(vocab_size=VOCAB, n_embd=WIDTH, dff=8, n_layer=2, n_head=4, n_positions=64)
+    base = transformers.CTRLLMHeadModel(config).eval()
+    model = fusedprompt.get_prompt_model(base, fusedprompt.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=20))
+    rows, ids = model.prompt_rows().detach().clone(), tokens(8, 9)
+    spliced = model(input_ids=ids, labels=ids, route="splice").loss
+    for grad in (False, False, True):
+        with torch.set_grad_enabled(grad):
+            loss = model(input_ids=ids, labels=ids, route="shared").loss
+        torch.testing.assert_close(loss, spliced)
+    loss.backward()
+    assert torch.equal(model.prompt_rows(), rows)

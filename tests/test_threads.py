@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import fusedprompt
 from fusedprompt.base.own_forward import has_own_forward, replaced_forwards
+from fusedprompt.ops import _backend
 from fusedprompt.ops._backend import AUTO, Op, never_objects
 from mixtures import BASE, mixed
 from models import build, config_fields, ours, pad, tokens
@@ -211,3 +213,19 @@ def test_a_forward_that_another_library_has_put_there_comes_back() -> None:
             assert torch.equal(pool.submit(layer, torch.ones(1, 2)).result(), torch.full((1, 2), 3.0))
         assert has_own_forward(layer)
     assert vars(layer)["forward"] is own
+
+
+def test_preferences_of_many_threads_leave_none_behind() -> None:
+    def prefer(thread: int) -> None:
+        for _ in range(2000):
+            with fusedprompt.use_backend(("reference", "native", "triton", AUTO)[thread % 4]):
+                pass
+
+    before, interval = list(_backend._traced), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(prefer, range(THREADS)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert _backend._traced == before

@@ -35,10 +35,11 @@ class Batch:
     @property
     def tokens(self) -> Tensor:
         """Ids or embeddings."""
-        tokens = self.input_ids if self.input_ids is not None else self.inputs_embeds
-        if tokens is None:
+        if self.input_ids is not None:
+            return check.tensor("input_ids", self.input_ids, "(B, T)", 2)
+        if self.inputs_embeds is None:
             raise ValueError("You have to provide either input_ids or inputs_embeds")
-        return tokens
+        return check.tensor("inputs_embeds", self.inputs_embeds, "(B, T, D)", 3)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,13 +60,12 @@ class Batch:
         ids, embeds, positions = self.input_ids, self.inputs_embeds, self.position_ids
         if (ids is None) == (embeds is None):
             raise ValueError("You have to provide either input_ids or inputs_embeds, and not both")
-        if ids is not None:
-            check.tensor("input_ids", ids, "(B, T)", 2)
-            check.token_ids("input_ids", ids)
-        if embeds is not None:
-            check.tensor("inputs_embeds", embeds, "(B, T, D)", 3)
-            check.floating("inputs_embeds", embeds)
-            check.shape("inputs_embeds", embeds, "(B, T, D)", (*self.shape, facts.width or embeds.shape[2]))
+        tokens = self.tokens
+        if embeds is None:
+            check.token_ids("input_ids", tokens)
+        else:
+            check.floating("inputs_embeds", tokens)
+            check.shape("inputs_embeds", tokens, "(B, T, D)", (*self.shape, facts.width or tokens.shape[2]))
         for name in ("attention_mask", "labels", "token_type_ids", "input_type_mask"):
             if (field := getattr(self, name)) is not None:
                 check.tensor(name, field, "(B, T)", 2)
@@ -75,7 +75,7 @@ class Batch:
         for name in ("labels", "position_ids", "input_type_mask"):
             if (field := getattr(self, name)) is not None:
                 check.integral(name, field)
-        return self.tokens
+        return tokens
 
 
 FIELDS = tuple(field.name for field in fields(Batch))

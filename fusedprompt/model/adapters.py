@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -175,8 +175,7 @@ class PromptAdapters(nn.Module):
 
     def get_base_model(self) -> nn.Module:
         """The base model."""
-        model: nn.Module = self.base_model
-        return model
+        return cast(nn.Module, self.base_model)
 
     def _check_known(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
@@ -261,8 +260,7 @@ class PromptAdapters(nn.Module):
     @property
     def word_embeddings(self) -> nn.Module:
         """The base model's input embedding."""
-        module: nn.Module = self.base_model.get_input_embeddings()
-        return module
+        return cast(nn.Module, self.base_model.get_input_embeddings())
 
     @property
     def prompt_device(self) -> torch.device:

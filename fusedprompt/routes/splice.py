@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ def embedded(host: Host, ids: Tensor) -> Tensor:
     """Word embeddings (B, T, D) of ids (B, T); on a CPU an IndexError names one that is outside the table."""
     table = fusable_table(host.word_embeddings)
     if table is None:
-        rows: Tensor = host.word_embeddings(ids)
-        return rows
+        return cast(Tensor, host.word_embeddings(ids))
     return ops.splice(table[:0], Layout.prefix(0), input_ids=ids, table=table)
 
 
