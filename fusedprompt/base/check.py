@@ -1,4 +1,4 @@
-"""Argument checks shared by the public ops; each message names the argument, the rule and the value."""
+"""Argument checks shared by the public ops and by batches; each message names the argument, the rule and the value."""
 
 from __future__ import annotations
 

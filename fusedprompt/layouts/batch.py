@@ -95,13 +95,6 @@ class Placed:
     carries: bool = False
 
 
-def check_mask(tokens: Tensor, attention_mask: Tensor | None) -> None:
-    """Refuse a mask that is not (B, T)."""
-    shape = tuple(tokens.shape[:2])
-    if attention_mask is not None and tuple(attention_mask.shape) != shape:
-        raise ValueError(f"attention_mask: expected shape (B, T) = {shape}, got {tuple(attention_mask.shape)}")
-
-
 def check_length(facts: BaseFacts, num_prompt_rows: int, length: int) -> None:
     """Refuse a prompt and text that are longer than a learned position table."""
     total = num_prompt_rows + length

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base import check
 from ..base.facts import BaseFacts
-from .batch import Batch, Placed, check_mask
+from .batch import Batch, Placed
 from .layout import IGNORE_INDEX, Layout
 from .padding import count_padding
 from .parts import Field, Mask, Pattern
@@ -124,7 +125,7 @@ def _bounds(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     if mask is None:
         zeros = torch.zeros(size, 1, dtype=torch.int64, device=tokens.device)
         return zeros, zeros + length
-    check_mask(tokens, mask)
+    check.shape("attention_mask", mask, "(B, T)", (size, length))
     left, right = count_padding(mask)
     return left.unsqueeze(1), (length - left - right).unsqueeze(1)
 

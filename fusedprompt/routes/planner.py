@@ -126,16 +126,19 @@ class Planner:
             layout, types = Layout.prefix(self.rows), batch.token_type_ids
             types = None if types is None else layout.fill(types, 0).long()
             return Placed(layout, replace(batch, token_type_ids=types), carries=True)
-        next_token = self.labelled and has_transformers_loss(self.host.base_model)
         if self.mixture is not None:
-            mixture = replace(self.mixture, task=replace(task, predicts_next=next_token))
+            mixture = replace(self.mixture, task=replace(task, predicts_next=self._is_of_next_tokens()))
             return place_mixture(mixture, facts, batch, task.pools)
         if self.given is None:
             return put_in_front(facts, self.rows, batch, pool_last=task.pools, start=self.active.start)
         mask = batch.attention_mask
-        if next_token and mask is not None and facts.causal and self.targets_of is None:
+        if mask is not None and facts.causal and self.targets_of is None and self._is_of_next_tokens():
             batch = replace(batch, labels=batch.labels.masked_fill(unpredicted(mask), IGNORE_INDEX))
         return place(facts, self.given, batch, Turn.of(task, facts), self.call.pool_index)
+
+    def _is_of_next_tokens(self) -> bool:
+        """Whether labels are compared with what stands before them, so that nothing predicts a row's first."""
+        return self.labelled and has_transformers_loss(self.host.base_model)
 
     def _withholds(self, others: Mapping[str, Any]) -> bool:
         """Whether the base model's head can wait: nothing but labels and logits decides about its loss, and its output

@@ -25,7 +25,8 @@ def embedded(host: Host, ids: Tensor) -> Tensor:
     table = fusable_table(host.word_embeddings)
     if table is None:
         return cast(Tensor, host.word_embeddings(ids))
-    return ops.splice(table[:0], Layout.prefix(0), input_ids=ids, table=table)
+    with using(host.backend):
+        return ops.splice(table[:0], Layout.prefix(0), input_ids=ids, table=table)
 
 
 def spliced_arguments(host: Host, plan: Plan) -> dict[str, Any]:
