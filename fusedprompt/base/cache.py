@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,17 @@ class SharingFacts:
             found = f"a layer of kind {odd[0]}" if odd else f"{len(layers)} cached layers of {count}"
             return cls(f"the base model's cache has {found}, which does not hold every token's keys and values")
         windows = [layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")]
-        return cls(None, min(windows, default=None), "logits_to_keep" in parameters)
+        return cls(None, min([*windows, *_windows(decoder.config)], default=None), "logits_to_keep" in parameters)
+
+
+def _windows(config: Any) -> list[int]:
+    """Windows that attentions measure in columns of the cache, and which the cache knows nothing of (GPT-Neo's)."""
+    settings = vars(config).items()
+    return [value for name, value in settings if _WINDOW.search(name) and type(value) is int and value > 0]
+
+
+# Not `sliding_window`, which the cache's layers have where it is in use, and not Qwen's `max_window_layers`.
+_WINDOW = re.compile("(?<!sliding_)window$|window_(size|len)$|^local_attention$|^attention_chunk_size$")
 
 
 def new_cache(base: nn.Module) -> Any:
@@ -76,6 +87,10 @@ def cache_length(past_key_values: Any) -> int:
     """Tokens already held by a key/value cache (transformers' Cache, or the older tuple of tensors)."""
     if past_key_values is None:
         return 0
+    layers = getattr(past_key_values, "layers", None)
+    if layers:  # some hold a state instead, and have no length (linear attention) or none to speak of (MiniMax's)
+        lengths = (int(layer.get_seq_length()) for layer in layers if hasattr(layer, "get_seq_length"))
+        return next(filter(None, lengths), 0)
     if hasattr(past_key_values, "get_seq_length"):
         return int(past_key_values.get_seq_length())
     return int(past_key_values[0][0].shape[-2]) if len(past_key_values) else 0

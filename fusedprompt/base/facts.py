@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .layer_inputs import placeholder
 from .own_forward import has_own_forward
+from .positions import position_table
+from .virtual_ids import needs_ids
 
 _POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
 
@@ -21,9 +25,13 @@ class BaseFacts:
     encoder_decoder: the prompt goes to the encoder.
     causal: every attention of the model (not an encoder-decoder) looks to the left only.
     takes_position_ids, takes_token_type_ids: its forward has an argument of that name.
+    tells_position_ids: a decoder's forward has none, but its table of positions can be told them (see `numbered`).
     first_position: position id of a sequence's first token (RoBERTa starts behind its padding index).
     position_limit: longest sequence a learned position table can number, or None for relative positions.
     width: of the input embeddings, if they say so.
+    padding_last: a decoder for which padding must stand behind its text (see `first_use`).
+    needs_ids: it takes no embeddings in place of ids (see `virtual_ids`).
+    placeholder: the id whose layer inputs a prompt's rows get (see `layer_inputs`), or None where there are none.
     """
 
     encoder_decoder: bool
@@ -33,23 +41,74 @@ class BaseFacts:
     first_position: int
     position_limit: int | None
     width: int | None = None
+    tells_position_ids: bool = False
+    padding_last: bool = False
+    needs_ids: bool = False
+    placeholder: int | None = None
+
+    @property
+    def places_position_ids(self) -> bool:
+        """Whether position ids can be given, in one way or another."""
+        return self.takes_position_ids or self.tells_position_ids
+
+    @property
+    def padding_first(self) -> bool:
+        """Whether padding stands before prompt and text, where a causal model's rows do not see it."""
+        return self.causal and not self.padding_last
 
     @classmethod
     def of(cls, base: Any) -> BaseFacts:
         """Look at a transformers model."""
         encoder_decoder = bool(getattr(base.config, "is_encoder_decoder", False))
-        attentions = [bool(module.is_causal) for module in base.modules() if hasattr(module, "is_causal")]
         parameters = inspect.signature(base.forward).parameters
-        first = _first_position(base)
+        first, model = _first_position(base), transformers_model(base)
+        causal = not encoder_decoder and why_not_causal(base.config) is None and _looks_left(base)
+        takes_position_ids = "position_ids" in parameters
         return cls(
             encoder_decoder=encoder_decoder,
-            causal=not encoder_decoder and (all(attentions) if attentions else _generates(base)),
-            takes_position_ids="position_ids" in parameters,
+            causal=causal,
+            takes_position_ids=takes_position_ids,
+            tells_position_ids=causal and not takes_position_ids and position_table(base) is not None,
             takes_token_type_ids="token_type_ids" in parameters,
             first_position=first,
             position_limit=_position_limit(base, first),
             width=getattr(base.get_input_embeddings(), "embedding_dim", None),
+            needs_ids=model is not None and needs_ids(model),
+            placeholder=placeholder(base),
         )
+
+
+def why_not_causal(config: Any) -> str | None:
+    """The setting of a configuration that lets attention look to the right, or None."""
+    for part in (config, config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config):
+        if getattr(part, "is_causal", None) is False:
+            return "is_causal=False"
+        name = next((name for name in _BIDIRECTIONAL if getattr(part, name, None) is True), None)
+        if name is not None:
+            return f"{name}=True"
+    return None
+
+
+_BIDIRECTIONAL = ("use_bidirectional_attention", "bidirectional")  # of Gemma's embedding models, and their like
+
+
+def _looks_left(base: Any) -> bool:
+    """Whether every attention over the text looks to the left only: by what the classes of decoders and of recurrent
+    models say (BigBirdPegasus' decoder masks in one place and denies it in another), or else by what attentions say.
+
+    Attentions over an encoder or an image say that they do not, and concern no text.
+    """
+    if getattr(base.config, "is_decoder", False) or getattr(base, "_is_stateful", False):
+        return True
+    config, decoder = base.config, base
+    if hasattr(config, "get_text_config") and config.get_text_config(decoder=True) is not config:
+        decoder = base.get_decoder()
+    named = [(name, bool(part.is_causal)) for name, part in decoder.named_modules() if hasattr(part, "is_causal")]
+    attentions = [causal for name, causal in named if not _OF_OTHERS.search(name)]
+    return all(attentions) if attentions else _generates(base)
+
+
+_OF_OTHERS = re.compile("cross|encoder_attn|EncDec|vision|image|audio", re.IGNORECASE)
 
 
 def _generates(base: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -71,3 +72,11 @@ def has_own_forward(module: nn.Module) -> bool:
     """Whether something other than this file has put a `forward` into an instance."""
     forward = vars(module).get("forward")
     return forward.before is not None if isinstance(forward, _Switch) else forward is not None
+
+
+def own_forward(module: nn.Module) -> Forward:
+    """A module's `forward` without what this file has put there: its instance's (accelerate's), or its class's."""
+    forward = vars(module).get("forward")
+    if isinstance(forward, _Switch):
+        forward = forward.before
+    return functools.partial(type(module).forward, module) if forward is None else forward

@@ -128,7 +128,7 @@ def put_in_front(
     layout, padding = choose_layout(facts, num_prompt_rows, tokens, batch.attention_mask, pool_last, start)
     if positions is not None:
         positions = layout.position_ids(positions.expand(size, length), facts.first_position)
-    elif padding is not None and facts.takes_position_ids:
+    elif padding is not None and facts.places_position_ids:
         positions = padding_positions(layout, padding, length, facts.first_position)
     types = None if types is None else layout.fill(types, 0)
     return Placed(layout, taken(facts, replace(batch, position_ids=positions, token_type_ids=types)), carries=True)
@@ -150,7 +150,7 @@ def place(
     if pool_index is not None and batch.attention_mask is None:
         batch = replace(batch, attention_mask=torch.ones_like(layout.given_slots))
     _check_placed(facts, layout, batch, pool_index)
-    if batch.position_ids is None and batch.attention_mask is not None and facts.takes_position_ids:
+    if batch.position_ids is None and batch.attention_mask is not None and facts.places_position_ids:
         counted = (batch.attention_mask != 0).cumsum(1) - 1
         batch = replace(batch, position_ids=counted.clamp(min=0) + facts.first_position)
     if turn is not None:
@@ -227,7 +227,7 @@ def taken(facts: BaseFacts, batch: Batch) -> Batch:
     Raises:
         ValueError: it does not.
     """
-    for name, takes in (("position_ids", facts.takes_position_ids), ("token_type_ids", facts.takes_token_type_ids)):
+    for name, takes in (("position_ids", facts.places_position_ids), ("token_type_ids", facts.takes_token_type_ids)):
         if getattr(batch, name) is not None and not takes:
             raise ValueError(f"{name}: expected None, because the base model's forward takes no {name}")
     return batch

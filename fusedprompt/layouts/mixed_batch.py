@@ -35,7 +35,7 @@ def place_mixture(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: b
         placed = replace(placed, position_ids=positions)
     turn = None
     if mixture.has_patterns:
-        turn = (Turn.LAST_TO_END if pool_last else None) if facts.causal else Turn.FIRST_TO_START
+        turn = (Turn.LAST_TO_END if pool_last else None) if facts.padding_first else Turn.FIRST_TO_START
     return place(facts, layout, placed, turn)
 
 
@@ -44,7 +44,7 @@ def _in_front(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: bool)
     check_length(facts, mixture.longest, batch.shape[1])
     arranged = arrange(mixture, facts, batch.tokens, batch.attention_mask, pool_last)
     placed = _arranged(arranged, batch, mixture.task.predicts_next)
-    if placed.attention_mask is not None and facts.takes_position_ids:
+    if placed.attention_mask is not None and facts.places_position_ids:
         placed = replace(placed, position_ids=arranged.position_ids())
     return arranged.layout, placed
 
@@ -84,7 +84,9 @@ def _by_templates(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: b
         for field, (slots, _) in zip(fields, parts):
             values = known.new_zeros(slots.shape) if field is None else field
             missing = width - values.shape[1]
-            filled.append(torch.nn.functional.pad(values, (missing, 0) if facts.causal else (0, missing), value=blank))
+            filled.append(
+                torch.nn.functional.pad(values, (missing, 0) if facts.padding_first else (0, missing), value=blank)
+            )
         return torch.cat(filled)[order]
 
     masks = [own.attention_mask for _, own in parts]

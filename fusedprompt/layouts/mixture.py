@@ -196,14 +196,14 @@ def arrange(
     _, count, first, start = (row.unsqueeze(1) for row in mixture.rows)
     padding = shift = None
     if attention_mask is not None:
-        right = pool_last and facts.causal and may_be_padded(attention_mask, -1)
+        right = pool_last and facts.padding_first and may_be_padded(attention_mask, -1)
         if right or may_be_padded(attention_mask, 0):
             at_left, at_right = count_padding(attention_mask)
-            shift = (-at_right if right else None) if facts.causal else at_left
-            padding = (at_left + at_right if right else at_left) if facts.causal else None
+            shift = (-at_right if right else None) if facts.padding_first else at_left
+            padding = (at_left + at_right if right else at_left) if facts.padding_first else None
     position = torch.arange(longest + length, device=device)
     # `text` counts the row's text as it stands: padding tokens of its own, then tokens, and the prompt among them.
-    filler_in_front = facts.causal and not mixture.even
+    filler_in_front = facts.padding_first and not mixture.even
     text = position - (longest - count) if filler_in_front else position.expand(tokens.shape[0], -1)
     begin = start if padding is None else (start + padding.unsqueeze(1)).clamp(max=length)
     prompt_row = text - begin
@@ -211,7 +211,7 @@ def arrange(
     token = torch.where(prompt_row < 0, text, text - count)
     is_filler = None
     if not mixture.even:
-        is_filler = text < 0 if facts.causal else text >= count + length
+        is_filler = text < 0 if facts.padding_first else text >= count + length
         token = token.clamp(0, max(length - 1, 0))
     if shift is not None and length:
         token = (token + shift.unsqueeze(1)).remainder(length)
@@ -220,7 +220,7 @@ def arrange(
     if is_filler is not None:
         slots = slots.masked_fill(is_filler, -table_rows)
     lead = None
-    if facts.causal:
+    if facts.padding_first:
         lead = longest - mixture.count if padding is None else longest - mixture.count + padding
     return Arrangement(Layout.from_slots(slots, table_rows), padding, lead, is_filler, facts.first_position)
 

@@ -24,8 +24,8 @@ class Turn(enum.Enum):
         """How the rows of a given layout must be turned for a task, or None."""
         if task.pools:
             return cls.LAST_TO_END if facts.causal else cls.FIRST_TO_START
-        # An encoder that numbers positions by itself must find its padding last.
-        numbers = task.token_outputs and not facts.causal and not facts.takes_position_ids
+        # An encoder that numbers positions by itself must find its padding last, as must some decoders.
+        numbers = (task.token_outputs and not facts.causal and not facts.places_position_ids) or facts.padding_last
         return cls.FIRST_TO_START if numbers else None
 
 
@@ -73,17 +73,17 @@ def choose_layout(
     """
     length = tokens.shape[1]
     left, right = may_be_padded(attention_mask, 0), pool_last and may_be_padded(attention_mask, -1)
-    if attention_mask is None or not (left or (right and facts.causal)):
+    if attention_mask is None or not (left or (right and facts.padding_first)):
         if not start:
             return Layout.prefix(num_prompt_rows), None
         first = torch.full((tokens.shape[0],), start, device=tokens.device)
         return Layout.insert(num_prompt_rows, length, first), None
     at_left, at_right = count_padding(attention_mask)
-    if facts.causal:
+    if facts.padding_first:
         padding = at_left + at_right if pool_last else at_left
         first = (padding + start).clamp(max=length)  # of a row with fewer tokens than `start`, behind them all
         return Layout.insert(num_prompt_rows, length, first, -at_right if pool_last else None), padding
-    if facts.takes_position_ids and not start:
+    if facts.places_position_ids and not start:
         return Layout.prefix(num_prompt_rows), at_left
     return Layout.insert(num_prompt_rows, length, torch.full_like(at_left, start), at_left), None
 

@@ -113,7 +113,7 @@ def _continued(host: Host, active: Prompt, call: Call) -> Plan:
     if mask is not None and mask.shape[1] == total - rows:
         layout, padding = choose_layout(facts, rows, mask, mask, start=active.start)
         mask = (Layout.prefix(rows) if prompt_first(cache) else layout).fill(mask, 1)
-        if padding is not None and positions is None and facts.takes_position_ids:
+        if padding is not None and positions is None and facts.places_position_ids:
             counted = torch.arange(total - length, total, device=mask.device) - padding.unsqueeze(1)
             positions = counted.clamp(min=0) + facts.first_position
     elif mask is not None and mask.shape[1] != total:

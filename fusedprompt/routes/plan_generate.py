@@ -28,7 +28,7 @@ from .states import prompt_first
 
 # Options that cover the virtual tokens, and such with other steps than one token at a time.
 _COVERING = ("output_attentions", "output_hidden_states", "prefill_chunk_size")
-_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 
 
 def plan_generate(host: Host, call: Call, placement: str) -> Plan:
@@ -51,7 +51,7 @@ def plan_generate(host: Host, call: Call, placement: str) -> Plan:
     if in_template or call.slots is not None:
         return _given(host, active, call)
     if call.adapter_names is not None:
-        if any(option(host.base_model, call.others, name) for name in _ASSISTED):
+        if any(option(host.base_model, call.others, name) for name in ASSISTED):
             raise ValueError(
                 "adapter_names: expected None with assisted decoding, which generates one row: use set_adapter"
             )
@@ -229,7 +229,7 @@ def _why_not_peft(host: Host, active: Prompt, call: Call) -> str | None:
             objection = f"in {dtype} rounding may choose other tokens (route='shared' does not mind)"
     if objection is None:
         sources = (call.others.get("generation_config"), base.generation_config, base.config)
-        for name in (*_COVERING, *_ASSISTED):
+        for name in (*_COVERING, *ASSISTED):
             if call.others.get(name) or any(getattr(source, name, None) for source in sources):
                 return f"{name} concerns the virtual tokens"
     return objection

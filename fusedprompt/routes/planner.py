@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..base.first_use import first_use
 from ..layouts.batch import Batch, Placed, check_length, place, put_in_front
 from ..layouts.layout import IGNORE_INDEX, Layout
 from ..layouts.mixed_batch import place_mixture
@@ -34,6 +35,9 @@ class Planner:
         self.mixture, self.table = begun.mixture, begun.table
         self.batch, self.facts = begun.fields, host.facts
         self.rows = active.rows if self.mixture is None else self.mixture.longest
+        if self.placement == OURS and self.facts.causal and not self.facts.places_position_ids and self._has_gaps():
+            lead = first_use(host.base_model, self.facts, shares=host.sharing.objection is None).lead
+            self.facts = replace(self.facts, padding_last=lead is not None and not self.task.pools)
         self.targets_of = self._own_targets()
         self.labelled = self.batch.labels is not None and self.task.predicts_next
 
@@ -46,7 +50,7 @@ class Planner:
             kept, device = choice.is_kept(host, self.table), batch.tokens.device.type
             cost = choice.cost_rule(self.rows, *batch.shape, kept, device, len(self.table))
         if objection is None and cost is None:
-            objection = choice.why_not_now(host)
+            objection = choice.why_not_now(host) or self._why_not_found()
         if objection is not None and route == SHARED:
             raise choice.RouteUnavailable(objection)
         why = objection or cost
@@ -60,6 +64,18 @@ class Planner:
             host, self.batch, self.call.others, self.given is not None, self.rows
         )
         return objection or (choice.why_not_loss(host) if self.labelled and self.targets_of is None else None)
+
+    def _why_not_found(self) -> str | None:
+        """An objection from what the base model did on its first use. PEFT too has padding behind the prompt."""
+        found = first_use(self.host.base_model, self.facts, shares=True)
+        gaps = self.placement == OURS and found.gap is not None and self._has_gaps()
+        return found.sharing or (found.gap if gaps else None)
+
+    def _has_gaps(self) -> bool:
+        """Whether padding may stand between a shared prompt and its text."""
+        mask, mixture = self.batch.attention_mask, self.mixture
+        uneven = mixture is not None and not mixture.even
+        return uneven or may_be_padded(mask, 0) or (self.task.pools and may_be_padded(mask, -1))
 
     def _own_targets(self) -> Callable[[Layout, Batch], Targets] | None:
         """What a method's own loss counts, of a layout and fields; None for the base model's loss."""
@@ -193,6 +209,9 @@ class Planner:
         mask, positions = batch.attention_mask, batch.position_ids
         if self.placement == PEFT:  # prompt, padding, text, with positions left to the base model
             wide_mask = None if mask is None else F.pad(mask, (rows, 0), value=1)
+            if facts.first_position:  # it would count padding's ids, which PEFT's embeddings do not show it
+                counted = torch.arange(rows, rows + length, device=tokens.device) + facts.first_position
+                batch = replace(batch, position_ids=counted.unsqueeze(0))
             return replace(batch, attention_mask=wide_mask), Layout.prefix(rows), None
         check_length(facts, rows, length)
         batch.checked(facts)
@@ -210,7 +229,7 @@ class Planner:
             wide_mask = mixture.prompt_first_mask(mask, length)
         if positions is not None:
             positions = positions.expand(size, length) + behind
-        elif facts.takes_position_ids and (padding is not None or not isinstance(behind, int)):
+        elif facts.places_position_ids and (padding is not None or not isinstance(behind, int) or facts.first_position):
             text = torch.arange(length, device=tokens.device)
             text = text.unsqueeze(0) if padding is None else text - padding.unsqueeze(1)
             positions = text.clamp(min=0) + (behind + facts.first_position)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ..base.cache import keeps_all, new_cache
 from ..base.facts import device_of
+from ..base.layer_inputs import layer_inputs
 from ..base.outputs import defer, replaced
+from ..base.positions import numbered
 from ..base.stamp import as_now
 from ..base.state import active_noise, evaluating
 from ..layouts.layout import Layout
@@ -68,20 +70,25 @@ def run_prompt(
     mask = None if mixture is None else mixture.stack_mask(device)
     if mask is not None:
         arguments["attention_mask"] = mask
-        if host.facts.takes_position_ids:
+        if host.facts.places_position_ids:
             arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + host.facts.first_position
+    if host.facts.placeholder is not None:
+        ids = torch.full(arguments["inputs_embeds"].shape[:2], host.facts.placeholder, device=device)
+        arguments["per_layer_inputs"] = layer_inputs(host.base_model, ids)
     of_rows = names if own_heads or mixture is not None else None
     if host.prompts[names[0]].task.token_outputs:  # such outputs have no field for a cache
         options["past_key_values"] = new_cache(host.base_model)
 
+    shape = torch.Size(arguments["inputs_embeds"].shape[:2])
+    repeat_all = _all_logits(host, arguments, of_rows) if repeats else None
+
     def call() -> Any:
         return host.base_model(**arguments, use_cache=True, return_dict=True, **options)
 
-    with host.heads_for_rows(of_rows):
+    with host.heads_for_rows(of_rows), numbered(host.base_model, arguments, host.facts.takes_position_ids):
         output, head = host.text_head.call(host.base_model, call) if withholds else (call(), None)
     cache = options.get("past_key_values", getattr(output, "past_key_values", None))
     layers = getattr(cache, "layers", ())
-    shape = torch.Size(arguments["inputs_embeds"].shape[:2])
     if not layers or not all(keeps_all(layer) and getattr(layer.keys, "shape", ())[::2] == shape for layer in layers):
         reason = f"the base model answers with a {type(cache).__name__} that does not hold the prompt"
         host.sharing = type(host.sharing)(reason)
@@ -93,22 +100,23 @@ def run_prompt(
         last = head.head(head.hidden[:, -1]).unsqueeze(1)
         return PromptStates(cache, last, hidden, head.logits(), mixture, head)
     logits: Tensor = output.logits
-    repeat = _all_logits(host, arguments, of_rows) if repeats else lambda: logits
-    return PromptStates(cache, logits, hidden, repeat, mixture)
+    return PromptStates(cache, logits, hidden, repeat_all or (lambda: logits), mixture)
 
 
-def _all_logits(host: Host, arguments: dict[str, Any], names: Sequence[str] | None) -> Callable[[], Tensor]:
-    """A function that runs the prompt once more, as it would run now."""
-    base: Any = host.base_model
+def _all_logits(host: Host, given: dict[str, Any], names: Sequence[str] | None) -> Callable[[], Tensor]:
+    """A function that runs the prompt once more, as it would run now. Of copies: see `run_prompt`."""
+    base, given, rows = host.base_model, dict(given), given["inputs_embeds"].clone()
 
     def repeat() -> Tensor:
+        arguments = {**given, "inputs_embeds": rows.clone()}
         # Training mode may have become random since.
         quiet = evaluating(base) if active_noise(base) else contextlib.nullcontext()
-        with quiet, host.heads_for_rows(names):
+        numbers = numbered(base, arguments, host.facts.takes_position_ids)
+        with quiet, host.heads_for_rows(names), numbers:
             logits: Tensor = base(**arguments, use_cache=False, return_dict=True).logits
         return logits
 
-    return as_now(base, arguments["inputs_embeds"].device.type, repeat)
+    return as_now(base, rows.device.type, repeat)
 
 
 def prompt_states(
@@ -155,7 +163,10 @@ def run_shared(host: Host, plan: Plan) -> Any:
     states = prompt_states(host, plan.table, plan.mixture, **options)
     arguments, as_dict = plan.fields.given(), others.pop("return_dict", None)
     if plan.looks_up and "input_ids" in arguments:
-        arguments["inputs_embeds"] = embedded(host, arguments.pop("input_ids"))
+        ids = arguments.pop("input_ids")
+        arguments["inputs_embeds"] = embedded(host, ids)
+        if host.facts.placeholder is not None:
+            arguments["per_layer_inputs"] = layer_inputs(base, ids)
     use_cache = others.pop("use_cache", None)
     if task.predicts_next:
         others.pop("num_items_in_batch", None)
@@ -164,7 +175,8 @@ def run_shared(host: Host, plan: Plan) -> Any:
         cache = states.for_rows(size)
         return base(**arguments, **others, past_key_values=cache, use_cache=True, return_dict=True)
 
-    output, head = host.text_head.call(base, call) if plan.waits else (call(), None)
+    with numbered(base, arguments, host.facts.takes_position_ids):
+        output, head = host.text_head.call(base, call) if plan.waits else (call(), None)
     fields: dict[str, Any] = {}
     wants_cache = getattr(config, "use_cache", True) if use_cache is None else use_cache
     if "past_key_values" in output and not wants_cache:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..base.facts import fusable_table
+from ..base.facts import fusable_table, transformers_model
+from ..base.layer_inputs import layer_inputs
 from ..base.outputs import replaced
+from ..base.positions import numbered
+from ..base.virtual_ids import answered
 from ..layouts.batch import Batch
-from ..layouts.layout import Layout
+from ..layouts.layout import IGNORE_INDEX, Layout
 from ..ops._backend import using
 from .call import Plan
 from .host import Host
@@ -29,56 +33,96 @@ def embedded(host: Host, ids: Tensor) -> Tensor:
         return ops.splice(table[:0], Layout.prefix(0), input_ids=ids, table=table)
 
 
-def spliced_arguments(host: Host, plan: Plan) -> dict[str, Any]:
-    """The arguments of the base model that come from tokens and prompts: fields that are there."""
-    batch, layout = plan.fields, plan.layout
+@contextlib.contextmanager
+def spliced(host: Host, plan: Plan) -> Iterator[dict[str, Any]]:
+    """The arguments of the base model that come from tokens and prompts, for a call in the block.
+
+    Raises:
+        ValueError: the base model needs ids, and the call has embeddings alone.
+    """
+    batch, layout, facts = plan.fields, plan.layout, host.facts
     assert layout is not None
+    tables = host.table(plan.table, padded=plan.mixture is not None).to(batch.tokens.device)
+    arguments: dict[str, Any] = {"position_ids": batch.position_ids, "token_type_ids": batch.token_type_ids}
+    context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if facts.needs_ids:
+        given, context = _virtual(host, tables, layout, batch, plan.carries)
+    else:
+        given = _embeds(host, tables, layout, batch, plan.carries)
+        if facts.placeholder is not None and "per_layer_inputs" not in plan.others:
+            given["per_layer_inputs"] = _layer_inputs(host, layout, batch, facts.placeholder)
+    arguments = {name: value for name, value in {**given, **arguments}.items() if value is not None}
+    with context, numbered(host.base_model, arguments, facts.takes_position_ids):
+        yield arguments
+
+
+def _embeds(host: Host, tables: Tensor, layout: Layout, batch: Batch, carries: bool) -> dict[str, Any]:
+    """Embeddings of prompts (R, D) and tokens, with mask and labels."""
     ids, embeds = batch.input_ids, batch.inputs_embeds
     table = fusable_table(host.word_embeddings) if ids is not None else None
     if ids is not None and table is None:
         embeds = host.word_embeddings(ids)
-    tokens = ids if table is not None else embeds
-    assert tokens is not None
     with using(host.backend):
         filled = ops.splice_batch(
-            host.table(plan.table, padded=plan.mixture is not None).to(tokens.device),
+            tables,
             layout,
             input_ids=None if table is None else ids,
             table=table,
             inputs_embeds=embeds,
-            attention_mask=batch.attention_mask if plan.carries else None,
-            labels=batch.labels if plan.carries else None,
+            attention_mask=batch.attention_mask if carries else None,
+            labels=batch.labels if carries else None,
         )
-    arguments = {
+    return {
         "inputs_embeds": filled.inputs_embeds,
-        "attention_mask": filled.attention_mask if plan.carries else batch.attention_mask,
-        "labels": filled.labels if plan.carries else batch.labels,
-        "position_ids": batch.position_ids,
-        "token_type_ids": batch.token_type_ids,
+        "attention_mask": filled.attention_mask if carries else batch.attention_mask,
+        "labels": filled.labels if carries else batch.labels,
     }
-    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _layer_inputs(host: Host, layout: Layout, batch: Batch, placeholder: int) -> Tensor | None:
+    """What each layer gets beside embeddings, if there are ids to make it of."""
+    ids = batch.input_ids
+    return None if ids is None else layer_inputs(host.base_model, layout.fill(ids, placeholder))
+
+
+def _virtual(
+    host: Host, tables: Tensor, layout: Layout, batch: Batch, carries: bool
+) -> tuple[dict[str, Any], contextlib.AbstractContextManager[None]]:
+    """Ids of prompts and tokens, with mask and labels; and a block in which the word embeddings know them all."""
+    ids, table = batch.input_ids, cast(Any, host.word_embeddings)
+    size = int(table.weight.shape[0])
+    if ids is None:
+        kind = type(transformers_model(host.base_model)).__name__
+        raise ValueError(f"inputs_embeds: expected input_ids, because {kind} takes no embeddings in their place")
+    wide = layout.fill_rows(ids, size + torch.arange(tables.shape[0], device=ids.device))
+    mask, labels = batch.attention_mask, batch.labels
+    if carries:
+        mask = None if mask is None else layout.fill(mask, 1)
+        labels = None if labels is None else layout.fill(labels, IGNORE_INDEX)
+    given = {"input_ids": wide, "attention_mask": mask, "labels": labels}
+    return given, answered(host.word_embeddings, tables, size)
 
 
 def run_spliced(host: Host, plan: Plan) -> Any:
     """The base model's output on prompt and tokens."""
-    arguments, others, base = spliced_arguments(host, plan), dict(plan.others), host.base_model
-    loss = plan.loss
-    if loss is None and not plan.cuts:
-        output = base(**arguments, **others)
-        return host.text_head.told_of(output, dict) if plan.reads else output
-    as_dict = others.pop("return_dict", None)
-    mask = None if plan.carries else arguments.get("attention_mask")
-    if isinstance(loss, NextToken):
-        loss = replace(loss, labels=arguments.pop("labels"))
-        others.pop("num_items_in_batch", None)
+    others, base, loss = dict(plan.others), host.base_model, plan.loss
+    with spliced(host, plan) as arguments:
+        if loss is None and not plan.cuts:
+            output = base(**arguments, **others)
+            return host.text_head.told_of(output, dict) if plan.reads else output
+        as_dict = others.pop("return_dict", None)
+        mask = None if plan.carries else arguments.get("attention_mask")
+        if isinstance(loss, NextToken):
+            loss = replace(loss, labels=arguments.pop("labels"))
+            others.pop("num_items_in_batch", None)
 
-    def call() -> Any:
-        return base(**arguments, **others, return_dict=True)
+        def call() -> Any:
+            return base(**arguments, **others, return_dict=True)
 
-    if loss is None or isinstance(loss, Answers):
-        output = cut(plan, call(), mask, loss, base)
-    else:
-        output = cut(plan, _with_loss(host, call, loss.of, plan.waits), mask)
+        if loss is None or isinstance(loss, Answers):
+            output = cut(plan, call(), mask, loss, base)
+        else:
+            output = cut(plan, _with_loss(host, call, loss.of, plan.waits), mask)
     return output.to_tuple() if as_dict is False else output
 
 

@@ -87,3 +87,10 @@ class PromptStates:
 def prompt_first(cache: Any) -> bool:
     """Whether a cache was begun by `PromptStates.for_rows`: prompt, padding, text in this order."""
     return getattr(cache, "prompt_first", False)
+
+
+def fill(cache: Any, source: Any) -> None:
+    """Put all keys and values of one cache into another, empty one."""
+    for index, layer in enumerate(source.layers):
+        positions = torch.arange(layer.keys.shape[-2], device=layer.keys.device)
+        cache.update(layer.keys, layer.values, index, {"cache_position": positions})

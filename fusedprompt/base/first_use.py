@@ -1,0 +1,192 @@
+"""What a base model does with padding and with a prompt in its cache, found out by running it on a few tokens.
+
+What one can read off a class (causal attention, position ids, kinds of cached layers) does not tell how it measures
+distances: ALiBi and local windows may count columns of the cache, positions may be counted by themselves, and code may
+refuse a cache. So the first layers of a base model run once on four tokens behind three others: by themselves, padded,
+and behind a cache. That takes a few milliseconds, and is remembered for all models of a class and configuration.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cache import keeps_all
+from .facts import BaseFacts, device_of, transformers_model
+from .positions import numbered
+from .shortened import shortened
+
+_PROMPT, _TEXT, _PADDING = 3, 4, 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a base model was seen to do.
+
+    sharing: why text behind a prompt in the cache is not what it is behind the prompt itself, or None.
+    gap: why padding between the prompt in the cache and a row's text changes the row, or None.
+    lead: why padding before prompt and text changes the row, or None.
+    milliseconds: that it took; None if nothing was run.
+    """
+
+    sharing: str | None = None
+    gap: str | None = None
+    lead: str | None = None
+    milliseconds: float | None = None
+
+    def __str__(self) -> str:
+        if self.milliseconds is None:
+            return "not run"
+        said = [f"{name}: {why}" for name, why in vars(self).items() if isinstance(why, str)]
+        return f"{'; '.join(said) or 'rows are as they are alone'} ({self.milliseconds:.0f} ms)"
+
+
+UNKNOWN = Found()
+_lock = threading.Lock()
+_of_kind: dict[Any, Found] = {}
+_of_model: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Found]] = weakref.WeakKeyDictionary()
+
+
+def remembered(base: nn.Module) -> Found:
+    """What is known of a base model."""
+    model = transformers_model(base)
+    held = None if model is None else _of_model.get(model)
+    return UNKNOWN if held is None else held[1]
+
+
+def first_use(base: nn.Module, facts: BaseFacts, shares: bool) -> Found:
+    """What a decoder does; `UNKNOWN` where it cannot be run apart from a call: in a trace, where processes hold shards
+    of it, or with FUSEDPROMPT_FIRST_USE=0 in the environment.
+
+    shares: a prompt in a cache is tried too.
+    """
+    model = transformers_model(base)
+    if model is None or os.environ.get("FUSEDPROMPT_FIRST_USE") == "0":
+        return UNKNOWN
+    held = _of_model.get(model)
+    if torch.compiler.is_compiling():
+        return UNKNOWN if held is None else held[1]
+    table = next(model.get_input_embeddings().parameters(), None)
+    now = (getattr(model.config, "_attn_implementation", None), None if table is None else (table.dtype, table.device))
+    if held is None or held[0] != now:
+        if table is None or type(table) is not nn.Parameter or not table.numel():
+            return UNKNOWN
+        held = _of_model[model] = (now, _of(model, facts, shares, now))
+    return held[1]
+
+
+def _of(model: Any, facts: BaseFacts, shares: bool, now: Any) -> Found:
+    key = (type(model), str(model.config), *now)
+    with _lock:
+        if key not in _of_kind:
+            begin = time.perf_counter()
+            device = device_of(model.get_input_embeddings()).type
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+                sharing, gap, lead = _Trial(model, facts).findings(shares)
+            _of_kind[key] = Found(sharing, gap, lead, 1e3 * (time.perf_counter() - begin))
+        return _of_kind[key]
+
+
+class _Trial:
+    """Two rows of text behind one prompt, through a model's first layers."""
+
+    def __init__(self, model: Any, facts: BaseFacts) -> None:
+        self.facts, table = facts, model.get_input_embeddings()
+        inner = model.base_model
+        self.model = shortened(inner if any(part is table for part in inner.modules()) else model)
+        self.device = device_of(table)
+        # Distinct ids, from the middle of the table: not padding, and no other special ones.
+        first = model.config.get_text_config(decoder=True).vocab_size // 2
+        ids = first + torch.arange(_PROMPT + 2 * _TEXT, device=self.device)
+        embeds = table(ids)
+        self.prompt = embeds[:_PROMPT].unsqueeze(0)
+        self.text = embeds[_PROMPT:].view(2, _TEXT, -1)
+
+    def findings(self, shares: bool) -> tuple[str | None, str | None, str | None]:
+        """Objections to sharing, to padding behind a shared prompt, and to padding before a prompt."""
+        together = torch.cat((self.prompt.expand(2, -1, -1), self.text), 1)
+        right = self._run(inputs_embeds=together)
+        if isinstance(right, str):
+            return None, None, None  # the call itself will say why
+        right = right[:, _PROMPT:]
+        # Row 0 has padding in front, row 1 behind.
+        padding = self.text.flip(1)
+        padded = torch.stack((torch.cat((padding[0], self.text[0])), torch.cat((self.text[1], padding[1]))))
+        mask = torch.ones(2, _PADDING + _TEXT, dtype=torch.int64, device=self.device)
+        mask[0, :_PADDING], mask[1, _TEXT:] = 0, 0
+        lead = self._why_not_lead(padding[0], right[:1])
+        cache = self._cache() if shares else "it was not tried"
+        if isinstance(cache, str):
+            return cache, None, lead
+        behind = self._run(inputs_embeds=self.text, past_key_values=cache())
+        sharing = self._differs(behind, right, "text behind the prompt's keys and values differs from that behind it")
+        wide = torch.cat((mask.new_ones(2, _PROMPT), mask), 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0) + _PROMPT + self.facts.first_position
+        found = self._run(inputs_embeds=padded, past_key_values=cache(), attention_mask=wide, position_ids=positions)
+        if not isinstance(found, str):
+            found = torch.stack((found[0, _PADDING:], found[1, :_TEXT]))
+        gap = self._differs(found, right, "it counts padding that stands between a cached prompt and the text")
+        return sharing, gap, lead
+
+    def _why_not_lead(self, padding: Tensor, right: Tensor) -> str | None:
+        row = torch.cat((padding, self.prompt[0], self.text[0])).unsqueeze(0)
+        mask = torch.ones(1, row.shape[1], dtype=torch.int64, device=self.device)
+        mask[:, :_PADDING] = 0
+        positions = (mask.cumsum(1) - 1).clamp(min=0) + self.facts.first_position
+        found = self._run(inputs_embeds=row, attention_mask=mask, position_ids=positions)
+        found = found if isinstance(found, str) else found[:, _PADDING + _PROMPT :]
+        return self._differs(found, right, "it counts padding at the left of a row")
+
+    def _cache(self) -> Any:
+        """A function that gives the prompt's keys and values for two rows; or why there is none."""
+        from transformers.cache_utils import DynamicCache
+
+        def fill() -> Any:
+            cache = DynamicCache(config=self.model.config)
+            said = self._run(inputs_embeds=self.prompt, past_key_values=cache)
+            return said if isinstance(said, str) else cache
+
+        first = fill()
+        if isinstance(first, str):
+            return first
+        size = (1, _PROMPT)
+        if not first.layers or not all(
+            keeps_all(layer) and getattr(layer.keys, "shape", ())[::2] == size for layer in first.layers
+        ):
+            return "the base model does not fill the cache that it is given"
+
+        def copied() -> Any:
+            cache = DynamicCache(config=self.model.config)
+            for index, layer in enumerate(first.layers):
+                cache.update(layer.keys.repeat(2, 1, 1, 1), layer.values.repeat(2, 1, 1, 1), index)
+            return cache
+
+        return copied
+
+    def _run(self, position_ids: Tensor | None = None, **arguments: Any) -> Any:
+        """Hidden states (B, S, D), or the error in words: whatever a base model's code raises, it is a reason."""
+        if self.facts.places_position_ids and position_ids is not None:
+            arguments["position_ids"] = position_ids
+        arguments["use_cache"] = "past_key_values" in arguments
+        try:
+            with numbered(self.model, arguments, self.facts.takes_position_ids):
+                output = self.model(**arguments, return_dict=True)
+        except Exception as error:
+            return f"{type(self.model).__name__} says {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return output[0]
+
+    def _differs(self, found: Any, right: Tensor, said: str) -> str | None:
+        if isinstance(found, str):
+            return found
+        each = (found.float() - right.float()).abs().amax(-1) / right.float().abs().amax().clamp(min=1e-30)
+        exact = found.dtype in (torch.float32, torch.float64) and found.device.type == "cpu"
+        # In low precision an expert's choice may flip for a token; of a wrong order all tokens are wrong.
+        error, most = (each.max(), 5e-5) if exact else (each.median(), max(4 * torch.finfo(found.dtype).eps, 2e-3))
+        return None if error <= most else said

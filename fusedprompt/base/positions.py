@@ -1,0 +1,77 @@
+"""Position ids for decoders whose forward takes none, but counts columns: those of the BART kind."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .own_forward import own_forward, replaced_forwards
+
+_tables: weakref.WeakKeyDictionary[nn.Module, nn.Embedding | None] = weakref.WeakKeyDictionary()
+
+
+def position_table(base: Any) -> nn.Embedding | None:
+    """The table in which a decoder looks up the positions that it counts, if that takes `position_ids` too; else None.
+
+    The modules around it have no such argument to pass on.
+    """
+    if base not in _tables:
+        found = [part for part in base.modules() if isinstance(part, nn.Embedding) and _is_told_positions(part)]
+        width = getattr(base.config, "hidden_size", None)
+        # RoFormer has one too, of a head's width: it turns keys and queries.
+        _tables[base] = found[0] if len(found) == 1 and found[0].embedding_dim == width else None
+    return _tables[base]
+
+
+def _is_told_positions(part: nn.Module) -> bool:
+    return {"past_key_values_length", "position_ids"} <= inspect.signature(type(part).forward).parameters.keys()
+
+
+@contextlib.contextmanager
+def numbered(base: nn.Module, arguments: dict[str, Any], takes_position_ids: bool) -> Iterator[None]:
+    """Within the block a call of `base(**arguments)` counts positions as `position_ids` says, (B, S) or (1, S).
+
+    takes_position_ids: its forward does. Otherwise they are taken out of `arguments`, and its table is told.
+    """
+    table = None if takes_position_ids or "position_ids" not in arguments else position_table(base)
+    if table is None:
+        yield
+        return
+    positions: Tensor = arguments.pop("position_ids")
+
+    own = own_forward(table)
+
+    def look_up(counted: Any, *_: Any, **__: Any) -> Tensor:
+        # A row of positions is what such tables expect.
+        rows: Tensor = own(counted, position_ids=positions.flatten())
+        return rows.reshape(*positions.shape, -1)
+
+    with replaced_forwards({table: look_up}):
+        yield
+
+
+@contextlib.contextmanager
+def counted_behind(base: nn.Module, padding: Tensor) -> Iterator[None]:
+    """Within the block such a decoder does not count padding (B,) of each row, or of each of a row's beams."""
+    table = position_table(base)
+    if table is None:
+        yield
+        return
+    own = own_forward(table)
+
+    def look_up(counted: Any, past_key_values_length: int = 0, **_: Any) -> Tensor:
+        size, length = (counted if isinstance(counted, (tuple, torch.Size)) else counted.shape)[:2]
+        columns = past_key_values_length + torch.arange(length, device=padding.device)
+        rows = padding.repeat_interleave(size // padding.shape[0])
+        positions = (columns - rows.unsqueeze(1)).clamp(min=0)
+        looked: Tensor = own(counted, position_ids=positions.flatten())
+        return looked.reshape(size, length, -1)
+
+    with replaced_forwards({table: look_up}):
+        yield

@@ -1,0 +1,71 @@
+"""The first layers of a model as a model of its own, with the same weights: enough to see how it treats positions."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+
+def shortened(model: Any) -> Any:
+    """A transformers model cut down to its first layers, in which each kind of layer occurs, two at least; or all of it
+    where its layers are not found.
+
+    Weights are the model's own, the modules around them copies without hooks. Nothing of the model is changed.
+    """
+    config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
+    number = int(getattr(config, "num_hidden_layers", None) or 0)
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == number]
+    kept = _kinds_until(lists[0]) if number and len(lists) == 1 else number
+    if kept >= number:
+        return _bare(model, {}, {})
+    small = copy.copy(config)
+    vars(small).update({key: value[:kept] for key, value in vars(config).items() if _is_per_layer(value, number)})
+    vars(small)[getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")] = kept
+    return _bare(model, {id(config): small}, {id(lists[0]): kept})
+
+
+def _is_per_layer(value: Any, number: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == number
+
+
+def _bare(module: Any, configs: dict[int, Any], lengths: dict[int, int], copies: dict[int, Any] | None = None) -> Any:
+    """A copy of a module and its parts without hooks; parameters and buffers are the same tensors.
+
+    configs: others, by the id of those that they stand for. lengths: of lists of modules that are cut.
+    """
+    copies = {} if copies is None else copies
+    if id(module) in copies:
+        return copies[id(module)]
+    if module is None or "forward" in vars(module):
+        return module  # accelerate's forward brings weights to where they are used, and is bound to the original
+    bare = copies[id(module)] = copy.copy(module)
+    own = vars(bare)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        own[hooks] = type(own[hooks])()
+    own["_compiled_call_impl"] = None
+    if id(own.get("config")) in configs:
+        own["config"] = configs[id(own["config"])]
+    parts = list(module._modules.items())[: lengths.get(id(module))]
+    own["_modules"] = {name: _bare(part, configs, lengths, copies) for name, part in parts}
+    return bare
+
+
+def _kinds_until(layers: Any) -> int:
+    """The number of layers from the first on in which every kind of layer occurs, two at least."""
+    kinds = [_kind(layer) for layer in layers]
+    return max(2, max(kinds.index(kind) for kind in kinds) + 1)
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """What a layer's parts say of themselves, but for what counts layers."""
+    return tuple(
+        (name, type(part), *((key, value) for key, value in vars(part).items() if _says_kind(key, value)))
+        for name, part in layer.named_modules()
+    )
+
+
+def _says_kind(key: str, value: Any) -> bool:
+    counts = any(word in key for word in ("idx", "index", "layer_id", "number"))
+    return isinstance(value, (bool, int, str, type(None))) and not key.startswith("_") and not counts
