@@ -50,7 +50,7 @@ class SharingFacts:
             if origin.startswith("torch.ao.nn.quantized.dynamic") or name == "Linear8bitLt":
                 return cls(f"a quantised {name} rounds its input by the values of the whole batch")
         layers = new_cache(decoder).layers
-        count = decoder.config.num_hidden_layers
+        count = getattr(decoder.config, "num_hidden_layers", None)
         odd = [type(layer).__name__ for layer in layers if not keeps_all(layer)]
         if odd or len(layers) != count:
             found = f"a layer of kind {odd[0]}" if odd else f"{len(layers)} cached layers of {count}"

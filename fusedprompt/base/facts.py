@@ -29,9 +29,11 @@ class BaseFacts:
     first_position: position id of a sequence's first token (RoBERTa starts behind its padding index).
     position_limit: longest sequence a learned position table can number, or None for relative positions.
     width: of the input embeddings, if they say so.
+    pools_last: a sequence classifier reads the last column of a row: decoders do, and XLNet. Encoders read the first.
     padding_last: a decoder for which padding must stand behind its text (see `first_use`).
     needs_ids: it takes no embeddings in place of ids (see `virtual_ids`).
     placeholder: the id whose layer inputs a prompt's rows get (see `layer_inputs`), or None where there are none.
+    needs_layer_inputs: it cannot run on embeddings alone.
     """
 
     encoder_decoder: bool
@@ -41,20 +43,22 @@ class BaseFacts:
     first_position: int
     position_limit: int | None
     width: int | None = None
+    pools_last: bool = False
     tells_position_ids: bool = False
     padding_last: bool = False
     needs_ids: bool = False
     placeholder: int | None = None
+    needs_layer_inputs: bool = False
 
     @property
     def places_position_ids(self) -> bool:
         """Whether position ids can be given, in one way or another."""
         return self.takes_position_ids or self.tells_position_ids
 
-    @property
-    def padding_first(self) -> bool:
-        """Whether padding stands before prompt and text, where a causal model's rows do not see it."""
-        return self.causal and not self.padding_last
+    def padding_first(self, pools: bool) -> bool:
+        """Whether padding stands before prompt and text: in causal models, whose rows do not see it there, and where a
+        row's last column is read."""
+        return self.pools_last if pools else self.causal and not self.padding_last
 
     @classmethod
     def of(cls, base: Any) -> BaseFacts:
@@ -64,17 +68,20 @@ class BaseFacts:
         first, model = _first_position(base), transformers_model(base)
         causal = not encoder_decoder and why_not_causal(base.config) is None and _looks_left(base)
         takes_position_ids = "position_ids" in parameters
+        of_prompt, needed = placeholder(base)
         return cls(
             encoder_decoder=encoder_decoder,
             causal=causal,
             takes_position_ids=takes_position_ids,
+            pools_last=causal or getattr(base.config, "summary_type", None) == "last",
             tells_position_ids=causal and not takes_position_ids and position_table(base) is not None,
             takes_token_type_ids="token_type_ids" in parameters,
             first_position=first,
             position_limit=_position_limit(base, first),
             width=getattr(base.get_input_embeddings(), "embedding_dim", None),
             needs_ids=model is not None and needs_ids(model),
-            placeholder=placeholder(base),
+            placeholder=of_prompt,
+            needs_layer_inputs=needed,
         )
 
 
@@ -142,8 +149,14 @@ def check_base_model(base: Any) -> nn.Module:
     if not isinstance(base, nn.Module):
         raise TypeError(f"base_model: expected an nn.Module, got {type(base).__name__}")
     model: Any = base
-    if not isinstance(model.get_input_embeddings(), nn.Module):
+    embeddings = model.get_input_embeddings()
+    if not isinstance(embeddings, nn.Module):
         raise TypeError(f"base_model: expected a model with input embeddings, got {type(base).__name__}")
+    if isinstance(embeddings, (nn.ModuleList, nn.ModuleDict)):
+        kind = type(base).__name__
+        raise TypeError(
+            f"base_model: expected one input embedding, got {kind}, which adds up {len(embeddings)} of them"
+        )
     return base
 
 

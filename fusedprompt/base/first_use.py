@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,12 +33,14 @@ class Found:
     sharing: why text behind a prompt in the cache is not what it is behind the prompt itself, or None.
     gap: why padding between the prompt in the cache and a row's text changes the row, or None.
     lead: why padding before prompt and text changes the row, or None.
+    writes: it writes into the embeddings that it is given (CTRL scales them).
     milliseconds: that it took; None if nothing was run.
     """
 
     sharing: str | None = None
     gap: str | None = None
     lead: str | None = None
+    writes: bool = False
     milliseconds: float | None = None
 
     def __str__(self) -> str:
@@ -89,16 +91,25 @@ def _of(model: Any, facts: BaseFacts, shares: bool, now: Any) -> Found:
             begin = time.perf_counter()
             device = device_of(model.get_input_embeddings()).type
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-                sharing, gap, lead = _Trial(model, facts).findings(shares)
-            _of_kind[key] = Found(sharing, gap, lead, 1e3 * (time.perf_counter() - begin))
+                found = _Trial(model, facts).findings(shares)
+            _of_kind[key] = replace(found, milliseconds=1e3 * (time.perf_counter() - begin))
         return _of_kind[key]
+
+
+def why_not_embeddings(base: nn.Module, facts: BaseFacts) -> str | None:
+    """Why a base model cannot run on embeddings alone, padded or not, in the words of its error; or None."""
+    model = transformers_model(base)
+    if model is None or facts.needs_ids:
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        return _Trial(model, facts).why_not_embeddings()
 
 
 class _Trial:
     """Two rows of text behind one prompt, through a model's first layers."""
 
     def __init__(self, model: Any, facts: BaseFacts) -> None:
-        self.facts, table = facts, model.get_input_embeddings()
+        self.facts, self.writes, table = facts, False, model.get_input_embeddings()
         inner = model.base_model
         self.model = shortened(inner if any(part is table for part in inner.modules()) else model)
         self.device = device_of(table)
@@ -109,12 +120,12 @@ class _Trial:
         self.prompt = embeds[:_PROMPT].unsqueeze(0)
         self.text = embeds[_PROMPT:].view(2, _TEXT, -1)
 
-    def findings(self, shares: bool) -> tuple[str | None, str | None, str | None]:
-        """Objections to sharing, to padding behind a shared prompt, and to padding before a prompt."""
+    def findings(self, shares: bool) -> Found:
+        """What sharing, padding behind a shared prompt, and padding before a prompt change."""
         together = torch.cat((self.prompt.expand(2, -1, -1), self.text), 1)
         right = self._run(inputs_embeds=together)
         if isinstance(right, str):
-            return None, None, None  # the call itself will say why
+            return Found()  # the call itself will say why
         right = right[:, _PROMPT:]
         # Row 0 has padding in front, row 1 behind.
         padding = self.text.flip(1)
@@ -124,7 +135,7 @@ class _Trial:
         lead = self._why_not_lead(padding[0], right[:1])
         cache = self._cache() if shares else "it was not tried"
         if isinstance(cache, str):
-            return cache, None, lead
+            return Found(cache, None, lead, self.writes)
         behind = self._run(inputs_embeds=self.text, past_key_values=cache())
         sharing = self._differs(behind, right, "text behind the prompt's keys and values differs from that behind it")
         wide = torch.cat((mask.new_ones(2, _PROMPT), mask), 1)
@@ -133,7 +144,16 @@ class _Trial:
         if not isinstance(found, str):
             found = torch.stack((found[0, _PADDING:], found[1, :_TEXT]))
         gap = self._differs(found, right, "it counts padding that stands between a cached prompt and the text")
-        return sharing, gap, lead
+        return Found(sharing, gap, lead, self.writes)
+
+    def why_not_embeddings(self) -> str | None:
+        """The error of a padded row, or None."""
+        row = torch.cat((self.prompt[0], self.text[0])).unsqueeze(0)
+        positions = torch.arange(row.shape[1], device=self.device).unsqueeze(0) + self.facts.first_position
+        mask = torch.ones_like(positions)
+        mask[:, :1] = 0
+        said = [self._run(inputs_embeds=row), self._run(inputs_embeds=row, attention_mask=mask, position_ids=positions)]
+        return next((one for one in said if isinstance(one, str)), None)
 
     def _why_not_lead(self, padding: Tensor, right: Tensor) -> str | None:
         row = torch.cat((padding, self.prompt[0], self.text[0])).unsqueeze(0)
@@ -175,11 +195,14 @@ class _Trial:
         if self.facts.places_position_ids and position_ids is not None:
             arguments["position_ids"] = position_ids
         arguments["use_cache"] = "past_key_values" in arguments
+        given = arguments["inputs_embeds"]
+        embeds = arguments["inputs_embeds"] = given.clone()
         try:
             with numbered(self.model, arguments, self.facts.takes_position_ids):
                 output = self.model(**arguments, return_dict=True)
         except Exception as error:
             return f"{type(self.model).__name__} says {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        self.writes = self.writes or not torch.equal(given, embeds)
         return output[0]
 
     def _differs(self, found: Any, right: Tensor, said: str) -> str | None:

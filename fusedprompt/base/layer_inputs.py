@@ -20,13 +20,14 @@ def text_model(base: nn.Module) -> Any:
     return part if part is not None and part.config.hidden_size_per_layer_input else None
 
 
-def placeholder(base: nn.Module) -> int | None:
-    """The id whose layer inputs a prompt's rows get, or None for models without such inputs."""
+def placeholder(base: nn.Module) -> tuple[int | None, bool]:
+    """The id whose layer inputs a prompt's rows get, or None for models without such inputs; and whether they are
+    needed: Gemma 4 looks for the ids of embeddings that come alone, Gemma 3n does without."""
     part = text_model(base)
     if part is None:
-        return None
-    reads_embeddings = "inputs_embeds" in inspect.signature(part.get_per_layer_inputs).parameters  # Gemma 4's
-    return int((part.config.pad_token_id if reads_embeddings else None) or 0)
+        return None, False
+    needed = "inputs_embeds" in inspect.signature(part.get_per_layer_inputs).parameters
+    return int((part.config.pad_token_id if needed else None) or 0), needed
 
 
 def layer_inputs(base: nn.Module, ids: Tensor) -> Tensor:

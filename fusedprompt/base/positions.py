@@ -58,20 +58,21 @@ def numbered(base: nn.Module, arguments: dict[str, Any], takes_position_ids: boo
 
 @contextlib.contextmanager
 def counted_behind(base: nn.Module, padding: Tensor) -> Iterator[None]:
-    """Within the block such a decoder does not count padding (B,) of each row, or of each of a row's beams."""
+    """Within the block such a decoder does not count padding (B,) at the left of each row."""
     table = position_table(base)
     if table is None:
         yield
         return
     own = own_forward(table)
 
-    def look_up(counted: Any, past_key_values_length: int = 0, **_: Any) -> Tensor:
-        size, length = (counted if isinstance(counted, (tuple, torch.Size)) else counted.shape)[:2]
-        columns = past_key_values_length + torch.arange(length, device=padding.device)
-        rows = padding.repeat_interleave(size // padding.shape[0])
-        positions = (columns - rows.unsqueeze(1)).clamp(min=0)
+    def look_up(counted: Any, past_key_values_length: int = 0, position_ids: Tensor | None = None) -> Tensor:
+        columns = position_ids
+        if columns is None:
+            length = (counted if isinstance(counted, (tuple, torch.Size)) else counted.shape)[1]
+            columns = past_key_values_length + torch.arange(length, device=padding.device)
+        positions = (columns - padding.unsqueeze(1)).clamp(min=0)
         looked: Tensor = own(counted, position_ids=positions.flatten())
-        return looked.reshape(size, length, -1)
+        return looked.reshape(*positions.shape, -1)
 
     with replaced_forwards({table: look_up}):
         yield

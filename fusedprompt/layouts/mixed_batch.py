@@ -35,7 +35,9 @@ def place_mixture(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: b
         placed = replace(placed, position_ids=positions)
     turn = None
     if mixture.has_patterns:
-        turn = (Turn.LAST_TO_END if pool_last else None) if facts.padding_first else Turn.FIRST_TO_START
+        turn = Turn.FIRST_TO_START
+        if facts.padding_first(pool_last):
+            turn = Turn.LAST_TO_END if pool_last else None
     return place(facts, layout, placed, turn)
 
 
@@ -85,7 +87,9 @@ def _by_templates(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: b
             values = known.new_zeros(slots.shape) if field is None else field
             missing = width - values.shape[1]
             filled.append(
-                torch.nn.functional.pad(values, (missing, 0) if facts.padding_first else (0, missing), value=blank)
+                torch.nn.functional.pad(
+                    values, (missing, 0) if facts.padding_first(pool_last) else (0, missing), value=blank
+                )
             )
         return torch.cat(filled)[order]
 

@@ -195,15 +195,16 @@ def arrange(
     length, longest, device = tokens.shape[1], mixture.longest, tokens.device
     _, count, first, start = (row.unsqueeze(1) for row in mixture.rows)
     padding = shift = None
+    first_in_row = facts.padding_first(pool_last)
     if attention_mask is not None:
-        right = pool_last and facts.padding_first and may_be_padded(attention_mask, -1)
+        right = pool_last and first_in_row and may_be_padded(attention_mask, -1)
         if right or may_be_padded(attention_mask, 0):
             at_left, at_right = count_padding(attention_mask)
-            shift = (-at_right if right else None) if facts.padding_first else at_left
-            padding = (at_left + at_right if right else at_left) if facts.padding_first else None
+            shift = (-at_right if right else None) if first_in_row else at_left
+            padding = (at_left + at_right if right else at_left) if first_in_row else None
     position = torch.arange(longest + length, device=device)
     # `text` counts the row's text as it stands: padding tokens of its own, then tokens, and the prompt among them.
-    filler_in_front = facts.padding_first and not mixture.even
+    filler_in_front = first_in_row and not mixture.even
     text = position - (longest - count) if filler_in_front else position.expand(tokens.shape[0], -1)
     begin = start if padding is None else (start + padding.unsqueeze(1)).clamp(max=length)
     prompt_row = text - begin
@@ -211,7 +212,7 @@ def arrange(
     token = torch.where(prompt_row < 0, text, text - count)
     is_filler = None
     if not mixture.even:
-        is_filler = text < 0 if facts.padding_first else text >= count + length
+        is_filler = text < 0 if first_in_row else text >= count + length
         token = token.clamp(0, max(length - 1, 0))
     if shift is not None and length:
         token = (token + shift.unsqueeze(1)).remainder(length)
@@ -220,7 +221,7 @@ def arrange(
     if is_filler is not None:
         slots = slots.masked_fill(is_filler, -table_rows)
     lead = None
-    if facts.padding_first:
+    if first_in_row:
         lead = longest - mixture.count if padding is None else longest - mixture.count + padding
     return Arrangement(Layout.from_slots(slots, table_rows), padding, lead, is_filler, facts.first_position)
 

@@ -23,7 +23,7 @@ class Turn(enum.Enum):
     def of(cls, task: Task, facts: BaseFacts) -> Turn | None:
         """How the rows of a given layout must be turned for a task, or None."""
         if task.pools:
-            return cls.LAST_TO_END if facts.causal else cls.FIRST_TO_START
+            return cls.LAST_TO_END if facts.pools_last else cls.FIRST_TO_START
         # An encoder that numbers positions by itself must find its padding last, as must some decoders.
         numbers = (task.token_outputs and not facts.causal and not facts.places_position_ids) or facts.padding_last
         return cls.FIRST_TO_START if numbers else None
@@ -73,13 +73,14 @@ def choose_layout(
     """
     length = tokens.shape[1]
     left, right = may_be_padded(attention_mask, 0), pool_last and may_be_padded(attention_mask, -1)
-    if attention_mask is None or not (left or (right and facts.padding_first)):
+    first_in_row = facts.padding_first(pool_last)
+    if attention_mask is None or not (left or (right and first_in_row)):
         if not start:
             return Layout.prefix(num_prompt_rows), None
         first = torch.full((tokens.shape[0],), start, device=tokens.device)
         return Layout.insert(num_prompt_rows, length, first), None
     at_left, at_right = count_padding(attention_mask)
-    if facts.padding_first:
+    if first_in_row:
         padding = at_left + at_right if pool_last else at_left
         first = (padding + start).clamp(max=length)  # of a row with fewer tokens than `start`, behind them all
         return Layout.insert(num_prompt_rows, length, first, -at_right if pool_last else None), padding

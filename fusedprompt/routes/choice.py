@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..base.facts import BaseFacts
 from ..base.state import active_noise
 from ..layouts.batch import Batch
 from ..layouts.prompt import Prompt
@@ -58,6 +59,13 @@ def why_not_prompts(host: Host, prompts: Sequence[Prompt]) -> str | None:
             return "the adapter's template does not put the whole prompt in front"
         if prompt.start:
             return f"the prompt stands behind {prompt.start} tokens of text (prompt_start)"
+    return None
+
+
+def why_not_as_peft(facts: BaseFacts) -> str | None:
+    """An objection to sharing a prompt with the results of PEFT, or None."""
+    if facts.placeholder is not None and not facts.needs_layer_inputs:
+        return "PEFT gives this base model embeddings without the inputs of each layer that it makes of ids"
     return None
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch.nn import functional as F
 
 from ..base.positions import counted_behind
 from .call import BASE, CONTINUE, SHARED, Plan
-from .generate_by_ids import generate_by_ids, reads_ids
+from .generate_by_ids import generate_by_ids
 from .host import Host
-from .plan_generate import most_new_tokens, option
+from .plan_generate import most_new_tokens, option, reads_ids
 from .shared import prompt_states
 from .splice import embedded, spliced
 from .states import PromptStates, fill
@@ -53,10 +54,9 @@ def run_generate(host: Host, plan: Plan) -> Any:
             return base.generate(input_ids=ids, **arguments, **others)
     arguments = _behind(host, plan)
     # transformers skips as many of the embeddings as the cache holds: the prompt's.
-    copies = max(int(option(base, others, name) or 1) for name in ("num_beams", "num_return_sequences"))
     size, length = arguments["inputs_embeds"].shape[:2]
-    length += most_new_tokens(base, others)
-    others["past_key_values"] = _filled_cache(base, states, size * copies, length, others)
+    size, length = size * _copies(base, others), length + most_new_tokens(base, others)
+    others["past_key_values"] = _filled_cache(base, states, size, length, others)
     with _counting(host, plan):
         return base.generate(input_ids=ids, **arguments, **others)
 
@@ -66,7 +66,12 @@ def _counting(host: Host, plan: Plan) -> contextlib.AbstractContextManager[None]
     mask = plan.fields.attention_mask
     if not host.facts.tells_position_ids or mask is None:
         return contextlib.nullcontext()
-    return counted_behind(host.base_model, (mask == 0).sum(1))
+    return counted_behind(host.base_model, (mask == 0).sum(1).repeat_interleave(_copies(host.base_model, plan.others)))
+
+
+def _copies(base: Any, others: Mapping[str, Any]) -> int:
+    """Rows that transformers makes of each."""
+    return max(int(option(base, others, name) or 1) for name in ("num_beams", "num_return_sequences"))
 
 
 def _behind(host: Host, plan: Plan) -> dict[str, Any]:

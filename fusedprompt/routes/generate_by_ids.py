@@ -9,7 +9,6 @@ known, put into the cache there, and are cut out of the result.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -19,26 +18,12 @@ from torch import Tensor
 
 from .. import ops
 from ..base.cache import cache_length
-from ..base.facts import transformers_model
 from ..base.layer_inputs import layer_inputs
 from ..base.virtual_ids import answered
 from ..layouts.layout import Layout
 from .call import Plan
 from .host import Host
-from .plan_generate import ASSISTED, option
 from .states import PromptStates, fill
-
-
-def reads_ids(host: Host, others: Mapping[str, Any]) -> bool:
-    """Whether a call of `generate` needs columns of ids for the prompt."""
-    base = host.base_model
-    if host.facts.needs_ids or host.facts.placeholder is not None:
-        return True
-    if any(option(base, others, name) for name in ASSISTED):
-        return True
-    # transformers' own question: without this argument it refuses embeddings.
-    model = transformers_model(base) or base
-    return "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters
 
 
 def generate_by_ids(host: Host, plan: Plan, states: PromptStates | None, others: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,17 +13,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..base.cache import cache_length
-from ..base.facts import device_of
+from ..base.facts import BaseFacts, device_of, transformers_model
+from ..base.first_use import first_use
 from ..layouts.batch import Batch, Placed, check_length, place, put_in_front
 from ..layouts.from_template import put_into_template
 from ..layouts.layout import Layout
 from ..layouts.mixed_batch import place_mixture
-from ..layouts.mixture import Mixture, refuse_cache
-from ..layouts.padding import Turn, choose_layout
+from ..layouts.mixture import BASE, Mixture, refuse_cache
+from ..layouts.padding import Turn, choose_layout, may_be_padded
 from ..layouts.prompt import Prompt
 from ..ops._backend import AUTO
 from .call import CONTINUE, FULL, PEFT, SHARED, SPLICE, Call, Plan, refuse, refuse_fields, with_cache
-from .choice import RouteUnavailable, why_not_length, why_not_now, why_not_prompts
+from .choice import RouteUnavailable, why_not_as_peft, why_not_length, why_not_now, why_not_prompts
 from .host import Host
 from .states import prompt_first
 
@@ -118,14 +120,25 @@ def _in_front(host: Host, active: Prompt, call: Call) -> Plan:
     else:
         placed = put_in_front(facts, rows, tokens, start=active.start)
     found = {"route": SPLICE if why else SHARED, "table": tuple(prompt.name for prompt in prompts), "mixture": mixture}
-    return _planned(host, call, active, _counted(placed, call), others, why=why, **found)
+    return _planned(host, call, active, _counted(facts, placed, call), others, why=why, **found)
 
 
-def _counted(placed: Placed, call: Call) -> Placed:
-    """Without position ids that are not the caller's: transformers counts them from the mask, at every step."""
+def _counted(facts: BaseFacts, placed: Placed, call: Call) -> Placed:
+    """Without position ids that are not the caller's: transformers counts them from the mask, at every step. But it
+    begins at 0, where RoBERTa and its like begin behind their padding index; it goes on from those that it is given."""
+    batch = placed.batch
     if call.batch.position_ids is not None:
         return placed
-    return replace(placed, batch=replace(placed.batch, position_ids=None))
+    positions = None
+    if facts.first_position and facts.takes_position_ids:
+        size, length = batch.shape
+        mask, layout = batch.attention_mask, placed.layout
+        if mask is None:
+            mask = torch.ones(size, layout.output_length(length), dtype=torch.int64, device=batch.tokens.device)
+        elif placed.carries:
+            mask = layout.fill(mask, 1)
+        positions = ((mask != 0).cumsum(1) - 1).clamp(min=0) + facts.first_position
+    return replace(placed, batch=replace(batch, position_ids=positions))
 
 
 def _continued(host: Host, active: Prompt, call: Call, others: Mapping[str, Any]) -> Plan:
@@ -181,7 +194,7 @@ def _given(host: Host, active: Prompt, call: Call) -> Plan:
     placed = place(facts, placed.layout, _to_splice(batch), Turn.LAST_TO_END if decoder else None)
     if decoder:
         _count_new_tokens(host.base_model, batch.shape[1], others)
-        placed = _counted(placed, call)
+        placed = _counted(facts, placed, call)
     return _planned(host, call, active, placed, others, why="it was asked for" if call.route == SPLICE else why)
 
 
@@ -195,9 +208,22 @@ def _choice(host: Host, call: Call, prompts: tuple[Prompt, ...], rows: int) -> s
     if objection is None:
         new = most_new_tokens(host.base_model, call.others)
         objection = why_not_length(host, rows + call.batch.shape[1] + new) or why_not_now(host)
+        objection = objection or _why_not_found(host, call, {prompt.rows for prompt in prompts})
     if objection is not None and call.route == SHARED:
         raise RouteUnavailable(objection)
     return objection
+
+
+def _why_not_found(host: Host, call: Call, counts: set[int]) -> str | None:
+    """An objection from what the base model did on its first use, or None."""
+    found = first_use(host.base_model, host.facts, shares=True)
+    if found.sharing is not None or found.gap is None:
+        return found.sharing
+    names = call.adapter_names
+    uneven = names is not None and (len(counts) > 1 or BASE in names)
+    # Where columns count, those of a static cache that are yet to be filled do too.
+    static = option(host.base_model, call.others, "cache_implementation") == "static"
+    return found.gap if uneven or static or may_be_padded(call.batch.attention_mask, 0) else None
 
 
 def _why_not_arguments(host: Host, call: Call) -> str | None:
@@ -211,6 +237,8 @@ def _why_not_arguments(host: Host, call: Call) -> str | None:
     kind, own = option(base, others, "cache_implementation"), base.generation_config.cache_implementation
     if kind not in (None, "dynamic", "static") or (own is not None and others.get("generation_config") is None):
         return f"transformers makes the cache of kind '{kind}' by itself"
+    if kind == "static" and reads_ids(host, others):
+        return "ids of the prompt go through the base model's own static cache"
     covering = next((name for name in _COVERING if option(base, others, name)), None)
     return None if covering is None else f"{covering} covers the virtual tokens"
 
@@ -220,7 +248,8 @@ def _why_not_peft(host: Host, active: Prompt, call: Call) -> str | None:
     if call.route == SPLICE:
         return "route 'splice' was asked for"
     base = host.base_model
-    objection = why_not_prompts(host, (active,)) or why_not_now(host)
+    objection = why_not_prompts(host, (active,)) or why_not_as_peft(host.facts) or why_not_now(host)
+    objection = objection or first_use(host.base_model, host.facts, shares=True).sharing
     if objection is None and call.route == AUTO:
         device, dtype = base.device.type, base.dtype
         if torch.is_autocast_enabled(device):
@@ -233,6 +262,18 @@ def _why_not_peft(host: Host, active: Prompt, call: Call) -> str | None:
             if call.others.get(name) or any(getattr(source, name, None) for source in sources):
                 return f"{name} concerns the virtual tokens"
     return objection
+
+
+def reads_ids(host: Host, others: Mapping[str, Any]) -> bool:
+    """Whether a call of `generate` needs columns of ids for the prompt; see `generate_by_ids`."""
+    base = host.base_model
+    if host.facts.needs_ids or host.facts.placeholder is not None:
+        return True
+    if any(option(base, others, name) for name in ASSISTED):
+        return True
+    # transformers' own question: without this argument it refuses embeddings.
+    model = transformers_model(base) or base
+    return "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters
 
 
 def option(base: Any, kwargs: Mapping[str, Any], name: str) -> Any:

@@ -44,6 +44,12 @@ class Planner:
     def plan(self) -> Plan:
         """The route, and what becomes of the call on it: the cheapest question first."""
         host, batch, route = self.host, self.batch, self.call.route
+        if (
+            self.facts.needs_layer_inputs
+            and batch.input_ids is None
+            and self.call.others.get("per_layer_inputs") is None
+        ):
+            raise ValueError("inputs_embeds: expected per_layer_inputs (B, T, layers, width) beside them, or input_ids")
         objection: str | None = "it was asked for" if route == SPLICE else self._why_not_this()
         cost = None
         if route == AUTO:
@@ -60,6 +66,8 @@ class Planner:
         """An objection to sharing this call's prompts that asks no part of the base model, or None."""
         host, prompts = self.host, [self.host.prompts[name] for name in self.table]
         objection = choice.why_not_prompts(host, prompts)
+        if objection is None and self.placement == PEFT:
+            objection = choice.why_not_as_peft(self.facts)
         objection = objection or choice.why_not_batch(
             host, self.batch, self.call.others, self.given is not None, self.rows
         )
@@ -144,9 +152,11 @@ class Planner:
             return Placed(layout, replace(batch, token_type_ids=types), carries=True)
         if self.mixture is not None:
             mixture = replace(self.mixture, task=replace(task, predicts_next=self._is_of_next_tokens()))
-            return place_mixture(mixture, facts, batch, task.pools)
+            return place_mixture(mixture, facts, batch, task.pools or (facts.needs_ids and facts.causal))
         if self.given is None:
-            return put_in_front(facts, self.rows, batch, pool_last=task.pools, start=self.active.start)
+            # CPM-Ant masks what comes first.
+            padding_first = task.pools or (facts.needs_ids and facts.causal)
+            return put_in_front(facts, self.rows, batch, pool_last=padding_first, start=self.active.start)
         mask = batch.attention_mask
         if mask is not None and facts.causal and self.targets_of is None and self._is_of_next_tokens():
             batch = replace(batch, labels=batch.labels.masked_fill(unpredicted(mask), IGNORE_INDEX))

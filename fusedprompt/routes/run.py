@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from ..base.facts import transformers_model
+from ..base.first_use import why_not_embeddings
+from ..base.positions import numbered
 from ..ops._backend import AUTO
-from .call import BASE, CONTINUE, SHARED, Plan
+from .call import BASE, CONTINUE, SHARED, SPLICE, Plan
 from .choice import RouteUnavailable
 from .generate import run_generate
 from .host import Host
 from .plan import plan as plan_again
 from .shared import run_shared
-from .splice import run_spliced
+from .splice import run_spliced, spliced
 
 
 def run(host: Host, plan: Plan) -> Any:
@@ -22,6 +27,7 @@ def run(host: Host, plan: Plan) -> Any:
 
     Raises:
         RouteUnavailable: the same, where "shared" was asked for.
+        ValueError: the base model cannot run on embeddings, or not on this call even without a prompt.
     """
     names = plan.mixture.names if plan.mixture is not None else None
     try:
@@ -29,9 +35,51 @@ def run(host: Host, plan: Plan) -> Any:
             if plan.call.generates:
                 return run_generate(host, plan)
             if plan.route in (BASE, CONTINUE):
-                return host.base_model(**plan.fields.given(), **plan.others)
+                return _continued(host, plan)
             return (run_shared if plan.route == SHARED else run_spliced)(host, plan)
     except RouteUnavailable:
         if plan.route != SHARED or plan.call.route != AUTO:
             raise
+    except _CODE_ERRORS as error:
+        reason = None if plan.route == BASE or _is_ours(error) else _why_not_embeddings(host, plan)
+        if reason is None:
+            raise
+        kind = type(transformers_model(host.base_model) or host.base_model).__name__
+        raise ValueError(
+            f"base_model: expected a model that runs on embeddings of prompt and text, which {kind} does not: {reason}"
+        ) from error
     return run(host, plan_again(host, plan.call, plan.placement))
+
+
+def _why_not_embeddings(host: Host, plan: Plan) -> str | None:
+    """What a base model says to embeddings of a few tokens, or to those of the call's prompt and text; or None."""
+    reason = why_not_embeddings(host.base_model, host.facts)
+    if reason is not None or plan.route != SPLICE:
+        return reason
+    try:
+        with torch.no_grad(), spliced(host, plan) as arguments:
+            host.base_model(**{name: value for name, value in arguments.items() if name != "labels"})
+    except _CODE_ERRORS as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None
+
+
+# What code that was not written for a call raises, other than for values of its input.
+_CODE_ERRORS = (AttributeError, TypeError, AssertionError, NotImplementedError, ValueError, RuntimeError)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error was raised by this package, and says what it has to."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__", "")).startswith(
+        f"{__package__}".split(".")[0]
+    )
+
+
+def _continued(host: Host, plan: Plan) -> Any:
+    """The base model's output, of tokens behind a cache or without a prompt."""
+    arguments = plan.fields.given()
+    with numbered(host.base_model, arguments, plan.route == BASE or host.facts.takes_position_ids):
+        return host.base_model(**arguments, **plan.others)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..base.cache import keeps_all, new_cache
 from ..base.facts import device_of
+from ..base.first_use import remembered
 from ..base.layer_inputs import layer_inputs
 from ..base.outputs import defer, replaced
 from ..base.positions import numbered
@@ -162,6 +163,8 @@ def run_shared(host: Host, plan: Plan) -> Any:
     options: dict[str, Any] = {"all_logits": all_logits, "hidden_states": bool(hidden), "wait": plan.waits}
     states = prompt_states(host, plan.table, plan.mixture, **options)
     arguments, as_dict = plan.fields.given(), others.pop("return_dict", None)
+    if "inputs_embeds" in arguments and remembered(base).writes:
+        arguments["inputs_embeds"] = arguments["inputs_embeds"].clone()
     if plan.looks_up and "input_ids" in arguments:
         ids = arguments.pop("input_ids")
         arguments["inputs_embeds"] = embedded(host, ids)

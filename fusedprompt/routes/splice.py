@@ -19,7 +19,7 @@ from ..base.virtual_ids import answered
 from ..layouts.batch import Batch
 from ..layouts.layout import IGNORE_INDEX, Layout
 from ..ops._backend import using
-from .call import Plan
+from .call import PEFT, Plan
 from .host import Host
 from .loss import Answers, NextToken, Source, answers_loss
 
@@ -49,8 +49,7 @@ def spliced(host: Host, plan: Plan) -> Iterator[dict[str, Any]]:
         given, context = _virtual(host, tables, layout, batch, plan.carries)
     else:
         given = _embeds(host, tables, layout, batch, plan.carries)
-        if facts.placeholder is not None and "per_layer_inputs" not in plan.others:
-            given["per_layer_inputs"] = _layer_inputs(host, layout, batch, facts.placeholder)
+        given["per_layer_inputs"] = _layer_inputs(host, plan, layout, batch)
     arguments = {name: value for name, value in {**given, **arguments}.items() if value is not None}
     with context, numbered(host.base_model, arguments, facts.takes_position_ids):
         yield arguments
@@ -79,10 +78,20 @@ def _embeds(host: Host, tables: Tensor, layout: Layout, batch: Batch, carries: b
     }
 
 
-def _layer_inputs(host: Host, layout: Layout, batch: Batch, placeholder: int) -> Tensor | None:
-    """What each layer gets beside embeddings, if there are ids to make it of."""
-    ids = batch.input_ids
-    return None if ids is None else layer_inputs(host.base_model, layout.fill(ids, placeholder))
+def _layer_inputs(host: Host, plan: Plan, layout: Layout, batch: Batch) -> Tensor | None:
+    """(B, S, layers, width): what each layer gets beside embeddings, if there are ids to make it of, or tokens' own."""
+    placeholder, ids, own = host.facts.placeholder, batch.input_ids, plan.others.get("per_layer_inputs")
+    as_peft = plan.placement == PEFT and not host.facts.needs_layer_inputs  # which gives embeddings alone
+    if placeholder is None or as_peft:
+        return None
+    if own is None:
+        return None if ids is None else layer_inputs(host.base_model, layout.fill(ids, placeholder))
+    of_prompt = layer_inputs(host.base_model, torch.full((1, 1), placeholder, device=own.device))
+    slots = layout.slots
+    if slots is None:
+        return torch.cat((of_prompt.expand(own.shape[0], layout.num_prompt_rows, -1, -1), own), 1)
+    carried = own[torch.arange(own.shape[0], device=own.device).unsqueeze(1), slots.clamp(min=0)]
+    return torch.where((slots < 0)[..., None, None], of_prompt, carried)
 
 
 def _virtual(
@@ -99,6 +108,8 @@ def _virtual(
     if carries:
         mask = None if mask is None else layout.fill(mask, 1)
         labels = None if labels is None else layout.fill(labels, IGNORE_INDEX)
+    if mask is not None:  # such models tell padding, and ends of texts, by their ids
+        wide = wide.masked_fill(mask == 0, getattr(host.base_model.config, "pad_token_id", None) or 0)
     given = {"input_ids": wide, "attention_mask": mask, "labels": labels}
     return given, answered(host.word_embeddings, tables, size)
 
@@ -106,6 +117,7 @@ def _virtual(
 def run_spliced(host: Host, plan: Plan) -> Any:
     """The base model's output on prompt and tokens."""
     others, base, loss = dict(plan.others), host.base_model, plan.loss
+    others.pop("per_layer_inputs", None)
     with spliced(host, plan) as arguments:
         if loss is None and not plan.cuts:
             output = base(**arguments, **others)
