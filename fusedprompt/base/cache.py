@@ -49,8 +49,10 @@ class SharingFacts:
             name, origin = type(module).__name__, type(module).__module__
             if origin.startswith("torch.ao.nn.quantized.dynamic") or name == "Linear8bitLt":
                 return cls(f"a quantised {name} rounds its input by the values of the whole batch")
-        layers = new_cache(decoder).layers
         count = getattr(decoder.config, "num_hidden_layers", None)
+        if count is None:
+            return cls(f"{type(decoder).__name__} does not say how many layers a cache of it has")
+        layers = new_cache(decoder).layers
         odd = [type(layer).__name__ for layer in layers if not keeps_all(layer)]
         if odd or len(layers) != count:
             found = f"a layer of kind {odd[0]}" if odd else f"{len(layers)} cached layers of {count}"

@@ -87,16 +87,13 @@ class BaseFacts:
 
 def why_not_causal(config: Any) -> str | None:
     """The setting of a configuration that lets attention look to the right, or None."""
-    for part in (config, config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config):
-        if getattr(part, "is_causal", None) is False:
-            return "is_causal=False"
-        name = next((name for name in _BIDIRECTIONAL if getattr(part, name, None) is True), None)
-        if name is not None:
-            return f"{name}=True"
-    return None
-
-
-_BIDIRECTIONAL = ("use_bidirectional_attention", "bidirectional")  # of Gemma's embedding models, and their like
+    settings = vars(config)
+    if settings.get("is_causal") is False:
+        return "is_causal=False"
+    if settings.get("use_bidirectional_attention") is True:  # of Gemma's embedding models
+        return "use_bidirectional_attention=True"
+    text = settings.get("text_config")
+    return None if text is None or not hasattr(text, "__dict__") else why_not_causal(text)
 
 
 def _looks_left(base: Any) -> bool:

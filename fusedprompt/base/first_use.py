@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,15 +53,16 @@ class Found:
 
 UNKNOWN = Found()
 _lock = threading.Lock()
-_of_kind: dict[Any, Found] = {}
-_of_model: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Found]] = weakref.WeakKeyDictionary()
+_of_kind: dict[Any, Any] = {}
+_of_model: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
 
 
 def remembered(base: nn.Module) -> Found:
     """What is known of a base model."""
     model = transformers_model(base)
-    held = None if model is None else _of_model.get(model)
-    return UNKNOWN if held is None else held[1]
+    held = {} if model is None else _of_model.get(model, {})
+    found = [held[name][1] for name in ("sharing", "padding") if name in held]
+    return found[0] if found else UNKNOWN
 
 
 def first_use(base: nn.Module, facts: BaseFacts, shares: bool) -> Found:
@@ -69,31 +71,43 @@ def first_use(base: nn.Module, facts: BaseFacts, shares: bool) -> Found:
 
     shares: a prompt in a cache is tried too.
     """
+
+    def find(model: Any) -> Found:
+        begin = time.perf_counter()
+        found = _Trial(model, facts).findings(shares)
+        return replace(found, milliseconds=1e3 * (time.perf_counter() - begin))
+
+    found: Found = _found(base, "sharing" if shares else "padding", find, UNKNOWN)
+    return found
+
+
+def is_loss_of_logits(base: nn.Module, facts: BaseFacts) -> bool:
+    """Whether a decoder's loss is what its `loss_function` makes of its logits. Yes where it cannot be run."""
+    answer: bool = _found(base, "loss", lambda model: _Trial(model, facts, head=True).makes_loss_of_logits(), True)
+    return answer
+
+
+def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any) -> Any:
+    """What `find(model)` finds, for the first model of a class and configuration."""
     model = transformers_model(base)
     if model is None or os.environ.get("FUSEDPROMPT_FIRST_USE") == "0":
-        return UNKNOWN
-    held = _of_model.get(model)
+        return unknown
+    held = _of_model.get(model, {}).get(name)
     if torch.compiler.is_compiling():
-        return UNKNOWN if held is None else held[1]
+        return unknown if held is None else held[1]
     table = next(model.get_input_embeddings().parameters(), None)
-    now = (getattr(model.config, "_attn_implementation", None), None if table is None else (table.dtype, table.device))
+    own = (getattr(model, "loss_function", None),) if name == "loss" else ()
+    now = (getattr(model.config, "_attn_implementation", None), table is not None and (table.dtype, table.device), *own)
     if held is None or held[0] != now:
         if table is None or type(table) is not nn.Parameter or not table.numel():
-            return UNKNOWN
-        held = _of_model[model] = (now, _of(model, facts, shares, now))
+            return unknown
+        key = (name, type(model), str(model.config), *now)
+        with _lock:
+            if key not in _of_kind:
+                with torch.inference_mode(False), torch.no_grad(), torch.autocast(table.device.type, enabled=False):
+                    _of_kind[key] = find(model)
+            held = _of_model.setdefault(model, {})[name] = (now, _of_kind[key])
     return held[1]
-
-
-def _of(model: Any, facts: BaseFacts, shares: bool, now: Any) -> Found:
-    key = (type(model), str(model.config), *now)
-    with _lock:
-        if key not in _of_kind:
-            begin = time.perf_counter()
-            device = device_of(model.get_input_embeddings()).type
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-                found = _Trial(model, facts).findings(shares)
-            _of_kind[key] = replace(found, milliseconds=1e3 * (time.perf_counter() - begin))
-        return _of_kind[key]
 
 
 def why_not_embeddings(base: nn.Module, facts: BaseFacts) -> str | None:
@@ -108,9 +122,10 @@ def why_not_embeddings(base: nn.Module, facts: BaseFacts) -> str | None:
 class _Trial:
     """Two rows of text behind one prompt, through a model's first layers."""
 
-    def __init__(self, model: Any, facts: BaseFacts) -> None:
+    def __init__(self, model: Any, facts: BaseFacts, head: bool = False) -> None:
+        """head: that runs too."""
         self.facts, self.writes, table = facts, False, model.get_input_embeddings()
-        inner = model.base_model
+        inner = model if head else model.base_model
         self.model = shortened(inner if any(part is table for part in inner.modules()) else model)
         self.device = device_of(table)
         # Distinct ids, from the middle of the table: not padding, and no other special ones.
@@ -145,6 +160,19 @@ class _Trial:
             found = torch.stack((found[0, _PADDING:], found[1, :_TEXT]))
         gap = self._differs(found, right, "it counts padding that stands between a cached prompt and the text")
         return Found(sharing, gap, lead, self.writes)
+
+    def makes_loss_of_logits(self) -> bool:
+        """With labels, of rows of different lengths."""
+        embeds = torch.cat((self.prompt.expand(2, -1, -1), self.text), 1)
+        labels = torch.arange(embeds.shape[1], device=self.device).repeat(2, 1)
+        labels[0, :_PROMPT] = -100
+        try:
+            output = self.model(inputs_embeds=embeds, labels=labels, use_cache=False, return_dict=True)
+            logits = output.logits
+            loss = self.model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        except Exception:
+            return True  # the call itself will say why
+        return bool(torch.allclose(loss.float(), output.loss.float(), rtol=1e-3, atol=1e-5))
 
     def why_not_embeddings(self) -> str | None:
         """The error of a padded row, or None."""

@@ -86,11 +86,8 @@ def _by_templates(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: b
         for field, (slots, _) in zip(fields, parts):
             values = known.new_zeros(slots.shape) if field is None else field
             missing = width - values.shape[1]
-            filled.append(
-                torch.nn.functional.pad(
-                    values, (missing, 0) if facts.padding_first(pool_last) else (0, missing), value=blank
-                )
-            )
+            sides = (missing, 0) if facts.padding_first(pool_last) else (0, missing)
+            filled.append(torch.nn.functional.pad(values, sides, value=blank))
         return torch.cat(filled)[order]
 
     masks = [own.attention_mask for _, own in parts]

@@ -16,7 +16,7 @@ from ..methods import checkpoint
 from ..ops._backend import AUTO
 from ..routes.call import FULL, Call
 from ..routes.choice import checked_route
-from ..routes.explain import describe_adapter, explain
+from ..routes.explain import describe_adapter, explain, first_use_line
 from ..routes.plan import plan
 from ..routes.run import run
 from . import saving
@@ -177,7 +177,7 @@ class PromptModel(PromptAdapters):
         if method not in ("forward", "generate"):
             raise ValueError(f"method: expected 'forward' or 'generate', got {method!r}")
         if method == "forward" and not arguments:
-            return "\n".join(describe_adapter(self, name) for name in self.peft_config)
+            return "\n".join([*(describe_adapter(self, name) for name in self.peft_config), *first_use_line(self)])
         if method == "generate":
             return explain(self, Call.to_generate(arguments.pop("inputs", None), arguments, self.route))
         return explain(self, Call.of(arguments, self.route))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base.facts import BaseFacts
+from ..base.facts import BaseFacts, why_not_causal
 from ..base.state import active_noise
 from ..layouts.batch import Batch
 from ..layouts.prompt import Prompt
@@ -25,6 +25,8 @@ from .loss import calls_loss_function, has_transformers_loss
 ROUTES = (AUTO, SHARED, SPLICE)
 # Arguments of a forward call that mean the same on both routes.
 _UNDERSTOOD = ("use_cache", "return_dict", "output_hidden_states", "num_items_in_batch", "labels")
+# Arguments and settings that mean the same on both routes while they are off.
+_COVERING = ("output_attentions", "output_router_logits")
 
 
 class RouteUnavailable(BackendUnavailable):
@@ -77,10 +79,11 @@ def why_not_now(host: Host) -> str | None:
     if checkpoints:
         return "gradient checkpointing recomputes layers without a cache"
     config = host.base_model.config
-    for name in ("output_attentions", "output_router_logits"):
+    for name in _COVERING:
         if getattr(config, name, False):
             return f"config.{name} asks for values of every row's virtual tokens"
-    return None
+    setting = why_not_causal(config)  # transformers reads it at every call
+    return None if setting is None else f"config.{setting} lets virtual tokens depend on the text"
 
 
 def why_not_model(host: Host, *adapter_names: str) -> str | None:
@@ -96,7 +99,8 @@ def why_not_batch(host: Host, batch: Batch, others: Mapping[str, Any], placed: b
     if not size or not length:
         return "the batch has no tokens"
     for name, value in others.items():
-        if value is not None and value is not False and name not in _UNDERSTOOD:
+        off = value is False and name in _COVERING
+        if value is not None and not off and name not in _UNDERSTOOD:
             return f"{name} is an argument of the base model that would have to cover the virtual tokens"
     if batch.token_type_ids is not None:
         return "token_type_ids is an argument of the base model that would have to cover the virtual tokens"
@@ -115,7 +119,11 @@ def why_not_length(host: Host, total: int) -> str | None:
 
 def why_not_loss(host: Host) -> str | None:
     """An objection to losses of text whose logits are those of a shared prompt and of its text, or None."""
-    return None if calls_loss_function(host.base_model) else "the base model's forward makes its loss by itself"
+    return (
+        None
+        if calls_loss_function(host.base_model, host.facts)
+        else "the base model's forward makes its loss by itself"
+    )
 
 
 def cost_rule(rows: int, size: int, length: int, kept: bool, device: str = "cpu", prompts: int = 1) -> str | None:
@@ -162,7 +170,7 @@ def why_not_wait(host: Host) -> str | None:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized() and _is_sharded(host.base_model):
         return "each process has a shard of the base model"
-    if not has_transformers_loss(host.base_model):
+    if not has_transformers_loss(host.base_model, host.facts):
         return "the base model's loss is its own"
     return "a part of the base model is trained" if host.state.trains() else None
 

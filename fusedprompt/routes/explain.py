@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from .. import ops
+from ..base.first_use import remembered
 from ..layouts.picture import PADDING, join_symbols, row_symbols
 from ..layouts.pieces import anchor_slots
 from ..layouts.prompt import Prompt
@@ -37,7 +38,13 @@ def describe(host: Host, planned: Plan) -> str:
         return line
     # The spliced order of a batch is that of its output on both routes.
     spliced = plan(host, replace(planned.call, route=SPLICE)) if planned.route == SHARED else planned
-    return "\n".join([line, *_pictures(host, spliced)])
+    return "\n".join([line, *_pictures(host, spliced), *first_use_line(host)])
+
+
+def first_use_line(host: Host) -> list[str]:
+    """What the base model's first use has shown, if it has been looked at; see `base.first_use`."""
+    found = remembered(host.base_model)
+    return [] if found.milliseconds is None else [f"first use: {found}"]
 
 
 def describe_adapter(host: Host, name: str) -> str:

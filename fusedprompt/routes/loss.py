@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..base.facts import transformers_model
+from ..base.facts import BaseFacts, transformers_model
+from ..base.first_use import is_loss_of_logits
 from ..layouts.layout import IGNORE_INDEX
 from ..methods.method import Targets
 from ..ops.cpt.reference import label_weights
@@ -23,11 +24,17 @@ from .head import Withheld
 Source = Tensor | Withheld
 
 
-def calls_loss_function(base: nn.Module) -> bool:
-    """Whether a transformers model's loss is what its `loss_function` makes of logits and labels."""
+def calls_loss_function(base: nn.Module, facts: BaseFacts | None = None) -> bool:
+    """Whether a transformers model's loss is what its `loss_function` makes of logits and labels.
+
+    facts: of a decoder, which is then asked: on first use, with a few tokens. Code may call the function and scale what
+    it gives.
+    """
     model = transformers_model(base)
     kind: Any = type(model)
-    return model is not None and _calls_loss_function(kind)
+    if model is None or not _calls_loss_function(kind):
+        return False
+    return facts is None or not facts.causal or is_loss_of_logits(base, facts)
 
 
 @functools.cache
@@ -36,12 +43,12 @@ def _calls_loss_function(kind: Any) -> bool:
     return "loss_function" in inspect.unwrap(kind.forward).__code__.co_names
 
 
-def has_transformers_loss(base: nn.Module) -> bool:
+def has_transformers_loss(base: nn.Module, facts: BaseFacts) -> bool:
     """Whether the base model's loss is transformers' cross entropy of next tokens."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     model = transformers_model(base)
-    return model is not None and model.loss_function is ForCausalLMLoss and calls_loss_function(base)
+    return model is not None and model.loss_function is ForCausalLMLoss and calls_loss_function(base, facts)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ from .states import prompt_first
 
 # Options that cover the virtual tokens, and such with other steps than one token at a time.
 _COVERING = ("output_attentions", "output_hidden_states", "prefill_chunk_size")
+# Arguments of `generate` that neither its signature nor its configuration names.
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer", "use_cache", "prompt_lookup_num_tokens")
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 
 
@@ -239,6 +241,10 @@ def _why_not_arguments(host: Host, call: Call) -> str | None:
         return f"transformers makes the cache of kind '{kind}' by itself"
     if kind == "static" and reads_ids(host, others):
         return "ids of the prompt go through the base model's own static cache"
+    known = {*vars(base.generation_config), *inspect.signature(base.generate).parameters, *_OF_GENERATE}
+    of_forward = next((name for name, value in others.items() if value is not None and name not in known), None)
+    if of_forward is not None:
+        return f"{of_forward} is an argument of the base model that would have to cover the virtual tokens"
     covering = next((name for name in _COVERING if option(base, others, name)), None)
     return None if covering is None else f"{covering} covers the virtual tokens"
 

@@ -164,7 +164,7 @@ class Planner:
 
     def _is_of_next_tokens(self) -> bool:
         """Whether labels are compared with what stands before them, so that nothing predicts a row's first."""
-        return self.labelled and has_transformers_loss(self.host.base_model)
+        return self.labelled and has_transformers_loss(self.host.base_model, self.facts)
 
     def _withholds(self, others: Mapping[str, Any]) -> bool:
         """Whether the base model's head can wait: nothing but labels and logits decides about its loss, and its output
@@ -250,7 +250,7 @@ class Planner:
         if self.targets_of is not None:
             return Weighted(self.targets_of(layout, self.batch))
         labels, counted, base = self.batch.labels, self.call.others.get("num_items_in_batch"), self.host.base_model
-        if not has_transformers_loss(base):
+        if not has_transformers_loss(base, self.facts):
             # A loss of its own gets what it would get from splice.
             return OwnFunction(base, layout.fill(labels, IGNORE_INDEX), counted)
         mixture = self.mixture
