@@ -253,5 +253,11 @@ def test_multimodal_models_are_asked_for_their_text_configuration() -> None:
 
 def test_what_the_base_model_does_not_tell_must_be_given() -> None:
     config = fusedprompt.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with pytest.raises(ValueError, match="num_layers: expected a value, because SimpleNamespace has none of"):
-        config.resolved(SimpleNamespace(hidden_size=4))
+    with pytest.raises(ValueError, match="token_dim: expected a value, because SimpleNamespace has none of"):
+        config.resolved(SimpleNamespace(num_hidden_layers=4))
+
+
+def test_layers_and_heads_are_not_asked_of_models_that_do_not_tell_them() -> None:
+    config = fusedprompt.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    filled = config.resolved(SimpleNamespace(hidden_size=4, num_attention_heads=[2, 4]))
+    assert (filled.num_layers, filled.num_attention_heads) == (None, None)

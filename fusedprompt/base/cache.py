@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from .facts import BaseFacts, transformers_model
+from .facts import BaseFacts, local_windows, transformers_model
 
 
 @dataclass(frozen=True)
@@ -58,17 +57,9 @@ class SharingFacts:
             found = f"a layer of kind {odd[0]}" if odd else f"{len(layers)} cached layers of {count}"
             return cls(f"the base model's cache has {found}, which does not hold every token's keys and values")
         windows = [layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")]
-        return cls(None, min([*windows, *_windows(decoder.config)], default=None), "logits_to_keep" in parameters)
-
-
-def _windows(config: Any) -> list[int]:
-    """Windows that attentions measure in columns of the cache, and which the cache knows nothing of (GPT-Neo's)."""
-    settings = vars(config).items()
-    return [value for name, value in settings if _WINDOW.search(name) and type(value) is int and value > 0]
-
-
-# Not `sliding_window`, which the cache's layers have where it is in use, and not Qwen's `max_window_layers`.
-_WINDOW = re.compile("(?<!sliding_)window$|window_(size|len)$|^local_attention$|^attention_chunk_size$")
+        # Those of `sliding_window` are the cache's, where they are in use; of others it knows nothing (GPT-Neo's).
+        windows += [size for name, size in local_windows(decoder.config) if name != "sliding_window"]
+        return cls(None, min(windows, default=None), "logits_to_keep" in parameters)
 
 
 def new_cache(base: nn.Module) -> Any:

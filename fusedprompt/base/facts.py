@@ -30,7 +30,8 @@ class BaseFacts:
     position_limit: longest sequence a learned position table can number, or None for relative positions.
     width: of the input embeddings, if they say so.
     pools_last: a sequence classifier reads the last column of a row: decoders do, and XLNet. Encoders read the first.
-    padding_last: a decoder for which padding must stand behind its text (see `first_use`).
+    windowed: an encoder some of whose attentions see the nearest columns alone.
+    padding_last: padding must stand behind the text, because columns are counted (see `first_use`).
     needs_ids: it takes no embeddings in place of ids (see `virtual_ids`).
     placeholder: the id whose layer inputs a prompt's rows get (see `layer_inputs`), or None where there are none.
     needs_layer_inputs: it cannot run on embeddings alone.
@@ -45,6 +46,7 @@ class BaseFacts:
     width: int | None = None
     pools_last: bool = False
     tells_position_ids: bool = False
+    windowed: bool = False
     padding_last: bool = False
     needs_ids: bool = False
     placeholder: int | None = None
@@ -79,6 +81,7 @@ class BaseFacts:
             first_position=first,
             position_limit=_position_limit(base, first),
             width=getattr(base.get_input_embeddings(), "embedding_dim", None),
+            windowed=not causal and bool(local_windows(base.config)),
             needs_ids=model is not None and needs_ids(model),
             placeholder=of_prompt,
             needs_layer_inputs=needed,
@@ -94,6 +97,19 @@ def why_not_causal(config: Any) -> str | None:
         return "use_bidirectional_attention=True"
     text = settings.get("text_config")
     return None if text is None or not hasattr(text, "__dict__") else why_not_causal(text)
+
+
+def local_windows(config: Any) -> list[tuple[str, int]]:
+    """Settings by which attention sees the nearest columns alone, with their sizes."""
+    found = []
+    for name, value in vars(config).items():
+        sizes = value if isinstance(value, (list, tuple)) else [value]  # Longformer's has one for each layer
+        if _WINDOW.search(name) and all(type(size) is int and size > 0 for size in sizes) and sizes:
+            found.append((name, min(sizes)))
+    return found
+
+
+_WINDOW = re.compile("window$|window_(size|len)$|^local_attention$|^attention_chunk_size$")
 
 
 def _looks_left(base: Any) -> bool:
@@ -146,7 +162,10 @@ def check_base_model(base: Any) -> nn.Module:
     if not isinstance(base, nn.Module):
         raise TypeError(f"base_model: expected an nn.Module, got {type(base).__name__}")
     model: Any = base
-    embeddings = model.get_input_embeddings()
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:  # CANINE embeds characters by hashes
+        embeddings = None
     if not isinstance(embeddings, nn.Module):
         raise TypeError(f"base_model: expected a model with input embeddings, got {type(base).__name__}")
     if isinstance(embeddings, (nn.ModuleList, nn.ModuleDict)):
@@ -191,9 +210,21 @@ def fusable_table(embeddings: nn.Module) -> Tensor | None:
 
 
 def device_of(embeddings: nn.Module) -> torch.device:
-    """Where an embedding is. torch.ao's quantised ones have no parameters, and run on CPUs alone."""
+    """Where an embedding runs. torch.ao's quantised ones have no parameters, and run on CPUs alone; offloaded ones have
+    their weights only while they run, where accelerate's hook brings them.
+
+    Raises:
+        ValueError: it has no weights anywhere.
+    """
     weight = next(embeddings.parameters(), None)
-    return torch.device("cpu") if weight is None else weight.device
+    device = torch.device("cpu") if weight is None else weight.device
+    if device.type != "meta":
+        return device
+    hook: Any = getattr(embeddings, "_hf_hook", None)
+    runs_on = getattr(hook, "execution_device", None)
+    if runs_on is None:
+        raise ValueError("base_model: expected a model with weights, got one on the meta device; load it first")
+    return torch.device(runs_on)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

@@ -99,7 +99,8 @@ def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any)
     own = (getattr(model, "loss_function", None),) if name == "loss" else ()
     now = (getattr(model.config, "_attn_implementation", None), table is not None and (table.dtype, table.device), *own)
     if held is None or held[0] != now:
-        if table is None or type(table) is not nn.Parameter or not table.numel():
+        plain = type(table) is nn.Parameter and table.numel() > 0 and table.device.type != "meta"
+        if table is None or not plain:
             return unknown
         key = (name, type(model), str(model.config), *now)
         with _lock:
@@ -142,6 +143,8 @@ class _Trial:
         if isinstance(right, str):
             return Found()  # the call itself will say why
         right = right[:, _PROMPT:]
+        if not self.facts.causal:
+            return Found(None, self._why_not_gap(right[:1]), None, self.writes)
         # Row 0 has padding in front, row 1 behind.
         padding = self.text.flip(1)
         padded = torch.stack((torch.cat((padding[0], self.text[0])), torch.cat((self.text[1], padding[1]))))
@@ -182,6 +185,17 @@ class _Trial:
         mask[:, :1] = 0
         said = [self._run(inputs_embeds=row), self._run(inputs_embeds=row, attention_mask=mask, position_ids=positions)]
         return next((one for one in said if isinstance(one, str)), None)
+
+    def _why_not_gap(self, right: Tensor) -> str | None:
+        """Of an encoder, which gets prompt, padding, text."""
+        padding = self.text[0].flip(0)
+        row = torch.cat((self.prompt[0], padding, self.text[0])).unsqueeze(0)
+        mask = torch.ones(1, row.shape[1], dtype=torch.int64, device=self.device)
+        mask[:, _PROMPT : _PROMPT + _PADDING] = 0
+        positions = (mask.cumsum(1) - 1).clamp(min=0) + self.facts.first_position
+        found = self._run(inputs_embeds=row, attention_mask=mask, position_ids=positions)
+        found = found if isinstance(found, str) else found[:, _PROMPT + _PADDING :]
+        return self._differs(found, right, "it counts padding between prompt and text")
 
     def _why_not_lead(self, padding: Tensor, right: Tensor) -> str | None:
         row = torch.cat((padding, self.prompt[0], self.text[0])).unsqueeze(0)

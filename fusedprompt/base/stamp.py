@@ -44,6 +44,8 @@ def stamp(module: nn.Module) -> Stamp | None:
     plain = (Tensor, nn.Parameter)
     if any((type(t) not in plain and is_traceable_wrapper_subclass(t)) or t.is_inference() for t in tensors):
         return None  # sharded or quantised outside of torch's own memory, or without versions
+    if any(t.is_meta for t in tensors):
+        return None  # offloaded
     if any(t.numel() == 0 for t in tensors if isinstance(t, nn.Parameter)):
         return None  # a shard of ZeRO-3, whose values are elsewhere
     versions = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)

@@ -1,7 +1,7 @@
 """Prompt rows as token ids behind the vocabulary, for base models that read ids wherever they read embeddings.
 
 BART's classifiers look for the end-of-text id, and give their decoder the ids moved by one; CPM-Ant's forward has no
-argument for embeddings. Row r of a prompt is id V + r to them, and their word embedding answers it.
+argument for embeddings. Row r of a prompt is id V + r to them, and their word embeddings answer it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .own_forward import own_forward, replaced_forwards
+from .own_forward import Forward, own_forward, replaced_forwards
 
 
 def needs_ids(base: Any) -> bool:
-    """Whether a base model refuses embeddings in place of ids: it has no such argument, or its code says so."""
+    """Whether a base model refuses embeddings in place of ids: it has no such argument, its code says so, or it makes
+    its decoder's ids of its encoder's."""
     forward = inspect.unwrap(type(base).forward)
     if "inputs_embeds" not in inspect.signature(base.forward).parameters:
+        return True
+    if getattr(base.config, "is_encoder_decoder", False) and not base.can_generate():
         return True
     said = (text for text in forward.__code__.co_consts if isinstance(text, str))
     return any("Passing input embeddings is currently not supported for" in text for text in said)
 
 
 @contextlib.contextmanager
-def answered(embedding: nn.Module, rows: Tensor, size: int) -> Iterator[None]:
-    """Within the block an embedding of `size` tokens gives rows (R, D) for the ids from `size` on."""
-    own = own_forward(embedding)
+def answered(base: nn.Module, embedding: nn.Module, rows: Tensor, size: int) -> Iterator[None]:
+    """Within the block the embeddings of a base model's tokens, encoder's and decoder's, give rows (R, D) for the ids
+    from `size` on, which is the number of tokens that this one, the encoder's, knows."""
+    parts = {part for part in base.modules() if isinstance(part, nn.Embedding) and _is_like(part, embedding)}
+    with replaced_forwards({part: _look_up(part, rows, size) for part in {embedding, *parts}}):
+        yield
+
+
+def _is_like(part: Any, embedding: Any) -> bool:
+    return bool(part.weight.shape == embedding.weight.shape)
+
+
+def _look_up(part: nn.Module, rows: Tensor, size: int) -> Forward:
+    own = own_forward(part)
 
     def look_up(ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         row = ids.long() - size
@@ -42,5 +56,4 @@ def answered(embedding: nn.Module, rows: Tensor, size: int) -> Iterator[None]:
         of_rows = F.embedding(row.clamp(0, rows.shape[0] - 1), rows.to(embedded.dtype))
         return torch.where(is_virtual.unsqueeze(-1), of_rows, embedded)
 
-    with replaced_forwards({embedding: look_up}):
-        yield
+    return look_up

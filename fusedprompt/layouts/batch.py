@@ -38,7 +38,9 @@ class Batch:
         if self.input_ids is not None:
             return check.tensor("input_ids", self.input_ids, "(B, T)", 2)
         if self.inputs_embeds is None:
-            raise ValueError("You have to provide either input_ids or inputs_embeds")
+            raise ValueError(
+                "input_ids: You have to provide either input_ids or inputs_embeds, because a prompt stands among tokens"
+            )
         return check.tensor("inputs_embeds", self.inputs_embeds, "(B, T, D)", 3)
 
     @property

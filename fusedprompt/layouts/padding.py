@@ -84,7 +84,7 @@ def choose_layout(
         padding = at_left + at_right if pool_last else at_left
         first = (padding + start).clamp(max=length)  # of a row with fewer tokens than `start`, behind them all
         return Layout.insert(num_prompt_rows, length, first, -at_right if pool_last else None), padding
-    if facts.places_position_ids and not start:
+    if facts.places_position_ids and not start and not facts.padding_last:
         return Layout.prefix(num_prompt_rows), at_left
     return Layout.insert(num_prompt_rows, length, torch.full_like(at_left, start), at_left), None
 

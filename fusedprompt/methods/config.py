@@ -207,7 +207,7 @@ class PromptLearningConfig:
         filled.validate()
         if filled.num_virtual_tokens is None:
             raise ValueError("num_virtual_tokens: expected a positive int, got None")
-        text_config = base_config.get_text_config() if hasattr(base_config, "get_text_config") else base_config
+        text_config = _text_config(base_config)
         for field, names in _DERIVED.items():
             if getattr(filled, field) is None:
                 setattr(filled, field, _first_attribute(text_config, field, names))
@@ -220,7 +220,8 @@ class PromptLearningConfig:
         return self
 
 
-# Where transformers configurations keep what PEFT derives, in PEFT's order of preference.
+# Where transformers configurations keep what PEFT derives, in PEFT's order of preference. Only prefixes of keys and
+# values depend on layers and heads: where a configuration does not tell them (Mamba, DistilBERT), they stay None.
 _DERIVED = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
     "token_dim": ("hidden_size", "n_embd", "d_model"),
@@ -228,11 +229,23 @@ _DERIVED = {
 }
 
 
-def _first_attribute(base_config: Any, field: str, names: tuple[str, ...]) -> int:
+def _text_config(base_config: Any) -> Any:
+    """The part about the text that a prompt stands in: of several, the encoder's (T5Gemma)."""
+    if not hasattr(base_config, "get_text_config"):
+        return base_config
+    try:
+        return base_config.get_text_config()
+    except ValueError:  # transformers: it has more than one
+        return base_config.get_text_config(encoder=True)
+
+
+def _first_attribute(base_config: Any, field: str, names: tuple[str, ...]) -> int | None:
     for name in names:
         value = getattr(base_config, name, None)
-        if value is not None:
-            return int(value)
+        if isinstance(value, int):  # heterogeneous models have lists
+            return value
+    if field != "token_dim":
+        return None
     raise ValueError(
         f"{field}: expected a value, because {type(base_config).__name__} has none of {', '.join(names)}, got None"
     )

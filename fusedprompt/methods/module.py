@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..base import check
+from ..base.facts import device_of
 from .config import PromptLearningConfig
 
 
@@ -45,7 +46,7 @@ class PromptModule(nn.Module):
 
     def copy_words(self, word_embeddings: nn.Module, ids: Sequence[int] | Tensor) -> None:
         """Replace the table by the fp32 word embeddings of `ids` (R,), as the base model itself looks them up."""
-        device = next(word_embeddings.parameters()).device
+        device = device_of(word_embeddings)
         with torch.no_grad():
             rows = word_embeddings(torch.as_tensor(ids, dtype=torch.int64, device=device)).detach()
         if rows.shape[-1] != self.token_dim:

@@ -20,7 +20,7 @@ from .generate_by_ids import generate_by_ids
 from .host import Host
 from .plan_generate import most_new_tokens, option, reads_ids
 from .shared import prompt_states
-from .splice import embedded, spliced
+from .splice import embedded, others_of, spliced
 from .states import PromptStates, fill
 
 
@@ -37,7 +37,7 @@ def run_generate(host: Host, plan: Plan) -> Any:
     states = prompt_states(host, plan.table, plan.mixture) if plan.route == SHARED else None
     if host.facts.encoder_decoder:
         with spliced(host, plan) as arguments:
-            return base.generate(**arguments, **others)
+            return base.generate(**arguments, **others_of(plan))
     if reads_ids(host, others):
         with _counting(host, plan):
             return generate_by_ids(host, plan, states, others)

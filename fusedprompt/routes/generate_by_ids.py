@@ -80,7 +80,7 @@ class _Wide:
         """Within it the word embeddings know the prompt's rows by ids, where the base model takes no embeddings."""
         if not self.host.facts.needs_ids or self.rows is None:
             return contextlib.nullcontext()
-        return answered(self.host.word_embeddings, self.rows, self._vocabulary())
+        return answered(self.host.base_model, self.host.word_embeddings, self.rows, self._vocabulary())
 
     def _vocabulary(self) -> int:
         table: Any = self.host.word_embeddings

@@ -257,7 +257,7 @@ def _why_not_peft(host: Host, active: Prompt, call: Call) -> str | None:
     objection = why_not_prompts(host, (active,)) or why_not_as_peft(host.facts) or why_not_now(host)
     objection = objection or first_use(host.base_model, host.facts, shares=True).sharing
     if objection is None and call.route == AUTO:
-        device, dtype = base.device.type, base.dtype
+        device, dtype = device_of(host.word_embeddings).type, base.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         if dtype not in (torch.float32, torch.float64):

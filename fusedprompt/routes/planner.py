@@ -35,9 +35,8 @@ class Planner:
         self.mixture, self.table = begun.mixture, begun.table
         self.batch, self.facts = begun.fields, host.facts
         self.rows = active.rows if self.mixture is None else self.mixture.longest
-        if self.placement == OURS and self.facts.causal and not self.facts.places_position_ids and self._has_gaps():
-            lead = first_use(host.base_model, self.facts, shares=host.sharing.objection is None).lead
-            self.facts = replace(self.facts, padding_last=lead is not None and not self.task.pools)
+        if self.placement == OURS and self._has_gaps():
+            self.facts = replace(self.facts, padding_last=self._wants_padding_last())
         self.targets_of = self._own_targets()
         self.labelled = self.batch.labels is not None and self.task.predicts_next
 
@@ -78,6 +77,17 @@ class Planner:
         found = first_use(self.host.base_model, self.facts, shares=True)
         gaps = self.placement == OURS and found.gap is not None and self._has_gaps()
         return found.sharing or (found.gap if gaps else None)
+
+    def _wants_padding_last(self) -> bool:
+        """Whether padding changes a row of this base model where it stands otherwise, in front of it or behind the
+        prompt."""
+        host, facts = self.host, self.facts
+        if facts.causal:  # with position ids they do as they are told
+            asks = not facts.places_position_ids and not self.task.pools
+            return asks and first_use(host.base_model, facts, host.sharing.objection is None).lead is not None
+        if facts.encoder_decoder or not facts.takes_position_ids:
+            return False  # it stands there anyway
+        return facts.windowed or first_use(host.base_model, facts, shares=False).gap is not None
 
     def _has_gaps(self) -> bool:
         """Whether padding may stand between a shared prompt and its text."""

@@ -16,7 +16,7 @@ from .generate import run_generate
 from .host import Host
 from .plan import plan as plan_again
 from .shared import run_shared
-from .splice import run_spliced, spliced
+from .splice import GLOBAL_ATTENTION, run_spliced, spliced
 
 
 def run(host: Host, plan: Plan) -> Any:
@@ -46,13 +46,19 @@ def run(host: Host, plan: Plan) -> Any:
             raise
         kind = type(transformers_model(host.base_model) or host.base_model).__name__
         raise ValueError(
-            f"base_model: expected a model that runs on embeddings of prompt and text, which {kind} does not: {reason}"
+            f"base_model: expected a model that runs on prompt and text as they were given, which {kind} does not: "
+            f"{reason}"
         ) from error
     return run(host, plan_again(host, plan.call, plan.placement))
 
 
 def _why_not_embeddings(host: Host, plan: Plan) -> str | None:
     """What a base model says to embeddings of a few tokens, or to those of the call's prompt and text; or None."""
+    shape = plan.call.batch.shape
+    for name, value in plan.others.items():
+        of_tokens = isinstance(value, torch.Tensor) and value.shape[:2] == shape and not name.startswith("decoder_")
+        if of_tokens and name not in ("labels", "per_layer_inputs", GLOBAL_ATTENTION):
+            return f"{name} has a value for each token, and none for the prompt"
     reason = why_not_embeddings(host.base_model, host.facts)
     if reason is not None or plan.route != SPLICE:
         return reason

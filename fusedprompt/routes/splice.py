@@ -28,9 +28,18 @@ def embedded(host: Host, ids: Tensor) -> Tensor:
     """Word embeddings (B, T, D) of ids (B, T); on a CPU an IndexError names one that is outside the table."""
     table = fusable_table(host.word_embeddings)
     if table is None:
-        return cast(Tensor, host.word_embeddings(ids))
+        return _called(host, ids)
     with using(host.backend):
         return ops.splice(table[:0], Layout.prefix(0), input_ids=ids, table=table)
+
+
+def _called(host: Host, ids: Tensor) -> Tensor:
+    """What the module of the word embeddings makes of ids."""
+    embeds = host.word_embeddings(ids)
+    if not isinstance(embeds, Tensor):
+        got = f"{type(embeds).__name__} of {type(transformers_model(host.base_model) or host.base_model).__name__}"
+        raise TypeError(f"base_model: expected input embeddings that give a tensor, got the {got}")
+    return embeds
 
 
 @contextlib.contextmanager
@@ -60,7 +69,7 @@ def _embeds(host: Host, tables: Tensor, layout: Layout, batch: Batch, carries: b
     ids, embeds = batch.input_ids, batch.inputs_embeds
     table = fusable_table(host.word_embeddings) if ids is not None else None
     if ids is not None and table is None:
-        embeds = host.word_embeddings(ids)
+        embeds = _called(host, ids)
     with using(host.backend):
         filled = ops.splice_batch(
             tables,
@@ -111,13 +120,26 @@ def _virtual(
     if mask is not None:  # such models tell padding, and ends of texts, by their ids
         wide = wide.masked_fill(mask == 0, getattr(host.base_model.config, "pad_token_id", None) or 0)
     given = {"input_ids": wide, "attention_mask": mask, "labels": labels}
-    return given, answered(host.word_embeddings, tables, size)
+    return given, answered(host.base_model, host.word_embeddings, tables, size)
+
+
+# Longformer's and LED's. Virtual tokens are none of those that see all and are seen by all.
+GLOBAL_ATTENTION = "global_attention_mask"
+
+
+def others_of(plan: Plan) -> dict[str, Any]:
+    """The base model's further arguments, of prompt and tokens."""
+    others, layout = dict(plan.others), plan.layout
+    others.pop("per_layer_inputs", None)  # see `spliced`
+    if isinstance(others.get(GLOBAL_ATTENTION), Tensor) and others[GLOBAL_ATTENTION].shape == plan.call.batch.shape:
+        assert layout is not None
+        others[GLOBAL_ATTENTION] = layout.fill(others[GLOBAL_ATTENTION], 0)
+    return others
 
 
 def run_spliced(host: Host, plan: Plan) -> Any:
     """The base model's output on prompt and tokens."""
-    others, base, loss = dict(plan.others), host.base_model, plan.loss
-    others.pop("per_layer_inputs", None)
+    others, base, loss = others_of(plan), host.base_model, plan.loss
     with spliced(host, plan) as arguments:
         if loss is None and not plan.cuts:
             output = base(**arguments, **others)
