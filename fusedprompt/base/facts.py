@@ -138,10 +138,16 @@ def _generates(base: Any) -> bool:
 
 
 def _first_position(base: nn.Module) -> int:
-    """RoBERTa and its relatives number positions from padding_idx + 1; the module that does so has this method."""
-    numbering = (part for part in base.modules() if hasattr(part, "create_position_ids_from_inputs_embeds"))
-    part: Any = next(numbering, None)
-    return 0 if part is None else int(part.padding_idx) + 1
+    """RoBERTa and its relatives number positions from padding_idx + 1; the module that does so has this method. MRA,
+    Nystromformer and YOSO keep the numbers from 2 on."""
+    first = 0
+    for part in base.modules():
+        if hasattr(part, "create_position_ids_from_inputs_embeds"):
+            return int(part.padding_idx) + 1  # type: ignore[arg-type]
+        numbers = part._buffers.get("position_ids")
+        if numbers is not None and numbers.numel() and not numbers.is_meta:
+            first = max(first, int(numbers.flatten()[0]))
+    return first
 
 
 def _position_limit(base: nn.Module, first_position: int) -> int | None:

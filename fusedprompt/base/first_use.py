@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .cache import keeps_all
 from .facts import BaseFacts, device_of, transformers_model
 from .positions import numbered
-from .shortened import shortened
+from .shortened import bare, shortened
 
 _PROMPT, _TEXT, _PADDING = 3, 4, 4
 
@@ -95,14 +95,13 @@ def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any)
     held = _of_model.get(model, {}).get(name)
     if torch.compiler.is_compiling():
         return unknown if held is None else held[1]
-    table = next(model.get_input_embeddings().parameters(), None)
-    own = (getattr(model, "loss_function", None),) if name == "loss" else ()
-    now = (getattr(model.config, "_attn_implementation", None), table is not None and (table.dtype, table.device), *own)
+    now = (model.config._attn_implementation, *((model.loss_function,) if name == "loss" else ()))
     if held is None or held[0] != now:
+        table = next(model.get_input_embeddings().parameters(), None)
         plain = type(table) is nn.Parameter and table.numel() > 0 and table.device.type != "meta"
         if table is None or not plain:
             return unknown
-        key = (name, type(model), str(model.config), *now)
+        key = (name, type(model), str(model.config), table.dtype, table.device, *now)
         with _lock:
             if key not in _of_kind:
                 with torch.inference_mode(False), torch.no_grad(), torch.autocast(table.device.type, enabled=False):
@@ -132,7 +131,7 @@ class _Trial:
         # Distinct ids, from the middle of the table: not padding, and no other special ones.
         first = model.config.get_text_config(decoder=True).vocab_size // 2
         ids = first + torch.arange(_PROMPT + 2 * _TEXT, device=self.device)
-        embeds = table(ids)
+        embeds = bare(table)(ids)
         self.prompt = embeds[:_PROMPT].unsqueeze(0)
         self.text = embeds[_PROMPT:].view(2, _TEXT, -1)
 
@@ -145,30 +144,34 @@ class _Trial:
         right = right[:, _PROMPT:]
         if not self.facts.causal:
             return Found(None, self._why_not_gap(right[:1]), None, self.writes)
-        # Row 0 has padding in front, row 1 behind.
+        # Row 0 has padding in front, row 1 behind, where a causal model does not see it.
         padding = self.text.flip(1)
         padded = torch.stack((torch.cat((padding[0], self.text[0])), torch.cat((self.text[1], padding[1]))))
         mask = torch.ones(2, _PADDING + _TEXT, dtype=torch.int64, device=self.device)
         mask[0, :_PADDING], mask[1, _TEXT:] = 0, 0
-        lead = self._why_not_lead(padding[0], right[:1])
+        # With position ids it does as it is told.
+        lead = None if self.facts.places_position_ids else self._why_not_lead(padding[0], right[:1])
         cache = self._cache() if shares else "it was not tried"
         if isinstance(cache, str):
             return Found(cache, None, lead, self.writes)
-        behind = self._run(inputs_embeds=self.text, past_key_values=cache())
-        sharing = self._differs(behind, right, "text behind the prompt's keys and values differs from that behind it")
         wide = torch.cat((mask.new_ones(2, _PROMPT), mask), 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0) + _PROMPT + self.facts.first_position
         found = self._run(inputs_embeds=padded, past_key_values=cache(), attention_mask=wide, position_ids=positions)
-        if not isinstance(found, str):
-            found = torch.stack((found[0, _PADDING:], found[1, :_TEXT]))
-        gap = self._differs(found, right, "it counts padding that stands between a cached prompt and the text")
+        if isinstance(found, str):
+            return Found(found, None, lead, self.writes)
+        sharing = self._differs(
+            found[1:, :_TEXT], right[1:], "text behind the prompt's keys and values differs from that behind it"
+        )
+        gap = self._differs(
+            found[:1, _PADDING:], right[:1], "it counts padding that stands between a cached prompt and the text"
+        )
         return Found(sharing, gap, lead, self.writes)
 
     def makes_loss_of_logits(self) -> bool:
         """With labels, of rows of different lengths."""
-        embeds = torch.cat((self.prompt.expand(2, -1, -1), self.text), 1)
-        labels = torch.arange(embeds.shape[1], device=self.device).repeat(2, 1)
-        labels[0, :_PROMPT] = -100
+        embeds = self.text
+        labels = torch.arange(_TEXT, device=self.device).repeat(2, 1)
+        labels[0, :2] = -100
         try:
             output = self.model(inputs_embeds=embeds, labels=labels, use_cache=False, return_dict=True)
             logits = output.logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 from torch import nn
@@ -19,23 +20,27 @@ def shortened(model: Any) -> Any:
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == number]
     kept = _kinds_until(lists[0]) if number and len(lists) == 1 else number
     if kept >= number:
-        return _bare(model, {}, {})
+        return bare(model)
     small = copy.copy(config)
     vars(small).update({key: value[:kept] for key, value in vars(config).items() if _is_per_layer(value, number)})
     vars(small)[getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")] = kept
-    return _bare(model, {id(config): small}, {id(lists[0]): kept})
+    return _bare(model, {id(config): small}, {id(lists[0]): kept}, {})
+
+
+def bare(module: nn.Module) -> Any:
+    """A copy of a module and its parts without hooks, with the same tensors."""
+    return _bare(module, {}, {}, {})
 
 
 def _is_per_layer(value: Any, number: int) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == number
 
 
-def _bare(module: Any, configs: dict[int, Any], lengths: dict[int, int], copies: dict[int, Any] | None = None) -> Any:
-    """A copy of a module and its parts without hooks; parameters and buffers are the same tensors.
+def _bare(module: Any, configs: dict[int, Any], lengths: dict[int, int], copies: dict[int, Any]) -> Any:
+    """See `bare`.
 
     configs: others, by the id of those that they stand for. lengths: of lists of modules that are cut.
     """
-    copies = {} if copies is None else copies
     if id(module) in copies:
         return copies[id(module)]
     if module is None or "forward" in vars(module):
@@ -60,12 +65,14 @@ def _kinds_until(layers: Any) -> int:
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
     """What a layer's parts say of themselves, but for what counts layers."""
-    return tuple(
-        (name, type(part), *((key, value) for key, value in vars(part).items() if _says_kind(key, value)))
-        for name, part in layer.named_modules()
-    )
+    said: list[Any] = []
+    for part in layer.modules():
+        said.append(type(part))
+        said += [
+            (key, value) for key, value in vars(part).items() if type(value) in _SIMPLE and not _COUNTS.search(key)
+        ]
+    return tuple(said)
 
 
-def _says_kind(key: str, value: Any) -> bool:
-    counts = any(word in key for word in ("idx", "index", "layer_id", "number"))
-    return isinstance(value, (bool, int, str, type(None))) and not key.startswith("_") and not counts
+_SIMPLE = (bool, int, str, type(None))
+_COUNTS = re.compile("^_|idx|index|layer_id|number")
