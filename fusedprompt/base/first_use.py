@@ -132,11 +132,14 @@ class _Trial:
         first = model.config.get_text_config(decoder=True).vocab_size // 2
         ids = first + torch.arange(_PROMPT + 2 * _TEXT, device=self.device)
         embeds = bare(table)(ids)
-        self.prompt = embeds[:_PROMPT].unsqueeze(0)
-        self.text = embeds[_PROMPT:].view(2, _TEXT, -1)
+        self.embeds = isinstance(embeds, Tensor)  # I-BERT's are a tuple, which no call can use
+        if self.embeds:
+            self.prompt, self.text = embeds[:_PROMPT].unsqueeze(0), embeds[_PROMPT:].view(2, _TEXT, -1)
 
     def findings(self, shares: bool) -> Found:
         """What sharing, padding behind a shared prompt, and padding before a prompt change."""
+        if not self.embeds:
+            return Found()
         together = torch.cat((self.prompt.expand(2, -1, -1), self.text), 1)
         right = self._run(inputs_embeds=together)
         if isinstance(right, str):
@@ -169,6 +172,8 @@ class _Trial:
 
     def makes_loss_of_logits(self) -> bool:
         """With labels, of rows of different lengths."""
+        if not self.embeds:
+            return True
         embeds = self.text
         labels = torch.arange(_TEXT, device=self.device).repeat(2, 1)
         labels[0, :2] = -100
@@ -182,6 +187,8 @@ class _Trial:
 
     def why_not_embeddings(self) -> str | None:
         """The error of a padded row, or None."""
+        if not self.embeds:
+            return None
         row = torch.cat((self.prompt[0], self.text[0])).unsqueeze(0)
         positions = torch.arange(row.shape[1], device=self.device).unsqueeze(0) + self.facts.first_position
         mask = torch.ones_like(positions)

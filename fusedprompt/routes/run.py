@@ -9,6 +9,7 @@ import torch
 from ..base.facts import transformers_model
 from ..base.first_use import why_not_embeddings
 from ..base.positions import numbered
+from ..base.shortened import bare
 from ..ops._backend import AUTO
 from .call import BASE, CONTINUE, SHARED, SPLICE, Plan
 from .choice import RouteUnavailable
@@ -41,7 +42,8 @@ def run(host: Host, plan: Plan) -> Any:
         if plan.route != SHARED or plan.call.route != AUTO:
             raise
     except _CODE_ERRORS as error:
-        reason = None if plan.route == BASE or _is_ours(error) else _why_not_embeddings(host, plan)
+        says_enough = plan.route == BASE or _is_ours(error) or isinstance(error, torch.OutOfMemoryError)
+        reason = None if says_enough or "CUDA" in str(error) else _why_not_embeddings(host, plan)
         if reason is None:
             raise
         kind = type(transformers_model(host.base_model) or host.base_model).__name__
@@ -64,7 +66,7 @@ def _why_not_embeddings(host: Host, plan: Plan) -> str | None:
         return reason
     try:
         with torch.no_grad(), spliced(host, plan) as arguments:
-            host.base_model(**{name: value for name, value in arguments.items() if name != "labels"})
+            bare(host.base_model)(**{name: value for name, value in arguments.items() if name != "labels"})
     except _CODE_ERRORS as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None
