@@ -1,8 +1,8 @@
 """A model in front of a base model: its class, and which attributes are its own and which the base model's.
 
 Tools look classes up by name and read signatures: a pipeline asks whether it serves `BertForTokenClassification`,
-Trainer keeps the columns that `forward` names. So each model's class is made for its base model: a subclass with the base
-model's class name, and with its arguments beside ours.
+Trainer keeps the columns that `forward` names. So each model's class is made for its base model: a subclass with the
+base model's class name, and with its arguments beside ours.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from ..base.saved_modules import SavedModule
 _OF_ONE_MODULE = ("_hf_hook", "_old_forward", "_original_forward", "_orig_mod", "_former_parameters", "_is_replica")
 _PREFIXES_OF_ONE_MODULE = ("_fsdp", "_is_fsdp", "_ddp")
 # Functions of transformers' models that are about `self` as a whole: parameters, operations.
-_ABOUT_SELF = ("estimate_tokens", "floating_point_ops", "named_non_persistent_buffers", "retrieve_modules_from_names")
+_ABOUT_SELF = (
+    "estimate_tokens",
+    "floating_point_ops",
+    "get_memory_footprint",
+    "get_parameter_or_buffer",
+    "named_non_persistent_buffers",
+    "num_parameters",
+    "retrieve_modules_from_names",
+)
 # Those that would do to the base model what was asked of this one, and for which there is nothing here.
 _REFUSED = (
     "disable_adapters",
@@ -45,7 +53,8 @@ class ReadsThrough(nn.Module):
     def __new__(cls, base_model: Any = None, *args: Any, **kwargs: Any) -> Any:
         root = vars(cls).get("_made_from", (cls,))[0]
         if isinstance(base_model, nn.Module) and not isinstance(base_model, ReadsThrough):
-            cls = _class_for(root, type(transformers_model(base_model) or base_model))
+            kind: Any = type(transformers_model(base_model) or base_model)
+            cls = _class_for(root, kind)
         return super().__new__(cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -55,7 +64,7 @@ class ReadsThrough(nn.Module):
         return reduced if made_from is None else (_blank, made_from, *reduced[2:])
 
     def __repr__(self) -> str:
-        return "PromptModel" + super().__repr__()[len(self._get_name()) :]
+        return "PromptModel" + super().__repr__()[len(type(self).__name__) :]
 
     def __getattr__(self, name: str) -> Any:
         try:
