@@ -123,8 +123,8 @@ def fusable_table(embeddings: nn.Module) -> Tensor | None:
 
 def device_of(embeddings: nn.Module) -> torch.device:
     """Where an embedding is. torch.ao's quantised ones have no parameters, and run on CPUs alone."""
-    weight = next(embeddings.parameters(), None)
-    return torch.device("cpu") if weight is None else weight.device
+    weight = next(embeddings.parameters(), getattr(embeddings, "weight", None))  # a replica's is a plain tensor
+    return weight.device if isinstance(weight, Tensor) else torch.device("cpu")
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
