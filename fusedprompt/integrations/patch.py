@@ -63,7 +63,7 @@ class Patch(Record):
         if not self.active:
             return
         for name in (PATCH, _REPLICATE):
-            del self.model.__dict__[name]
+            self.model.__dict__.pop(name, None)
         for name, before in self.replaced.items():
             if getattr(vars(self.model).get(name), "__func__", None) is not _override(self._class, name):
                 continue
@@ -135,7 +135,8 @@ class Patch(Record):
         self.model.__dict__[PATCH] = self
         for name in self.replaced:
             self.model.__dict__[name] = types.MethodType(_override(self._class, name), self.model)
-        self.model.__dict__[_REPLICATE] = types.MethodType(_replicate_for_data_parallel, self.model)
+        if self.replaced:
+            self.model.__dict__[_REPLICATE] = types.MethodType(_replicate_for_data_parallel, self.model)
 
     # The methods
 

@@ -51,11 +51,6 @@ def _metadata(model: PromptAdapters) -> dict[str, Any]:
 def _text(model: PromptAdapters) -> str:
     # JSON is YAML.
     head = "\n".join(f"{name}: {json.dumps(value)}" for name, value in _metadata(model).items())
-    cells = [
-        (name, one.method, str(one.rows), one.task.name, f"`{one.pattern}`" if one.pattern else "in front of the text")
-        for name, one in model.prompts.items()
-    ]
-    rows = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     base = _metadata(model).get("base_model", "the base model")
     return f"""---
 {head}
@@ -63,11 +58,7 @@ def _text(model: PromptAdapters) -> str:
 
 # Soft prompts for {base}
 
-| adapter | method | virtual tokens | task | place |
-|---|---|---|---|---|
-{rows}
-
-Trained with fusedprompt. With `base_model` loaded by transformers:
+Trained with fusedprompt; `adapter_config.json` has method and settings. With `base_model` loaded by transformers:
 
 ```python
 import fusedprompt
