@@ -226,7 +226,11 @@ def find_folder(path: PathLike, subfolder: str | None = None, **download: Any) -
     patterns = [f"{inside.strip('/')}/{one}" if inside else one for one in names]
     given = {name: value for name, value in download.items() if value is not None}
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, **given)) / inside
+        found = Path(snapshot_download(name, allow_patterns=patterns, **given)) / inside
+        if not (found / ADAPTER_NAME).is_file():  # perhaps it is pickled: whoever reads the folder says so
+            pickled = patterns[1].replace(".safetensors", ".bin")
+            snapshot_download(name, allow_patterns=[pickled], **given)
+        return found
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"path: expected a local folder or a repository on the Hub, got {name!r}, which is neither: {error}"
