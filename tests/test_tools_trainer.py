@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -332,12 +333,13 @@ def test_push_to_hub_of_trainer_uploads_the_adapter_and_its_card(
 
     import huggingface_hub
 
-    monkeypatch.setattr(
-        huggingface_hub.HfApi,
-        "create_repo",
-        lambda self, name, **kwargs: huggingface_hub.RepoUrl(f"https://huggingface.co/me/{name.rpartition('/')[2]}"),
-    )
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    def create_repo(self: Any, name: str, **kwargs: Any) -> Any:
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
+
+    for function in (create_repo, upload_folder):
+        monkeypatch.setattr(huggingface_hub.HfApi, function.__name__, function)
+        if hasattr(transformers.trainer, function.__name__):  # transformers 4
+            monkeypatch.setattr(f"transformers.trainer.{function.__name__}", functools.partial(function, None))
     model = ours("Llama", method="MLP", tie_word_embeddings=True)
     trainer = trainer_of(model, tmp_path / "prompts", rows_of("CAUSAL_LM"), hub_model_id="me/prompts", max_steps=1)
     trainer.train()
