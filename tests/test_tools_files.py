@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -17,6 +18,7 @@ import transformers
 import fusedprompt
 from fusedprompt.methods import checkpoint
 from models import build, ours
+from pages import text_of
 from word_tokenizers import word_tokenizer
 
 
@@ -189,6 +191,15 @@ def test_pipelines_know_the_model(pipeline: str, family: str, task: str, kind: s
     finally:
         logger.removeHandler(handler)
     assert result is not None and logged == []
+
+
+def test_each_row_of_the_page_on_tools_has_a_test() -> None:
+    text = text_of("docs/tools.md")
+    tests = "".join(file.read_text() for file in Path(__file__).parent.glob("test_tools_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 25 and all(f"def {name}(" in tests for name in named)
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.endswith("| test |")]
+    assert all(re.search(r"`test_\w+` \|$", row) for row in rows)
 
 
 def test_saving_elsewhere_than_in_the_main_process_writes_nothing(tmp_path: Path) -> None:
