@@ -39,6 +39,10 @@ def extend() -> None:
         original = getattr(module.Trainer, ours.__name__)
         if not hasattr(original, _ORIGINAL):
             setattr(module.Trainer, ours.__name__, _for_prompt_models(original, ours))
+    for name in [name for name in sys.modules if name.startswith("trl.")]:
+        original = vars(sys.modules[name]).get("add_fused_lm_head")
+        if original is not None and not hasattr(original, _ORIGINAL):
+            vars(sys.modules[name])["add_fused_lm_head"] = _for_base_models(original)
 
 
 def _for_prompt_models(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,6 +55,17 @@ def _for_prompt_models(original: Callable[..., Any], ours: Callable[..., Any]) -
 
     setattr(method, _ORIGINAL, original)
     return method
+
+
+def _for_base_models(original: Callable[..., Any]) -> Callable[..., Any]:
+    """TRL's trainers put a head of their own into a model, of a `PeftModel` into its base model, where it belongs."""
+
+    @functools.wraps(original)
+    def add(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(model.base_model if isinstance(model, PromptAdapters) else model, *args, **kwargs)
+
+    setattr(add, _ORIGINAL, original)
+    return add
 
 
 def _unwrapped(model: Any) -> Any:
