@@ -113,11 +113,12 @@ def test_permissions_follow_the_umask(mask: int, tmp_path: Path) -> None:
 def test_a_model_card_is_written_once_and_completed(tmp_path: Path) -> None:
     model = ours("Llama")
     model.active_config.base_model_name_or_path = "big/llama"
+    model.add_model_tags(["trl"])
     model.save_pretrained(tmp_path)
     card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "peft" and card.data.base_model == "big/llama"
     assert card.data.pipeline_tag == "text-generation"
-    assert card.data.tags == ["fusedprompt", "base_model:adapter:big/llama"]
+    assert card.data.tags == ["fusedprompt", "base_model:adapter:big/llama", "trl"]
     (tmp_path / "README.md").write_text("---\nlicense: mit\ntags: [mine]\n---\n# My words\n")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text().endswith("# My words\n")

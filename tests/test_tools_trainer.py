@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fusedprompt
 from models import build, config_fields, ours, tokens
+from word_tokenizers import word_tokenizer
 
 NAMES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
@@ -305,6 +306,46 @@ def test_accumulated_gradients_of_cpt_are_means_of_its_own_loss(tmp_path: Path) 
         trainer.train()
         seen.append(losses(trainer)[0])
     assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+
+
+def test_seq2seq_trainer_generates_by_its_own_settings_and_smooths(tmp_path: Path) -> None:
+    model, shapes = ours("T5", "SEQ_2_SEQ_LM"), []
+
+    def shape_of(prediction: Any) -> dict[str, float]:
+        shapes.append(prediction.predictions.shape)
+        return {}
+
+    arguments = transformers.Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path),
+        predict_with_generate=True,
+        generation_config=transformers.GenerationConfig(
+            max_new_tokens=3, min_new_tokens=3, pad_token_id=0, decoder_start_token_id=0, eos_token_id=1
+        ),
+        label_smoothing_factor=0.1,
+        max_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    rows = [{"input_ids": row.tolist(), "labels": row[:4].tolist()} for row in tokens(4)]
+    collate = transformers.DataCollatorForSeq2Seq(word_tokenizer("gpt2"), model=model)
+    trainer = transformers.Seq2SeqTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=collate,
+        compute_metrics=shape_of,
+    )
+    trainer.train()
+    batch = dict(collate(rows))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = quiet(model).eval()(**batch).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-4)
+    assert shapes[0][1] >= 4 and model.base_model.generation_config.max_new_tokens == 3
 
 
 def test_a_quantised_base_is_trained(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def _metadata(model: PromptAdapters) -> dict[str, Any]:
     base = next((config.base_model_name_or_path for config in configs if config.base_model_name_or_path), None)
     pipeline = _PIPELINES.get(configs[0].task_type) if configs and configs[0].task_type is not None else None
     tags = ["fusedprompt", *([f"base_model:adapter:{base}"] if base else [])]
+    tags += [tag for tag in getattr(model.base_model, "model_tags", None) or [] if tag not in tags]
     found = {"base_model": base, "library_name": "peft", "pipeline_tag": pipeline, "tags": tags}
     return {name: value for name, value in found.items() if value}
 

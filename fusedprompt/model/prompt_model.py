@@ -174,6 +174,7 @@ class PromptModel(Citizen):
         Returns:
             What `generate` returns: for decoders, ids of text and new tokens, without the prompt.
         """
+        kwargs.pop("labels", None)  # Seq2SeqTrainer hands on its batch as it is
         call = Call.to_generate(inputs, kwargs, self.route if route is None else route)
         with torch.no_grad():  # as transformers does: nothing here is to be trained
             return run(self, plan(self, call))

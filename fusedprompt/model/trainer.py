@@ -36,8 +36,8 @@ def extend() -> None:
     if module is None or not hasattr(module, "Trainer"):
         return
     for ours in (_save, _load_from_checkpoint, _load_best_model, _push_from_checkpoint, compute_loss):
-        original = getattr(module.Trainer, ours.__name__)
-        if not hasattr(original, _ORIGINAL):
+        original = getattr(module.Trainer, ours.__name__, None)
+        if original is not None and not hasattr(original, _ORIGINAL):
             setattr(module.Trainer, ours.__name__, _for_prompt_models(original, ours))
     for name in [name for name in sys.modules if name.startswith("trl.")]:
         original = vars(sys.modules[name]).get("add_fused_lm_head")
@@ -130,11 +130,10 @@ def compute_loss(
     Every label counts that counts in the model's own loss, the first one as it is predicted by the prompt.
     """
     smooths = trainer.label_smoother is not None and getattr(trainer, "compute_loss_func", None) is None
-    if not smooths or inputs.get("labels") is None or model.in_use is None:
+    task = None if model.in_use is None else model.prompts[model.in_use].task
+    if not smooths or inputs.get("labels") is None or task is None or not task.predicts_next:
         return original(wrapped, inputs, return_outputs, **kwargs)
     planned = plan(model, Call.of({**inputs, "logits": FULL}, model.route))
-    if planned.task is None or not planned.task.predicts_next:
-        return original(wrapped, inputs, return_outputs, **kwargs)
     labels, layout = inputs["labels"], None if inputs.get("slots") is not None else planned.layout
     (size, length), given = labels.shape, inputs.get("logits")
     placed = labels if layout is None else layout.fill(labels, IGNORE_INDEX)
