@@ -295,6 +295,17 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(family: str, task: s
         assert whole[0] == pytest.approx(float(model(**batch).loss), rel=1e-4)  # Trainer counts the labels that count
 
 
+def test_accumulated_gradients_of_smoothed_labels_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    rows, seen = rows_of("CAUSAL_LM", 4), []
+    rows[0]["labels"] = rows[0]["labels"].masked_fill(torch.arange(7) < 4, -100)
+    for size, steps in ((4, 1), (2, 2)):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        trainer = trainer_of(ours("Llama"), tmp_path, rows, label_smoothing_factor=0.1, **options)
+        trainer.train()
+        seen.append(losses(trainer)[0])
+    assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+
+
 def test_accumulated_gradients_of_cpt_are_means_of_its_own_loss(tmp_path: Path) -> None:
     rows, seen = rows_of("CAUSAL_LM", 4), []
     for row in rows:

@@ -8,6 +8,7 @@ serve trainers of prompt models; all others get the original.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import shutil
 import sys
@@ -137,16 +138,25 @@ def compute_loss(
     labels, layout = inputs["labels"], None if inputs.get("slots") is not None else planned.layout
     (size, length), given = labels.shape, inputs.get("logits")
     placed = labels if layout is None else layout.fill(labels, IGNORE_INDEX)
+    following = F.pad(placed[:, 1:], (0, 1), value=IGNORE_INDEX)
     if not _is_shifted(trainer.accelerator.unwrap_model(wrapped)):
-        placed = F.pad(placed[:, 1:], (0, 1), value=IGNORE_INDEX)
+        placed = following
     inputs.update(labels=placed, logits=FULL)
     loss, output = original(wrapped, inputs, True, **kwargs)
     del inputs["logits"]
+    items = kwargs.get("num_items_in_batch")
+    if items is not None and trainer.model_accepts_loss_kwargs and not _divides_by_items(trainer.label_smoother):
+        loss = loss * (following != IGNORE_INDEX).sum() / items
     if return_outputs and layout is not None and (given or model.logits) == TEXT:
         columns = layout.token_positions(size, length, output.logits.device)
         rows = torch.arange(size, device=output.logits.device).unsqueeze(1)
         output = replaced(output, logits=output.logits[rows, columns])
     return (loss, output) if return_outputs else loss
+
+
+def _divides_by_items(smoother: Any) -> bool:
+    """Before transformers 5.15 a smoothed loss is the mean of its batch, which Trainer takes for a part of all."""
+    return "num_items_in_batch" in inspect.signature(smoother.__call__).parameters
 
 
 def _is_shifted(model: Any) -> bool:
