@@ -64,15 +64,16 @@ versions: $(READY)  ## run the tests of `apply` with the oldest PEFT and transfo
 	test -d $(PAIR)/peft || { $(BIN)/python -m pip install -q --target $(PAIR) transformers==$(TRANSFORMERS) \
 	  && $(BIN)/python -m pip install -q --no-deps --target $(PAIR) peft==$(PEFT); }
 	PYTHONPATH=$(PAIR) $(BIN)/python -m pytest -q tests/test_apply_patch.py tests/test_apply_results.py \
-	  tests/test_apply_training.py tests/test_lm_head.py $(ARGS)
+	  tests/test_apply_training.py tests/test_lm_head.py tests/test_tools_attributes.py tests/test_tools_files.py \
+	  tests/test_tools_parallel.py tests/test_tools_trainer.py $(ARGS)
 
 # TRL alone, because it is installed for nothing else; its datasets come along. It needs Python 3.11: without it nothing is
 # collected, which is pytest's status 5. 35 s in all.
 TRL := build/trl-1.16.0
-trl: $(READY)  ## run the tests of `apply` that need TRL
+trl: $(READY)  ## run the tests that need TRL
 	test -d $(TRL)/datasets || { $(PIP) --no-deps --target $(TRL) 'trl==1.16.0; python_version >= "3.11"' \
 	  && $(PIP) --target $(TRL) datasets==5.2.0; }
-	PYTHONPATH=$(TRL) $(BIN)/python -m pytest -q tests/test_apply_trl.py $(ARGS) || test $$? = 5
+	PYTHONPATH=$(TRL) $(BIN)/python -m pytest -q tests/test_apply_trl.py tests/test_tools_trl.py $(ARGS) || test $$? = 5
 
 # Each part is one run of pytest-benchmark, kept in benches/results/<machine>[-part].json.
 run_bench = $(BIN)/python -m pytest $(1) -q --benchmark-quiet --benchmark-json=.benchmarks/$(2).json $(ARGS) \

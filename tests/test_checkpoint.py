@@ -89,6 +89,7 @@ def test_several_adapters_go_to_folders_of_their_names_as_in_peft(tmp_path: Path
     model.add_adapter("other", getattr(fusedprompt, name)(**fields))
     model.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "other",
@@ -104,7 +105,7 @@ def test_several_adapters_go_to_folders_of_their_names_as_in_peft(tmp_path: Path
         again.set_adapter(adapter)
         assert torch.equal(output(again, "CAUSAL_LM"), output(model, "CAUSAL_LM"))
     model.save_pretrained(tmp_path / "chosen", selected_adapters=["other"])
-    assert [p.name for p in (tmp_path / "chosen").iterdir()] == ["other"]
+    assert sorted(p.name for p in (tmp_path / "chosen").iterdir()) == ["README.md", "other"]
     with pytest.raises(ValueError, match="adapter_name: expected one of"):
         model.save_pretrained(tmp_path / "none", selected_adapters=["nobody"])
     assert not (tmp_path / "none").exists()
@@ -207,6 +208,7 @@ def test_a_crash_at_any_moment_of_saving_leaves_one_whole_adapter(
         assert torch.equal(output(loaded, "CAUSAL_LM"), output(expected, "CAUSAL_LM"))
     new.save_pretrained(tmp_path)  # the next save tidies up
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".fusedprompt-saving-")) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "prompt_encoder.safetensors",
@@ -227,6 +229,7 @@ def test_a_disk_that_refuses_leaves_the_old_adapter(tmp_path: Path, monkeypatch:
     loaded = fusedprompt.PromptModel.from_pretrained(build("Llama"), tmp_path)
     assert torch.equal(output(loaded, "CAUSAL_LM"), output(old, "CAUSAL_LM"))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "prompt_encoder.safetensors",

@@ -222,8 +222,8 @@ def device_of(embeddings: nn.Module) -> torch.device:
     Raises:
         ValueError: it has no weights anywhere.
     """
-    weight = next(embeddings.parameters(), None)
-    device = torch.device("cpu") if weight is None else weight.device
+    weight = next(embeddings.parameters(), getattr(embeddings, "weight", None))  # a replica's is a plain tensor
+    device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
     if device.type != "meta":
         return device
     hook: Any = getattr(embeddings, "_hf_hook", None)

@@ -41,6 +41,8 @@ def stamp(module: nn.Module) -> Stamp | None:
     merges its weights, changes no version: so a few values of each are compared as well.
     """
     tensors = [*module.parameters(), *module.buffers()]
+    if not tensors:
+        return None  # a replica of DataParallel
     plain = (Tensor, nn.Parameter)
     if any((type(t) not in plain and is_traceable_wrapper_subclass(t)) or t.is_inference() for t in tensors):
         return None  # sharded or quantised outside of torch's own memory, or without versions

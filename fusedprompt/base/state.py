@@ -56,9 +56,11 @@ class BaseState:
         return Findings.of(self.module) if torch.compiler.is_compiling() else self._current().findings()
 
     def trains(self) -> bool:
-        """Whether a parameter requires gradients."""
+        """Whether a parameter requires gradients; of a replica nobody can tell."""
         if torch.compiler.is_compiling():
             return any(parameter.requires_grad for parameter in self.module.parameters())
+        if is_replica(self.module):
+            return True
         return any(map(_trains, self._current().all_parameters()))
 
     def _current(self) -> _Tree:
@@ -110,6 +112,11 @@ class _Tree:
     def children_now(self) -> list[nn.Module]:
         """The parts' parts, which are `ties` as long as they are still the module's."""
         return list(itertools.chain.from_iterable(map(dict.values, self._children)))
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether it is one of DataParallel's, which last for a call and hold copies where their parameters were."""
+    return bool(vars(module).get("_is_replica"))
 
 
 def _is_noise(key: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.facts import device_of
 from ..methods import find_method, method_of
 from ..methods.method import name_of
 
@@ -69,7 +70,7 @@ def prompt_rows(model: Any, adapter_name: str | None = None) -> Tensor:
     name = adapter_name or model.active_adapter
     config, encoder = model.peft_config[name], model.prompt_encoder[name]
     table = encoder.embedding
-    indices = model.prompt_tokens[name].unsqueeze(0).to(next(table.parameters()).device)
+    indices = model.prompt_tokens[name].unsqueeze(0).to(device_of(table))
     # A shard of ZeRO-3 is there only while its module runs: even a table that is the prompt is called.
     rows: Tensor = table(indices)[0] if config.inference_mode else encode(encoder, config, indices)
     return rows

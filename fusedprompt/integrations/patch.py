@@ -27,6 +27,8 @@ from .prefill import generating, prepare, without_prompt
 from .record import PATCH, Record, record_on
 from .report import operations, report
 
+_REPLICATE = "_replicate_for_data_parallel"
+
 
 class Patch(Record):
     """What `apply` did to a PEFT model.
@@ -60,7 +62,8 @@ class Patch(Record):
         """
         if not self.active:
             return
-        del self.model.__dict__[PATCH]
+        for name in (PATCH, _REPLICATE):
+            self.model.__dict__.pop(name, None)
         for name, before in self.replaced.items():
             if getattr(vars(self.model).get(name), "__func__", None) is not _override(self._class, name):
                 continue
@@ -77,13 +80,26 @@ class Patch(Record):
     def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
         patch = Patch.__new__(Patch)
         memo[id(self)] = patch
-        patch.__init__(copy.deepcopy(self.model, memo), self.backend, self.route, self.fix)  # type: ignore[misc]
-        patch.task, patch.left_alone = self.task, dict(self.left_alone)
-        patch.host.task = self.host.task
+        self._copy_to(patch, copy.deepcopy(self.model, memo))
         patch.replaced = copy.deepcopy(self.replaced, memo)
         patch.refused, patch.spliced = set(self.refused), set(self.spliced)
         patch.generated_alone = set(self.generated_alone)
         return patch
+
+    def _copy_to(self, patch: Patch, model: Any) -> None:
+        patch.__init__(model, self.backend, self.route, self.fix)  # type: ignore[misc]
+        patch.task, patch.left_alone = self.task, dict(self.left_alone)
+        patch.host.task = self.host.task
+
+    def _serve_replica(self, replica: Any) -> None:
+        """A patch of its own for a replica, which has the model's `__dict__`, methods that are bound to it included."""
+        patch = Patch.__new__(Patch)
+        self._copy_to(patch, replica)
+        patch.replaced = {name: _rebound(before, self.model, replica) for name, before in self.replaced.items()}
+        patch.refused, patch.spliced, patch.generated_alone = self.refused, self.spliced, self.generated_alone
+        replica.__dict__[PATCH] = patch
+        for name in patch.replaced:
+            replica.__dict__[name] = _rebound(replica.__dict__.get(name), self.model, replica)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickled model is PEFT's own when it comes back: a patch depends on what is installed there."""
@@ -119,6 +135,8 @@ class Patch(Record):
         self.model.__dict__[PATCH] = self
         for name in self.replaced:
             self.model.__dict__[name] = types.MethodType(_override(self._class, name), self.model)
+        if self.replaced:
+            self.model.__dict__[_REPLICATE] = types.MethodType(_replicate_for_data_parallel, self.model)
 
     # The methods
 
@@ -168,6 +186,8 @@ class Patch(Record):
                     return original(*args, **kwargs)
             kwargs.pop("task_ids", None)
             inputs = args[0] if args else kwargs.pop("inputs", None)
+            if "generation_config" in vars(self.model):  # as PEFT does
+                self.model.base_model.generation_config = self.model.generation_config
             with torch.no_grad():
                 return run(self.host, plan(self.host, Call.to_generate(inputs, kwargs, self.route)))
 
@@ -197,6 +217,20 @@ def _override(model_class: Any, name: str) -> Any:
         return getattr(patch, name)(bound, *args, **kwargs)
 
     return method
+
+
+def _rebound(method: Any, model: Any, replica: Any) -> Any:
+    bound = getattr(method, "__self__", None) is model
+    return types.MethodType(method.__func__, replica) if bound else method
+
+
+def _replicate_for_data_parallel(model: Any) -> Any:
+    """DataParallel's copy of a patched model."""
+    patch, replica = record_on(model), type(model)._replicate_for_data_parallel(model)
+    replica.__dict__.pop(_REPLICATE, None)
+    if patch is not None:
+        patch._serve_replica(replica)
+    return replica
 
 
 def _no_patch() -> None:

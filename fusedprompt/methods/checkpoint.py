@@ -44,7 +44,9 @@ def atomic_writes(folder: PathLike) -> Iterator[Path]:
     stage = Path(tempfile.mkdtemp(prefix=".fusedprompt-saving-", dir=target))
     try:
         yield stage
+        mode = _usual_mode(stage)
         for file in stage.iterdir():
+            file.chmod(mode)  # safetensors makes files that their owner alone can read
             _flush(file)
         _flush(stage)
         os.rename(stage, target / _COMMITTED)
@@ -53,6 +55,15 @@ def atomic_writes(folder: PathLike) -> Iterator[Path]:
         raise
     _move_committed(target, undo=True)
     _flush(target)
+
+
+def _usual_mode(folder: Path) -> int:
+    """Permissions of a new file, by the process's umask, which can only be read by setting it: threads would notice."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return mode
 
 
 def _move_committed(target: Path, undo: bool = False) -> None:
@@ -116,13 +127,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     if not path.is_file():
         other = path.with_suffix(".bin")
-        hint = f"; {other.name} is there, but only safetensors files are read" if other.is_file() else ""
-        raise FileNotFoundError(f"{path}: no such file{hint}")
+        raise FileNotFoundError(f"{path}: no such file{_how_to_convert(other) if other.is_file() else ''}")
     try:
         with safe_open(str(path), framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a whole safetensors file, but it cannot be read: {error}") from None
+
+
+def _how_to_convert(pickled: Path) -> str:
+    return (
+        f". {pickled.name} is there, but only safetensors files are read: a pickle may run any code. If you trust it, "
+        f"convert it: safetensors.torch.save_file(torch.load({str(pickled)!r}, weights_only=True), "
+        f"{str(pickled.with_suffix('.safetensors'))!r})"
+    )
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -177,23 +195,42 @@ def fingerprint(tensor: Tensor) -> str:
     return hashlib.sha256(header + content.numpy().tobytes()).hexdigest()
 
 
-def find_folder(path: PathLike) -> Path:
+# Arguments of huggingface_hub for a download. `subfolder` is not among them: a local folder has some too.
+DOWNLOAD = ("cache_dir", "endpoint", "etag_timeout", "force_download", "local_files_only", "revision", "token")
+
+
+def find_folder(path: PathLike, subfolder: str | None = None, **download: Any) -> Path:
     """A local folder: `path` itself, or the files of a repository of that name on the Hugging Face Hub.
+
+    Args:
+        subfolder: of either; the result is this one.
+        download: huggingface_hub's arguments for the Hub, those of `DOWNLOAD`.
 
     Raises:
         FileNotFoundError: neither exists.
+        TypeError: another argument.
     """
+    for name in download:
+        if name not in DOWNLOAD:
+            raise TypeError(f"got an unexpected argument {name!r}; for downloads there are {', '.join(DOWNLOAD)}")
+    inside = subfolder or ""
     folder = Path(path)
     if folder.is_dir():
-        return folder
+        return folder / inside
     name = os.fspath(path)
     if folder.is_absolute() or name.startswith(".") or name.count("/") > 1 or (os.sep != "/" and os.sep in name):
         raise FileNotFoundError(f"path: expected the folder of an adapter, got {name!r}, which does not exist")
     from huggingface_hub import snapshot_download
 
-    patterns = ["adapter_config.json", ADAPTER_NAME, ENCODER_NAME, TEMPLATE_NAME]
+    names = ("adapter_config.json", ADAPTER_NAME, ENCODER_NAME, TEMPLATE_NAME)
+    patterns = [f"{inside.strip('/')}/{one}" if inside else one for one in names]
+    given = {name: value for name, value in download.items() if value is not None}
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        found = Path(snapshot_download(name, allow_patterns=patterns, **given)) / inside
+        if not (found / ADAPTER_NAME).is_file():  # perhaps it is pickled: whoever reads the folder says so
+            pickled = patterns[1].replace(".safetensors", ".bin")
+            snapshot_download(name, allow_patterns=[pickled], **given)
+        return found
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"path: expected a local folder or a repository on the Hub, got {name!r}, which is neither: {error}"

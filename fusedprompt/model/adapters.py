@@ -23,9 +23,10 @@ from ..ops._backend import AUTO
 from ..routes.head import TextHead
 from ..routes.host import joined
 from ..routes.prompt_cache import PromptCache
+from .through import ReadsThrough
 
 
-class PromptAdapters(nn.Module):
+class PromptAdapters(ReadsThrough):
     """A frozen base model and the prompts that it can be used with; `PromptModel` runs them.
 
     Attributes:
@@ -58,14 +59,7 @@ class PromptAdapters(nn.Module):
         self._disabled = False
         self.prompts: dict[str, Prompt] = {}
         self.train(base_model.training)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model, name)
+        self._complete = True  # from here on, attributes that the base model has are written to it
 
     @property
     def active_config(self) -> PromptLearningConfig:

@@ -14,13 +14,13 @@ from ..layouts.batch import Batch
 from ..layouts.template import Template
 from ..methods import checkpoint
 from ..ops._backend import AUTO
-from ..routes.call import FULL, Call
+from ..routes.call import FULL, Call, check_logits
 from ..routes.choice import checked_route
 from ..routes.explain import describe_adapter, explain, first_use_line
 from ..routes.plan import plan
 from ..routes.run import run
-from . import saving
-from .adapters import PromptAdapters
+from . import card, saving
+from .citizen import Citizen
 
 
 def get_prompt_model(
@@ -30,6 +30,7 @@ def get_prompt_model(
     prompt_start: int = 0,
     route: str = AUTO,
     template: Template | str | None = None,
+    logits: str = FULL,
 ) -> PromptModel:
     """Freeze a transformers model and put a trainable prompt in front of its input; PEFT's `get_peft_model`.
 
@@ -43,27 +44,31 @@ def get_prompt_model(
         template: where the prompt's rows stand in a sequence, and what stands between them, as a `Template` or its
             string form; None is PEFT's place. It is saved with the adapter. PEFT cannot load adapters with a template
             that is not the plain prefix `[prompt N] [text]`, and their files tell it so.
+        logits: of a language model, "full" or "text"; see `PromptModel`.
 
     Raises:
         TypeError, ValueError: the model or a field of the configuration is not what it must be.
     """
     if config is None:
         raise TypeError("config: expected a prompt-learning configuration, got None")
-    model = PromptModel(base_model, route)
+    model: PromptModel = PromptModel(base_model, route, logits)
     model.add_adapter(adapter_name, config, prompt_start, template)
     return model
 
 
-class PromptModel(PromptAdapters):
+class PromptModel(Citizen):
     """A frozen base model and its prompt adapters, called like the base model.
 
-    Attributes that it lacks are the base model's. Outputs are PEFT's (`PeftModelFor...`) except where
-    docs/peft-differences.md says otherwise. The adapters' side is `PromptAdapters`.
+    Attributes that it lacks are the base model's, to be read and to be set. Its class is a subclass with the base
+    model's class name and arguments; docs/tools.md says what tools make of that. Outputs are PEFT's
+    (`PeftModelFor...`) except where docs/peft-differences.md says otherwise. The adapters' side is `PromptAdapters`.
     Arguments, results and errors below are those of a call.
 
     Attributes:
         route: "shared" runs the prompt through the base model once and lets every row of text read its keys and values,
             "splice" runs it once per row, "auto" shares where that is exact and pays. docs/routes.md says when.
+        logits: of a language model, where a call does not say it: "full", or "text" for logits that stand where the
+            labels stand, as Trainer's metrics compare them: (B, T, V), or with slots (B, S, V).
 
     Args:
         input_ids: (B, T) ids, or inputs_embeds: (B, T, D).
@@ -74,7 +79,8 @@ class PromptModel(PromptAdapters):
         position_ids: (B, T) or (1, T), without the prompt; they are moved behind it.
         past_key_values: a cache; one that is not empty holds the prompt already.
         route: "auto", "shared" or "splice", instead of the model's own.
-        logits: of a language model: "full" for (B, P + T, V), "text" for (B, T, V) without the prompt's.
+        logits: of a language model: "full" for (B, P + T, V), "text" for (B, T, V) without the prompt's; instead of the
+            model's own.
         slots: (B, S) int64, to say where everything goes: ~r for prompt row r, t >= 0 for token t; for padding
             either. attention_mask, labels per token, position_ids, token_type_ids and input_type_mask are then
             those of the output, (B, S); input_ids stay (B, T), and answers to questions count tokens.
@@ -98,10 +104,10 @@ class PromptModel(PromptAdapters):
         ValueError: `slots` or a tensor that goes with them has the wrong shape, dtype or (on a CPU) values.
     """
 
-    def __init__(self, base_model: nn.Module, route: str = AUTO) -> None:
+    def __init__(self, base_model: nn.Module, route: str = AUTO, logits: str = FULL) -> None:
         """Without adapters, the base model as it is; see `get_prompt_model`."""
         super().__init__(base_model)
-        self.route = route
+        self.route, self.logits = route, logits
 
     @property
     def route(self) -> str:
@@ -111,6 +117,21 @@ class PromptModel(PromptAdapters):
     @route.setter
     def route(self, route: str) -> None:
         self._route = checked_route(route)
+
+    @property
+    def logits(self) -> str:
+        """Which logits of a language model calls return that do not say it: "full" or "text"."""
+        return self._logits
+
+    @logits.setter
+    def logits(self, logits: str) -> None:
+        check_logits(logits, None)
+        self._logits = logits
+
+    def _usual_logits(self, slots: Any) -> str:
+        """With slots labels are those of the output; other tasks' logits stand where their labels stand already."""
+        of_tokens = self.in_use is not None and self.prompts[self.in_use].task.predicts_next and slots is None
+        return self.logits if of_tokens else FULL
 
     # Running
 
@@ -125,7 +146,7 @@ class PromptModel(PromptAdapters):
         past_key_values: Any = None,
         *,
         route: str | None = None,
-        logits: str = FULL,
+        logits: str | None = None,
         slots: Tensor | None = None,
         pool_index: Tensor | None = None,
         fields: Mapping[str, Any] | None = None,
@@ -136,6 +157,7 @@ class PromptModel(PromptAdapters):
         """Run the base model on prompt and tokens; the class says what the arguments are."""
         batch = Batch(input_ids, inputs_embeds, attention_mask, labels, position_ids, token_type_ids, input_type_mask)
         route = self.route if route is None else route
+        logits = self._usual_logits(slots) if logits is None else logits
         call = Call(batch, kwargs, past_key_values, route, logits, slots, pool_index, fields, adapter_names)
         return run(self, plan(self, call))
 
@@ -152,6 +174,7 @@ class PromptModel(PromptAdapters):
         Returns:
             What `generate` returns: for decoders, ids of text and new tokens, without the prompt.
         """
+        kwargs.pop("labels", None)  # Seq2SeqTrainer hands on its batch as it is
         call = Call.to_generate(inputs, kwargs, self.route if route is None else route)
         with torch.no_grad():  # as transformers does: nothing here is to be trained
             return run(self, plan(self, call))
@@ -180,23 +203,52 @@ class PromptModel(PromptAdapters):
             return "\n".join([*(describe_adapter(self, name) for name in self.peft_config), *first_use_line(self)])
         if method == "generate":
             return explain(self, Call.to_generate(arguments.pop("inputs", None), arguments, self.route))
+        if arguments.get("logits") is None:
+            arguments["logits"] = self._usual_logits(arguments.get("slots"))
         return explain(self, Call.of(arguments, self.route))
 
     # Saving and loading
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], selected_adapters: Sequence[str] | None = None
+        self,
+        save_directory: str | os.PathLike[str],
+        selected_adapters: Sequence[str] | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        max_shard_size: Any = None,
+        push_to_hub: bool = False,
+        **hub: Any,
     ) -> None:
         """Save adapters in PEFT's format: "default" into the folder itself, any other into a subfolder of its name.
 
         Each adapter is written whole or not at all. One that can be trained further also gets its encoder's parameters
-        in prompt_encoder.safetensors, which PEFT ignores.
+        in prompt_encoder.safetensors, which PEFT ignores. A folder without README.md gets a model card.
+
+        Args:
+            state_dict: values of the model's parameters to save instead of its own, as gathered from all processes.
+            is_main_process: False for the other ones of a distributed run, which write nothing.
+            safe_serialization: True; max_shard_size: an adapter is one file.
+            push_to_hub: upload them too; hub: arguments of `push_to_hub`. `repo_id` is the folder's name by default.
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         for name in names:
             self._check_known(name)
+        if not safe_serialization:
+            raise ValueError("safe_serialization: expected True, got False: adapters are safetensors files")
+        if hub and not push_to_hub:
+            raise TypeError(f"save_pretrained: got unexpected arguments {sorted(hub)}")
+        if not is_main_process:
+            return
         for name in names:
-            saving.save(self, name, Path(save_directory) if name == "default" else Path(save_directory, name))
+            saving.save(
+                self, name, Path(save_directory) if name == "default" else Path(save_directory, name), state_dict
+            )
+        if not Path(save_directory, card.FILE).exists():
+            card.create_or_update(self, save_directory)
+        if push_to_hub:
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, "selected_adapters": names, **hub})
 
     @classmethod
     def from_pretrained(
@@ -206,6 +258,8 @@ class PromptModel(PromptAdapters):
         adapter_name: str = "default",
         is_trainable: bool = False,
         subfolder: str | None = None,
+        torch_device: torch.device | str | None = None,
+        **download: Any,
     ) -> PromptModel:
         """Load an adapter saved by this package or by PEFT onto a base model.
 
@@ -213,15 +267,20 @@ class PromptModel(PromptAdapters):
             path: a local folder, or the name of a repository on the Hub.
             is_trainable: continue training where it stopped. For P-tuning the folder must hold the encoder, which only
                 this package saves.
+            subfolder: of either.
+            torch_device: where the prompt's parameters go, instead of to the base model's embeddings.
+            download: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` and others of
+                huggingface_hub, for a repository on the Hub.
 
         Returns:
             A model in eval mode, or with `is_trainable` in the base model's mode.
 
         Raises:
             FileNotFoundError, ValueError: what is missing or wrong, with the file and the tensor.
+            TypeError: an argument that is not known.
         """
-        model = cls(base_model)
-        model.load_adapter(path, adapter_name, is_trainable=is_trainable, subfolder=subfolder)
+        model: PromptModel = cls(base_model)
+        model.load_adapter(path, adapter_name, is_trainable, subfolder, torch_device, **download)
         return model if is_trainable else model.eval()
 
     def load_adapter(
@@ -230,9 +289,15 @@ class PromptModel(PromptAdapters):
         adapter_name: str = "default",
         is_trainable: bool = False,
         subfolder: str | None = None,
+        torch_device: torch.device | str | None = None,
+        **download: Any,
     ) -> None:
         """Load an adapter; one of the same name is replaced. Nothing changes if this raises.
 
-        Args and errors as in `from_pretrained`.
+        Parameters that fit keep their identity, so that an optimizer goes on with them. Args and errors as in
+        `from_pretrained`.
         """
-        saving.load(self, adapter_name, checkpoint.find_folder(path) / (subfolder or ""), is_trainable)
+        folder = checkpoint.find_folder(path, subfolder, **download)
+        saving.load(self, adapter_name, folder, is_trainable)
+        if torch_device is not None:
+            self.prompt_encoder[adapter_name].to(torch_device)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base import saved_modules
+from ..base.state import evaluating
 from ..layouts.template import Template
 from ..methods import PromptModule, checkpoint, method_of
 from ..methods.config import CONFIG_NAME, PromptLearningConfig, format_json
@@ -23,9 +26,14 @@ PROMPT_START_KEY = "fusedprompt_prompt_start"
 PEFT_TYPE_KEY = "fusedprompt_peft_type"
 
 
-def save(model: PromptAdapters, adapter_name: str, folder: Path) -> None:
+def save(
+    model: PromptAdapters, adapter_name: str, folder: Path, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
     """Write one adapter of a model into a folder: configuration, PEFT's tensors, the encoder's own parameters if it is
-    to be trained on, and the template if it has one."""
+    to be trained on, and the template if it has one.
+
+    state_dict: values of the model's parameters instead of its own.
+    """
     config, place = copy.copy(model.peft_config[adapter_name]), model.prompts[adapter_name]
     saves_encoder = not config.inference_mode and method_of(config).saves_encoder
     config.inference_mode = True  # PEFT's files always say so
@@ -37,19 +45,38 @@ def save(model: PromptAdapters, adapter_name: str, folder: Path) -> None:
         fields["peft_type"] = (
             f"a fusedprompt adapter with the template {place.pattern}, while PEFT only puts prompts in front of a text"
         )
-    prompt = model.get_prompt_embedding_to_save(adapter_name)
-    tensors = {checkpoint.PROMPT_KEY: prompt, **saved_modules.tensors(model.base_model, adapter_name)}
+    encoder, prompt, copies = _values(model, adapter_name, state_dict or {})
+    tensors = {checkpoint.PROMPT_KEY: prompt, **copies}
     with checkpoint.atomic_writes(folder) as stage:
         (stage / CONFIG_NAME).write_text(format_json(fields))
         checkpoint.write_tensors(stage / checkpoint.ADAPTER_NAME, tensors)
         if place.template is not None:
             (stage / checkpoint.TEMPLATE_NAME).write_text(place.template.to_json())
         if saves_encoder:
-            encoder, belongs_to = model.prompt_encoder[adapter_name].state_dict(), checkpoint.fingerprint(prompt)
+            belongs_to = checkpoint.fingerprint(prompt)
             checkpoint.write_tensors(stage / checkpoint.ENCODER_NAME, encoder, prompt_sha256=belongs_to)
         written = {file.name for file in stage.iterdir()}
     for name in {checkpoint.ENCODER_NAME, checkpoint.TEMPLATE_NAME} - written:
         (folder / name).unlink(missing_ok=True)  # belongs to an adapter that this one replaced
+
+
+def _values(
+    model: PromptAdapters, adapter_name: str, given: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """An adapter's encoder, prompt and copies of modules; by the values that are given, where there are such."""
+    encoder: Any = model.prompt_encoder[adapter_name]
+    prefix = f"prompt_encoder.{adapter_name}."
+    own = {name: given.get(prefix + name, value) for name, value in encoder.state_dict().items()}
+    if any(prefix + name in given for name in own):
+        with torch.no_grad(), evaluating(encoder):
+            rows = torch.func.functional_call(encoder, own, ())
+        prompt = rows.detach().cpu()
+    else:
+        prompt = model.get_prompt_embedding_to_save(adapter_name)
+    infix = f".modules_to_save.{adapter_name}"
+    of_file = {name.replace(infix, "", 1): value for name, value in given.items() if infix + "." in name}
+    copies = saved_modules.tensors(model.base_model, adapter_name)
+    return own, prompt, {name: of_file.get(name, value) for name, value in copies.items()}
 
 
 def load(model: PromptAdapters, adapter_name: str, folder: Path, is_trainable: bool) -> None:
@@ -76,13 +103,34 @@ def load(model: PromptAdapters, adapter_name: str, folder: Path, is_trainable: b
             encoder.embedding.weight.copy_(prompt)
         else:
             _load_encoder(encoder, config, folder, prompt)
+    before = _parameters(model, adapter_name)
     if adapter_name in model.peft_config:
         model._remove(adapter_name)
     model._install(adapter_name, config, prompt_start, encoder, template)
     with torch.no_grad():
         for key, parameter in saved_modules.tensors(model.base_model, adapter_name).items():
             parameter.copy_(tensors[key])
+    _keep(model, _parameters(model, adapter_name), before)
     model.set_adapter(model.active_adapter or adapter_name)
+
+
+def _parameters(model: PromptAdapters, adapter_name: str) -> dict[str, nn.Parameter]:
+    """An adapter's, by path."""
+    marks = (f"prompt_encoder.{adapter_name}.", f".modules_to_save.{adapter_name}.")
+    named = model.named_parameters()
+    return {path: one for path, one in named if path.startswith(marks[0]) or marks[1] in path}
+
+
+def _keep(model: PromptAdapters, now: Mapping[str, nn.Parameter], before: Mapping[str, nn.Parameter]) -> None:
+    """Put former parameters, which an optimizer may hold, in the places of those that are like them."""
+    for path, parameter in now.items():
+        old = before.get(path)
+        if old is None or (old.shape, old.dtype, old.device) != (parameter.shape, parameter.dtype, parameter.device):
+            continue
+        parent, _, name = path.rpartition(".")
+        with torch.no_grad():
+            old.copy_(parameter)
+        setattr(model.get_submodule(parent), name, old)
 
 
 def _load_template(

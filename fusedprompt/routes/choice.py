@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..base.facts import BaseFacts, why_not_causal
-from ..base.state import active_noise
+from ..base.state import active_noise, is_replica
 from ..layouts.batch import Batch
 from ..layouts.prompt import Prompt
 from ..ops._backend import AUTO, BackendUnavailable
@@ -148,7 +148,9 @@ def cost_rule(rows: int, size: int, length: int, kept: bool, device: str = "cpu"
 def is_kept(host: Host, names: Sequence[str]) -> bool:
     """Whether the states of adapters' prompts may come from the cache: nothing is trained, random or watched."""
     encoders = [host.prompt_encoder[name] for name in names]
-    if torch.compiler.is_compiling() or any(active_noise(part) is not None or _is_watched(part) for part in encoders):
+    if torch.compiler.is_compiling() or any(map(is_replica, encoders)):
+        return False
+    if any(active_noise(part) is not None or _is_watched(part) for part in encoders):
         return False
     if not torch.is_grad_enabled():
         return True

@@ -324,8 +324,8 @@ def _count_new_tokens(base: Any, length: int, kwargs: dict[str, Any]) -> None:
     config = kwargs.get("generation_config")
     for whole, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         limit = kwargs.pop(whole, None)
-        if limit is None and kwargs.get(new) is None and getattr(config, new, None) is None:
-            source = config if config is not None else base.generation_config
+        source = config if config is not None else base.generation_config
+        if limit is None and kwargs.get(new) is None and getattr(source, new, None) is None:
             limit = getattr(source, whole, None)
             if limit and config is not None:
                 config = kwargs["generation_config"] = copy.copy(config)
