@@ -234,6 +234,7 @@ def test_wrong_names_are_refused() -> None:
 def test_explain_shows_a_row_of_each_adapter_with_letters_of_its_own() -> None:
     model, (ids, mask) = mixed("Llama"), padded(*PADDED["both"])
     said = model.explain(input_ids=ids, attention_mask=mask, adapter_names=NAMES, route="shared").splitlines()
+    assert said.pop().startswith("first use: rows are as they are alone")
     assert said == [
         "route shared",
         "long, 2 rows, row 0: · P P P P P t t t t t t ·",

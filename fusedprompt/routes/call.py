@@ -84,6 +84,7 @@ class Plan:
     waits: whether logits are left until they are read.
     reads: whether it is of interest if somebody reads them.
     logits: "full" or "text". cuts: fields of its output that are cut down to the tokens.
+    turned: its rows' padding was moved to their end, and full logits are put back: prompt first, then tokens.
     placement: as it was planned with.
     """
 
@@ -105,6 +106,7 @@ class Plan:
     reads: bool = False
     logits: str = FULL
     cuts: tuple[str, ...] = ()
+    turned: bool = False
 
 
 def refuse(name: str, value: Any, case: str) -> None:

@@ -85,13 +85,18 @@ class Planner:
         if facts.causal:  # with position ids they do as they are told
             asks = not facts.places_position_ids and not self.task.pools
             return asks and first_use(host.base_model, facts, host.sharing.objection is None).lead is not None
-        if facts.encoder_decoder or not facts.takes_position_ids:
+        if not facts.takes_position_ids:
             return False  # it stands there anyway
-        return facts.windowed or first_use(host.base_model, facts, shares=False).gap is not None
+        # Nobody sees the order of an encoder's columns behind a decoder.
+        return (
+            facts.encoder_decoder or facts.windowed or first_use(host.base_model, facts, shares=False).gap is not None
+        )
 
     def _has_gaps(self) -> bool:
         """Whether padding may stand between a shared prompt and its text."""
         mask, mixture = self.batch.attention_mask, self.mixture
+        if not isinstance(mask, Tensor):  # what it is instead is refused where its shape is checked
+            mask = None
         uneven = mixture is not None and not mixture.even
         return uneven or may_be_padded(mask, 0) or (self.task.pools and may_be_padded(mask, -1))
 
@@ -134,7 +139,7 @@ class Planner:
         fields, others = placed.batch, self._others()
         cuts = () if self.placement == PEFT else task.token_outputs
         loss: Loss | None = None
-        waits = reads = False
+        waits = reads = turned = False
         if self.targets_of is not None:
             cuts = (*cuts, "logits") if logits == TEXT else cuts
             if self.labelled:
@@ -143,6 +148,8 @@ class Planner:
             fields = replace(fields, labels=None)
         elif logits == TEXT:
             cuts = (*cuts, "logits")
+        elif self._is_turned(placed):
+            turned = True
         elif self.labelled and call.route == AUTO and self._withholds(others):
             waits = not self.host.text_head.read
             loss = NextToken(counted=others.get("num_items_in_batch")) if waits else None
@@ -151,7 +158,13 @@ class Planner:
             loss = self._move_answers(placed, others)
         found = {"layout": placed.layout, "carries": placed.carries, "others": others, "loss": loss, "waits": waits}
         fields = replace(fields, input_type_mask=None)
-        return {"route": SPLICE, "fields": fields, "reads": reads, "logits": logits, "cuts": cuts, **found}
+        found |= {"reads": reads, "turned": turned, "logits": logits, "cuts": cuts}
+        return {"route": SPLICE, "fields": fields, **found}
+
+    def _is_turned(self, placed: Placed) -> bool:
+        """Whether a language model's tokens stand in another order than they were given in, behind one prompt."""
+        own = self.placement == OURS and self.task.predicts_next and self.given is None and self.mixture is None
+        return own and placed.layout.slots is not None and not self.active.start and not self.facts.padding_first(False)
 
     def _placed(self) -> Placed:
         """Prompts, tokens and padding in their places."""

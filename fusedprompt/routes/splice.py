@@ -58,6 +58,9 @@ def spliced(host: Host, plan: Plan) -> Iterator[dict[str, Any]]:
         given, context = _virtual(host, tables, layout, batch, plan.carries)
     else:
         given = _embeds(host, tables, layout, batch, plan.carries)
+        if not facts.causal and not plan.carries and batch.attention_mask is not None:
+            # Like the embedding of a padding token: MobileBERT's looks at the next column.
+            given["inputs_embeds"] = given["inputs_embeds"] * (batch.attention_mask != 0).unsqueeze(-1)
         given["per_layer_inputs"] = _layer_inputs(host, plan, layout, batch)
     arguments = {name: value for name, value in {**given, **arguments}.items() if value is not None}
     with context, numbered(host.base_model, arguments, facts.takes_position_ids):
@@ -141,7 +144,7 @@ def run_spliced(host: Host, plan: Plan) -> Any:
     """The base model's output on prompt and tokens."""
     others, base, loss = others_of(plan), host.base_model, plan.loss
     with spliced(host, plan) as arguments:
-        if loss is None and not plan.cuts:
+        if loss is None and not plan.cuts and not plan.turned:
             output = base(**arguments, **others)
             return host.text_head.told_of(output, dict) if plan.reads else output
         as_dict = others.pop("return_dict", None)
@@ -178,10 +181,12 @@ def cut(plan: Plan, output: Any, mask: Tensor | None, loss: Answers | None = Non
     mask: (B, S), of a layout whose padding may be tokens that stand elsewhere too.
     loss: of answers, whose own logits are those of the tokens.
     """
-    if not plan.cuts:
-        return output
     layout = plan.layout
     assert layout is not None
+    if plan.turned:
+        output["logits"] = _in_order(output["logits"], layout, plan.fields)
+    if not plan.cuts:
+        return output
     found: dict[str, Any] = {name: _at_tokens(output[name], layout, plan.fields, mask) for name in plan.cuts}
     if loss is not None and output.get("loss") is not None:
         moved = (plan.others["start_positions"], plan.others["end_positions"])
@@ -190,6 +195,13 @@ def cut(plan: Plan, output: Any, mask: Tensor | None, loss: Answers | None = Non
     for name, value in found.items():
         output[name] = value
     return output
+
+
+def _in_order(values: Tensor, layout: Layout, batch: Batch) -> Tensor:
+    """(B, P + T, X): the rows of (B, S, X) values, the prompt's first and then the tokens' in their order."""
+    columns = torch.arange(layout.num_prompt_rows, device=values.device).expand(batch.shape[0], -1)
+    of_prompt = values.gather(1, columns.unsqueeze(-1).expand(-1, -1, values.shape[-1]))  # where it stands already
+    return torch.cat((of_prompt, _at_tokens(values, layout, batch, None)), 1)
 
 
 def _at_tokens(values: Tensor, layout: Layout, batch: Batch, mask: Tensor | None) -> Tensor:
