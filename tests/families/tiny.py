@@ -119,6 +119,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
+WINDOWS = set("sliding_window sliding_window_size attention_window_size window_size attention_chunk_size".split())
+NARROW = {"use_sliding_window": True, "max_window_layers": 0}
 MAPPINGS = {
     "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -135,22 +137,39 @@ def classes(task: str) -> list[str]:
     return list(dict.fromkeys(one for name in names for one in ((name,) if isinstance(name, str) else name)))
 
 
-def configuration(kind: Any, causal: bool, **fields: Any) -> Any:
+def window_fields(kind: Any) -> set[str]:
+    """The fields of a configuration class, and of its parts, that say how far attention looks."""
+    found = WINDOWS & set(inspect.signature(kind.__init__).parameters)
+    for name, part in getattr(kind, "sub_configs", {}).items():
+        if "text" in name or "decoder" in name:
+            found |= window_fields(_part_of(kind, name, part))
+    return found
+
+
+def _part_of(kind: Any, name: str, part: Any) -> Any:
+    return type(getattr(kind(), name)) if part is transformers.AutoConfig else part
+
+
+def configuration(kind: Any, causal: bool, window: int | None = None, **fields: Any) -> Any:
     """A tiny configuration of a class. causal: of a language model that reads from left to right."""
     parameters = inspect.signature(kind.__init__).parameters
     given = {name: value for name, value in FIELDS.items() if name in parameters}
     if "kv_lora_rank" in parameters and "num_key_value_heads" in parameters:
         given["num_key_value_heads"] = HEADS  # latent attention has a key for each head
     for name, part in getattr(kind, "sub_configs", {}).items():
-        part = type(getattr(kind(), name)) if part is transformers.AutoConfig else part
+        part = _part_of(kind, name, part)
         if part is not type(None):
-            given[name] = configuration(part, causal)
+            given[name] = configuration(part, causal, window)
     if causal and "is_decoder" in parameters:
         given["is_decoder"] = True
-    return kind(**{**given, **OVERRIDES.get(kind.model_type, {}), **fields})
+    given.update(OVERRIDES.get(kind.model_type, {}))
+    if window is not None:
+        given.update(dict.fromkeys(WINDOWS & set(parameters), window))
+        given.update({name: value for name, value in NARROW.items() if name in parameters})
+    return kind(**{**given, **fields})
 
 
-def build(name: str, seed: int = 0, **fields: Any) -> Any:
+def build(name: str, seed: int = 0, scale: float = 4, **fields: Any) -> Any:
     """A model of a class in evaluation mode, with weights large enough that attention is not uniform."""
     torch.manual_seed(seed)
     kind = getattr(transformers, name)
@@ -158,5 +177,8 @@ def build(name: str, seed: int = 0, **fields: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(4)
+                parameter.mul_(scale)
+    for field in ("eos_token_id", "forced_eos_token_id", "forced_bos_token_id"):
+        if getattr(model, "generation_config", None) is not None:
+            setattr(model.generation_config, field, None)  # so that what is generated has one length
     return model
