@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kit import PROMPT, Difference, Family, NoOracle, oracle, same, text_of
+from .kit import Difference, Family, NoOracle, oracle, same, text_of, values_of
 from .tiny import PAD
 
 NEW = 4
@@ -26,14 +26,14 @@ def base_generates(family: Family, **options: Any) -> Tensor:
 
 
 def expect_greedy(family: Family, what: str, text: Tensor, new: Tensor) -> None:
-    """Each of the new tokens (n,) has the largest logit behind the row's text (t,) and those before it, or shares it."""
+    """Each of the new tokens (n,) has the largest logit behind the row's text (t,) and those before it."""
     if family.name in FILLS_IN:
         right = filled_in(family, text, len(new))
         if not torch.equal(right, new):
             raise Difference(f"{what}: tokens {new.tolist()} where {right.tolist()} are right")
         return
     for step, token in enumerate(new.tolist()):
-        logits = family.text_logits(torch.cat((text, new[:step])))[-1].float()
+        logits = family.right(torch.cat((text, new[:step])))[-1].float()
         best = int(logits.argmax())
         if not float(logits[best] - logits[token]) <= TIE * float(logits.max() - logits.min()):
             raise Difference(f"{what}: token {step} is {token} where {best} is right")
@@ -43,13 +43,18 @@ def filled_in(family: Family, text: Tensor, count: int) -> Tensor:
     """(count,): what the base model generates from ids whose first are embedded as the prompt."""
     with oracle(), torch.no_grad(), family.answering(family.rows()) as dummy:
         wide = torch.cat((dummy, text)).unsqueeze(0)
-        found: Tensor = family.base.generate(input_ids=wide, attention_mask=torch.ones_like(wide), use_cache=False, **GREEDY)
+        found: Tensor = family.base.generate(
+            input_ids=wide, attention_mask=torch.ones_like(wide), use_cache=False, **GREEDY
+        )
     return found[0, wide.shape[1] : wide.shape[1] + count]
 
 
 def expect_rows(family: Family, what: str, given: dict[str, Tensor], found: Tensor) -> None:
     """A batch's sequences begin with the texts, and go on as each row alone."""
     length = given["input_ids"].shape[1]
+    if family.task_type == "SEQ_2_SEQ_LM":
+        expect_said(family, what, given, found)
+        return
     if not torch.equal(found[:, :length], given["input_ids"]):
         raise Difference(f"{what}: the text itself comes back changed")
     if found.shape[1] != length + NEW:
@@ -57,6 +62,18 @@ def expect_rows(family: Family, what: str, given: dict[str, Tensor], found: Tens
     for row in range(len(found)):
         text = given["input_ids"][row, text_of(given["attention_mask"], row)]
         expect_greedy(family, f"{what}, row {row}", text, found[row, length:])
+
+
+def expect_said(family: Family, what: str, given: dict[str, Tensor], found: Tensor) -> None:
+    """An encoder-decoder's sequences are those that its decoder picks, token by token, for the row alone."""
+    for row in range(len(found)):
+        text = given["input_ids"][row, text_of(given["attention_mask"], row)]
+        for step in range(1, found.shape[1]):
+            output = family.alone(text, decoder_input_ids=found[row : row + 1, :step])
+            logits, token = values_of(output)[0, -1].float(), int(found[row, step])
+            if not float(logits.max() - logits[token]) <= TIE * float(logits.max() - logits.min()):
+                best = int(logits.argmax())
+                raise Difference(f"{what}, row {row}: token {step} is {token} where {best} is right")
 
 
 def check_greedy(family: Family) -> None:
@@ -90,12 +107,14 @@ def check_beams(family: Family) -> None:
             float(log_odds(family, torch.cat((text, new[:step])))[token]) for step, token in enumerate(new.tolist())
         )
         if not abs(own - score) <= 1e-3 * max(1.0, abs(score)):
-            raise Difference(f"row {row}: beams {new.tolist()} ({own:.4f}) where {right.tolist()} ({score:.4f}) are right")
+            raise Difference(
+                f"row {row}: beams {new.tolist()} ({own:.4f}) where {right.tolist()} ({score:.4f}) are right"
+            )
 
 
 def log_odds(family: Family, text: Tensor) -> Tensor:
     """(V,): the log probabilities of what follows."""
-    return family.text_logits(text)[-1].float().log_softmax(-1)
+    return family.right(text)[-1].float().log_softmax(-1)
 
 
 def beams_by_hand(family: Family, text: Tensor, count: int) -> tuple[Tensor, float]:
@@ -163,7 +182,7 @@ def continued_forward(family: Family) -> None:
             base_continues(family)
             raise
     for row in range(len(ids)):
-        right = family.text_logits(ids[row, text_of(mask, row)])[-3:]
+        right = family.right(ids[row, text_of(mask, row)])[-3:]
         same("continued by forward: logits", found[row, -3:], right)
 
 
@@ -184,4 +203,4 @@ CHECKS: dict[str, Any] = {
     "static": check_static,
     "continued": check_continued,
 }
-assert PROMPT > NEW
+SAID: dict[str, Any] = {"greedy": check_greedy}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fusedprompt
 
-from .tiny import BOS, HEADS, PAD, VOCABULARY, build
+from .tiny import BOS, EOS, HEADS, PAD, TEXT, build
 
 ROWS, LENGTH, PROMPT, SHORT = 4, 14, 30, 11
 TOLERANCE = 2e-4  # of the largest value, in fp32, with weights four times as large as transformers draws them
@@ -73,6 +73,8 @@ def same(what: str, found: Tensor, right: Tensor, tolerance: float = TOLERANCE) 
     if not right.numel():
         return
     found, right = found.detach().float(), right.detach().float()
+    if not right.isfinite().all():
+        raise NoOracle(f"{what}: what is right is not finite")
     error = float((found - right).abs().max() / right.abs().max().clamp(min=1e-6))
     if not error <= tolerance:
         raise Difference(f"{what} off by {error:.1e}")
@@ -94,19 +96,24 @@ def text_of(mask: Tensor, row: int) -> Tensor:
 class Family:
     """A tiny model of a class, and what is asked of it."""
 
-    def __init__(
-        self, name: str, task: str, seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any
-    ) -> None:
+    def __init__(self, name: str, task: str, seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any) -> None:
         self.name, self.task, self.seed, self.dtype = name, task, seed, dtype
-        self.base = build(name, seed, **fields).to(dtype)
+        self.fields = fields
+        self.base = self.fresh()
         generator = torch.Generator().manual_seed(seed)
-        self.ids = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=generator)
+        self.ids = torch.randint(3, TEXT, (ROWS, LENGTH), generator=generator)
         self._answers: dict[tuple[int, ...], Tensor] = {}
+
+    def fresh(self) -> Any:
+        """The base model once more, as nobody has touched it."""
+        return build(self.name, self.seed, **self.fields).to(self.dtype)
 
     @property
     def task_type(self) -> str:
-        """The task of a configuration that serves the mapping."""
-        return "CAUSAL_LM" if self.task == "MASKED_LM" else self.task
+        """The task of a configuration that serves the class."""
+        if self.task not in ("SEQ_2_SEQ_LM", "MASKED_LM"):
+            return self.task
+        return "SEQ_2_SEQ_LM" if getattr(self.base.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
     def settings(self, rows: int = PROMPT) -> dict[str, Any]:
         """Fields of a prompt's configuration that a composed base model does not always tell."""
@@ -129,49 +136,74 @@ class Family:
     def rows(self, adapter: str = "default") -> Tensor:
         """(P, D): an adapter's rows."""
         weight: Tensor = self.model.prompt_encoder[adapter].embedding.weight.detach()
-        return weight
+        return weight[: PROMPT if adapter == "default" else SHORT]  # an encoder-decoder's has a second half
 
     def batch(self, kind: str) -> dict[str, Tensor]:
         """The batch with padding of a kind."""
         mask = mask_of(kind)
-        ids = self.ids.masked_fill(mask == 0, PAD)
-        return {"input_ids": ids, "attention_mask": mask}
+        ids = self.ids.clone()
+        if self.task == "SEQ_CLS" and getattr(self.base.config, "is_encoder_decoder", False):
+            for row in range(ROWS):
+                ids[row, text_of(mask, row)[-1]] = EOS  # where they pool
+        return {"input_ids": ids.masked_fill(mask == 0, PAD), "attention_mask": mask}
 
     def step_batch(self, kind: str) -> dict[str, Tensor]:
-        """The same with labels, where PEFT takes them."""
+        """The same with labels."""
         given = self.batch(kind)
-        if self.task_type == "CAUSAL_LM":
-            given["labels"] = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
-        elif self.task == "SEQ_CLS":
-            given["labels"] = torch.arange(ROWS) % 2
-        elif self.task == "SEQ_2_SEQ_LM":
-            given["labels"] = self.labels
-        return given
+        if self.task_type == "SEQ_2_SEQ_LM":
+            return {**given, "labels": self.labels}
+        if self.task_type == "QUESTION_ANS":
+            first = given["attention_mask"].argmax(1)
+            return {**given, "start_positions": first, "end_positions": first + 3}
+        labels = given["input_ids"] % 2 if self.task_type == "TOKEN_CLS" else given["input_ids"]
+        if self.task_type == "SEQ_CLS":
+            return {**given, "labels": torch.arange(ROWS) % 2}
+        return {**given, "labels": labels.masked_fill(given["attention_mask"] == 0, -100)}
+
+    def decoder(self, row: int) -> dict[str, Tensor]:
+        """What an encoder-decoder is given for its decoder, for one row."""
+        return {"labels": self.labels[row : row + 1]} if self.task_type == "SEQ_2_SEQ_LM" else {}
+
+    def forward(self, given: dict[str, Any], **options: Any) -> Tensor:
+        """Values of the text, of each row: (B, T, ...) or (B, ...)."""
+        if self.task_type == "SEQ_2_SEQ_LM":
+            options["labels"] = self.labels
+        elif self.task_type == "CAUSAL_LM":
+            options["logits"] = "text"
+        return values_of(self.model(**given, **options))
+
+    def pick(self, values: Tensor, mask: Tensor, row: int) -> Tensor:
+        """A row's values, without those of padding."""
+        return values[row] if self.task_type in ("SEQ_CLS", "SEQ_2_SEQ_LM") else values[row, text_of(mask, row)]
 
     # By hand
+
+    def own_error(self, labels: bool) -> str | None:
+        """The error of the base model, called on ids without a prompt; None: it takes them."""
+        given = self.step_batch("no") if labels or self.task_type == "SEQ_2_SEQ_LM" else self.batch("no")
+        try:
+            with torch.no_grad():
+                self.fresh()(**given)
+        except Exception as error:
+            return one_line(error)
+        return None
 
     @cached_property
     def wants_ids(self) -> bool:
         """Whether embeddings alone are not what the base model makes of ids."""
-        ids = self.ids[:1]
+        ids, decoder = self.batch("no")["input_ids"][:1], self.decoder(0)
         try:
             with torch.no_grad():
-                by_ids = self.base(input_ids=ids, **self.decoder(1))
-                by_rows = self.base(inputs_embeds=self.base.get_input_embeddings()(ids), **self.decoder(1))
-                return not torch.allclose(first_of(by_ids), first_of(by_rows), rtol=1e-3, atol=1e-4)
+                by_ids = self.base(input_ids=ids, **decoder)
+                by_rows = self.base(inputs_embeds=self.base.get_input_embeddings()(ids), **decoder)
+                return not torch.allclose(values_of(by_ids), values_of(by_rows), rtol=1e-3, atol=1e-4)
         except Exception:
             return True
-
-    def decoder(self, size: int) -> dict[str, Tensor]:
-        """What an encoder-decoder is given for its decoder."""
-        if self.task != "SEQ_2_SEQ_LM":
-            return {}
-        return {"labels": self.labels[:size]}
 
     @cached_property
     def labels(self) -> Tensor:
         """(ROWS, 5): what an encoder-decoder is to say."""
-        return torch.randint(3, VOCABULARY, (ROWS, 5), generator=torch.Generator().manual_seed(9))
+        return torch.randint(3, TEXT, (ROWS, 5), generator=torch.Generator().manual_seed(9))
 
     def alone(self, ids: Tensor, rows: Tensor | None = None, **others: Any) -> Any:
         """The base model's output for one row's text (t,) behind a prompt."""
@@ -206,21 +238,25 @@ class Family:
         finally:
             hook.remove()
 
-    def text_logits(self, ids: Tensor, rows: Tensor | None = None) -> Tensor:
-        """(t, V): a language model's logits of one row's text (t,) behind a prompt."""
-        key = tuple(ids.tolist())
+    def right(self, ids: Tensor, rows: Tensor | None = None, row: int = 0) -> Tensor:
+        """What `pick` must give for a row with this text (t,), and these prompt rows in front."""
+        key = (row if self.task_type == "SEQ_2_SEQ_LM" else 0, *ids.tolist())
         if rows is None and key in self._answers:
             return self._answers[key]
-        found: Tensor = self.alone(ids, rows).logits[0, -len(ids) :]
+        found = values_of(self.alone(ids, rows, **self.decoder(row)))[0]
+        if self.task_type not in ("SEQ_CLS", "SEQ_2_SEQ_LM"):
+            found = found[-len(ids) :]
         if rows is None:
             self._answers[key] = found
         return found
 
 
-def first_of(output: Any) -> Tensor:
-    """The values that an output is about."""
-    for name in ("logits", "start_logits"):
+def values_of(output: Any) -> Tensor:
+    """The values that an output is about: (B, S, V), (B, C), or start and end (B, S, 2)."""
+    for name in ("logits", "prediction_logits"):
         value = getattr(output, name, None)
         if isinstance(value, Tensor):
             return value
-    raise NoOracle(f"an output of {sorted(output)}")
+    if getattr(output, "start_logits", None) is None:
+        raise NoOracle(f"no logits in an output of {sorted(output)}")
+    return torch.stack((output.start_logits, output.end_logits), -1)

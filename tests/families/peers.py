@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,7 +10,20 @@ from torch import Tensor
 import fusedprompt
 
 from .generation import GREEDY, expect_rows
-from .kit import GRADIENTS, MASKS, PROMPT, Difference, Family, NoOracle, is_ours, one_line, oracle, same, text_of
+from .kit import (
+    GRADIENTS,
+    MASKS,
+    PROMPT,
+    Difference,
+    Family,
+    NoOracle,
+    is_ours,
+    one_line,
+    oracle,
+    same,
+    text_of,
+    values_of,
+)
 from .tiny import WIDTH
 
 
@@ -21,23 +33,30 @@ def peft_model(family: Family) -> Any:
 
     settings = {**family.settings(), "token_dim": WIDTH}
     with oracle("PEFT"):
-        model = peft.get_peft_model(copy.deepcopy(family.base), peft.PromptTuningConfig(**settings)).eval()
+        model = peft.get_peft_model(family.fresh(), peft.PromptTuningConfig(**settings)).eval()
         with torch.no_grad():
-            model.prompt_encoder["default"].embedding.weight.copy_(family.rows())
+            model.prompt_encoder["default"].embedding.weight.copy_(
+                family.model.prompt_encoder["default"].embedding.weight
+            )
     return model
 
 
-def step(model: Any, given: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    """Loss, logits and the prompt's gradient of a step."""
+def step(model: Any, given: dict[str, Tensor], cut: bool = False, **options: Any) -> dict[str, Tensor]:
+    """Loss, logits and the prompt's gradient of a step. cut: logits of the prompt are left out."""
     output = model(**{name: value.clone() for name, value in given.items()}, **options)
-    found = {name: value for name, value in output.items() if "logits" in name and isinstance(value, Tensor)}
-    loss = output.loss if output.get("loss") is not None else sum(one.square().mean() for one in found.values())
-    (found["gradient"],) = torch.autograd.grad(loss, model.prompt_encoder["default"].embedding.weight)
-    return {"loss": loss, **{name: value.detach() for name, value in found.items()}}
+    values = values_of(output)
+    length = given["input_ids"].shape[1]
+    if cut and values.dim() == 3 and values.shape[1] == length + PROMPT:
+        values = values[:, PROMPT:]
+    loss = output.loss if output.get("loss") is not None else values.square().mean()
+    (gradient,) = torch.autograd.grad(loss, model.prompt_encoder["default"].embedding.weight)
+    return {"loss": loss.detach(), "logits": values.detach(), "gradient": gradient}
 
 
-def shown_of(given: dict[str, Tensor]) -> Tensor:
-    """(B, P + T): the positions behind a prompt that are no padding."""
+def shown_of(given: dict[str, Tensor], cut: bool = False) -> Tensor:
+    """(B, P + T): the positions that are no padding. cut: (B, T), without the prompt's."""
+    if cut:
+        return given["attention_mask"] > 0
     return torch.nn.functional.pad(given["attention_mask"], (PROMPT, 0), value=1) > 0
 
 
@@ -50,15 +69,26 @@ def compare_steps(what: str, found: dict[str, Tensor], right: dict[str, Tensor],
         same(f"{what}: {name}", one, value, GRADIENTS if name == "gradient" else 2e-4)
 
 
+def peft_batch(family: Family, kind: str) -> dict[str, Tensor]:
+    """A batch as PEFT takes it: without labels for tokens, which it cannot move behind the prompt."""
+    given = family.step_batch(kind)
+    if family.task_type not in ("TOKEN_CLS", "QUESTION_ANS"):
+        return given
+    return {name: value for name, value in given.items() if name in ("input_ids", "attention_mask")}
+
+
 def check_peft(family: Family) -> None:
     """Spliced, a step is PEFT's where PEFT is right: rows of one length, or padded at the right."""
     theirs = peft_model(family)
+    cut = family.task_type in ("TOKEN_CLS", "QUESTION_ANS")
     for kind in ("no",) if family.task == "SEQ_CLS" else ("no", "right"):
-        given = family.step_batch(kind)
+        given = peft_batch(family, kind)
         found = step(family.model, given, route="splice")
         with oracle("PEFT"):
-            right = step(theirs, given)
-        compare_steps(f"{kind} padding", found, right, shown_of(given))
+            right = step(theirs, given, cut)
+        if cut and kind == "right":
+            del found["loss"], found["gradient"], right["loss"], right["gradient"]  # of padding, too
+        compare_steps(f"{kind} padding", found, right, shown_of(given, cut))
 
 
 def check_apply(family: Family) -> None:
@@ -66,7 +96,7 @@ def check_apply(family: Family) -> None:
     model = peft_model(family)
     right: dict[str, Any] = {}
     for kind in MASKS:
-        given = family.step_batch(kind)
+        given = peft_batch(family, kind)
         try:
             right[kind] = step(model, given)
         except Exception as error:
@@ -78,7 +108,7 @@ def check_apply(family: Family) -> None:
         for kind, expected in right.items():
             if isinstance(expected, Exception):
                 continue
-            given = family.step_batch(kind)
+            given = peft_batch(family, kind)
             compare_steps(f"{kind} padding", step(model, given), expected, shown_of(given))
         if isinstance(text, Tensor):
             after = generated(family, model, "no", must=True)
@@ -102,20 +132,21 @@ def generated(family: Family, model: Any, kind: str, must: bool = False) -> Tens
 def check_fix(family: Family) -> None:
     """With fix=True the text of a padded row is that of the row alone, and goes on like it."""
     model = peft_model(family)
+    others = {"labels": family.labels} if family.task_type == "SEQ_2_SEQ_LM" else {}
     with fusedprompt.apply(model, fix=True):
         for kind in ("left", "right"):
             given = family.batch(kind)
             try:
                 with torch.no_grad():
-                    found = model(**given).logits
+                    found = values_of(model(**given, **others))
             except Exception as error:
                 if is_ours(error):
                     raise
                 with oracle("PEFT"), torch.no_grad():
-                    peft_model(family)(**given)
+                    peft_model(family)(**given, **others)
                 raise
             for row in range(len(found)):
-                expect_text(family, f"{kind} padding: logits", given, row, found[row])
+                expect_text(family, f"{kind} padding: logits", given, row, found)
         given = family.batch("left")
         text_found = generated(family, model, "left")
         if text_found is not None:
@@ -123,15 +154,19 @@ def check_fix(family: Family) -> None:
 
 
 def expect_text(family: Family, what: str, given: dict[str, Tensor], row: int, found: Tensor) -> None:
-    """Logits (P + T, V) hold the row's text where it was, or, of a model that looks both ways, behind the prompt."""
+    """A row's values are right, where the text was or, of a model that looks both ways, behind the prompt."""
     columns = text_of(given["attention_mask"], row)
-    right = family.text_logits(given["input_ids"][row, columns])
+    right = family.right(given["input_ids"][row, columns], row=row)
+    if found[row].shape == right.shape and family.task_type in ("SEQ_CLS", "SEQ_2_SEQ_LM"):
+        same(what, found[row], right)
+        return
+    prompt = found.shape[1] - given["input_ids"].shape[1]
     try:
-        same(what, found[PROMPT + columns], right)
+        same(what, found[row, prompt + columns], right)
     except Difference:
         if not any(getattr(part, "is_causal", True) is False for part in family.base.modules()):
             raise
-        same(what, found[PROMPT : PROMPT + len(columns)], right)
+        same(what, found[row, prompt : prompt + len(columns)], right)
 
 
 CHECKS: dict[str, Any] = {"PEFT": check_peft, "apply": check_apply, "apply, fix": check_fix}

@@ -7,7 +7,6 @@ alone. Outcomes are appended to a file as they come, one JSON object a line.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import signal
@@ -16,7 +15,6 @@ import time
 import warnings
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +23,10 @@ import transformers
 
 from . import checks
 from .kit import Difference, Family, NoOracle, is_ours, one_line
+from .outcome import Outcome, append, read, red_lines
 from .tiny import MAPPINGS, classes
 
 MEMORY = 8 << 30
-KINDS = ("equal", "said", "refused", "unchecked", "red")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one check of one class.
-
-    kind: "equal"; "said", equal with a remark; "refused" by the package, with its reason; "unchecked", because there
-    is nothing to compare with; "red": a wrong number, or an error that is not the package's.
-    """
-
-    task: str
-    name: str
-    check: str
-    kind: str
-    text: str = ""
 
 
 def outcome_of(family: Family, check: str) -> tuple[str, str]:
@@ -57,7 +40,10 @@ def outcome_of(family: Family, check: str) -> tuple[str, str]:
     except TimeoutError:
         raise
     except Exception as error:
-        return ("refused", " ".join(str(error).split())) if is_ours(error) else ("red", one_line(error))
+        if is_ours(error):
+            return "refused", " ".join(str(error).split())
+        own = family.own_error(check in checks.STEPS)
+        return ("red", one_line(error)) if own is None else ("unchecked", f"the base model fails: {own}")
     return ("equal", "") if said is None else ("said", said)
 
 
@@ -122,12 +108,6 @@ def in_process(task: str, name: str, wanted: Sequence[str], timeout: float, path
         append(path, Outcome(task, name, "run", "red", f"the process ended with status {status}"))
 
 
-def append(path: Path, outcome: Outcome) -> None:
-    """One line, in one write, so that processes do not mix theirs."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(outcome)) + "\n")
-
-
 def groups(pairs: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:
     """Classes of one module together, which is imported once."""
     found: dict[str, list[tuple[str, str]]] = {}
@@ -167,19 +147,6 @@ def run_group(group: Sequence[tuple[str, str]], wanted: Sequence[str], timeout: 
             in_process(task, name, wanted, timeout, path)
     finally:
         os._exit(0)
-
-
-def read(path: Path) -> list[Outcome]:
-    """Outcomes from a file, in the mappings' order."""
-    found = [Outcome(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    tasks = list(MAPPINGS)
-    places = {(task, name): (tasks.index(task), place) for task in tasks for place, name in enumerate(classes(task))}
-    return sorted(found, key=lambda one: places[one.task, one.name])
-
-
-def red_lines(outcomes: Sequence[Outcome]) -> list[str]:
-    """What is red, a line each."""
-    return [f"{one.task} {one.name} | {one.check}: {one.text}" for one in outcomes if one.kind == "red"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
