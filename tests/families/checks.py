@@ -15,7 +15,7 @@ _BY_TASK: dict[str, dict[str, Any]] = {
     "SEQ_2_SEQ_LM": {**_BOTH, **generation.SAID},
     "MASKED_LM": {**_BOTH, **masked.LOSS, **masked.CHECKS},
 }
-STEPS = ("routes", "every gradient", "PEFT", "apply", "loss")  # with labels
+STEPS = ("routes", "every gradient", "embeddings", "PEFT", "apply", "loss")  # with labels or gradients
 
 
 def of(task: str) -> dict[str, Any]:

@@ -25,14 +25,15 @@ def compare_rows(family: Family, what: str, found: Tensor, given: dict[str, Tens
         same(f"{what}: logits", family.pick(found, mask, row), right)
 
 
-def check_alone(family: Family) -> None:
+def check_alone(family: Family) -> str | None:
     """Every row of a batch, padded at the right, left, both or not at all, is the row alone."""
-    for kind in MASKS:
+    for kind in family.kinds():
         given = family.batch(kind)
         for route in ROUTES:
             with torch.no_grad():
                 found = family.forward(given, route=route)
             compare_rows(family, f"{route}, {kind} padding", found, given)
+    return family.remark()
 
 
 def check_routes(family: Family) -> str | None:
@@ -91,8 +92,9 @@ def check_trained(family: Family) -> None:
 
 def check_embeds(family: Family) -> None:
     """Embeddings in place of ids give what the base model makes of prompt and embeddings, gradient included."""
-    given = family.batch("left")
-    embeds = family.base.get_input_embeddings()(given["input_ids"]).detach().requires_grad_()
+    given = family.batch("left" if "left" in family.kinds() else "no")
+    with oracle():
+        embeds = family.base.get_input_embeddings()(given["input_ids"]).detach().requires_grad_()
     mask, found = given["attention_mask"], {}
     for route in ROUTES:
         values = family.forward({"inputs_embeds": embeds, "attention_mask": mask}, route=route)
@@ -112,7 +114,7 @@ def check_embeds(family: Family) -> None:
 
 def check_pad_inside(family: Family) -> None:
     """A pad id inside a text that the mask shows is a token like any other."""
-    for kind in ("no", "left"):
+    for kind in [kind for kind in ("no", "left") if kind in family.kinds()]:
         given = family.batch(kind)
         given["input_ids"][:, 7] = PAD
         if family.wants_ids:
@@ -126,19 +128,18 @@ def check_pad_inside(family: Family) -> None:
 def check_adapters(family: Family) -> None:
     """Rows with a long prompt, a short one and none, in one batch, are those rows alone."""
     names = ["default", "short", "__base__", "short"]
-    for kind in ("no", "mixed"):
+    for kind in [kind for kind in ("no", "mixed") if kind in family.kinds()]:
         given = family.batch(kind)
         mask = given["attention_mask"]
         for route in ROUTES:
             with torch.no_grad():
                 found = family.forward(given, adapter_names=names, route=route)
             for row, name in enumerate(names):
+                if family.feels_padding and name != "default":
+                    continue  # a shorter prompt is padded
                 ids = given["input_ids"][row, text_of(mask, row)]
-                if name == "__base__":
-                    with oracle(), torch.no_grad():
-                        right = values_of(family.base(input_ids=ids.unsqueeze(0), **family.decoder(row)))[0]
-                else:
-                    right = family.right(ids, None if name == "default" else family.rows(name), row)
+                rows = {"default": None, "__base__": family.no_rows()}.get(name, family.rows("short"))
+                right = family.right(ids, rows, row)
                 same(f"{route}, {kind} padding, row of {name}: logits", family.pick(found, mask, row), right)
 
 

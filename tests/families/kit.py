@@ -179,26 +179,73 @@ class Family:
     # By hand
 
     def own_error(self, labels: bool) -> str | None:
-        """The error of the base model, called on ids without a prompt; None: it takes them."""
+        """The error of the base model, called on ids without a prompt; None: it takes them. labels: a whole step."""
         given = self.step_batch("no") if labels or self.task_type == "SEQ_2_SEQ_LM" else self.batch("no")
+        base = self.fresh()
         try:
-            with torch.no_grad():
-                self.fresh()(**given)
+            with torch.set_grad_enabled(labels):
+                output = base(**given)
+                if labels:
+                    output.loss.backward()
         except Exception as error:
             return one_line(error)
         return None
 
     @cached_property
     def wants_ids(self) -> bool:
-        """Whether embeddings alone are not what the base model makes of ids."""
+        """Whether embeddings alone are refused, or lack what layers make of the ids."""
         ids, decoder = self.batch("no")["input_ids"][:1], self.decoder(0)
         try:
             with torch.no_grad():
-                by_ids = self.base(input_ids=ids, **decoder)
                 by_rows = self.base(inputs_embeds=self.base.get_input_embeddings()(ids), **decoder)
-                return not torch.allclose(values_of(by_ids), values_of(by_rows), rtol=1e-3, atol=1e-4)
+                by_ids = self.base(input_ids=ids, **decoder)
         except Exception:
             return True
+        if "per_layer" not in str(self.base.config):
+            return False
+        return not torch.allclose(values_of(by_ids), values_of(by_rows), rtol=1e-3, atol=1e-4)
+
+    @cached_property
+    def feels_padding(self) -> bool:
+        """Whether padding at the right changes what the base model makes of a text, without any prompt."""
+        given = self.batch("right")
+        ids, mask, decoder = given["input_ids"][1:2], given["attention_mask"][1:2], self.decoder(1)
+        columns = text_of(mask, 0)
+        try:
+            with torch.no_grad():
+                padded = values_of(self.base(input_ids=ids, attention_mask=mask, **decoder))
+                alone = values_of(self.base(input_ids=ids[:, columns], **decoder))
+            same("", self.pick(padded, mask, 0), alone[0])
+        except Difference:
+            return self.task_type != "SEQ_CLS" or not self.is_causal  # a decoder that pools takes it for text
+        except Exception:
+            return False
+        return False
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether a text's first values do not depend on its end."""
+        ids = self.batch("no")["input_ids"][:1]
+        try:
+            with torch.no_grad():
+                whole, part = (self.base(input_ids=one, output_hidden_states=True) for one in (ids, ids[:, :-2]))
+            same("", whole.hidden_states[-1][:, :-2], part.hidden_states[-1])
+        except Exception:
+            return False
+        return True
+
+    def kinds(self) -> dict[str, Any]:
+        """Paddings under which a row must be the row alone."""
+        return {"no": []} if self.feels_padding else MASKS
+
+    def remark(self) -> str | None:
+        """What `kinds` leaves out."""
+        reason = "unpadded rows alone: padding changes what the base model itself computes"
+        return reason if self.feels_padding else None
+
+    def no_rows(self) -> Tensor:
+        """(0, D): no prompt."""
+        return self.rows()[:0]
 
     @cached_property
     def labels(self) -> Tensor:

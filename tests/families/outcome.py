@@ -25,6 +25,25 @@ class Outcome:
     text: str = ""
 
 
+@dataclass(frozen=True)
+class Job:
+    """A class of a mapping, and the checks that are wanted of it; none are all."""
+
+    task: str
+    name: str
+    checks: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\t".join((self.task, self.name, *self.checks))
+
+
+def jobs_of(path: Path) -> list[Job]:
+    """Jobs from a file: a line each, mapping, class and checks with tabs between them."""
+    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line]
+    known = [line for line in lines if line[1] in classes(line[0])]  # another transformers has others
+    return [Job(task, name, tuple(checks)) for task, name, *checks in known]
+
+
 def append(path: Path, outcome: Outcome) -> None:
     """One line, in one write, so that processes do not mix theirs."""
     with path.open("a", encoding="utf-8") as file:

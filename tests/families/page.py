@@ -20,9 +20,9 @@ _TITLES = {
 _MARKS = {"equal": "=", "said": "s", "refused": "r", "unchecked": "–", "red": "✗"}
 _TOP = """# Families
 
-Every class of six of transformers' mappings (transformers {transformers}, PEFT {peft}, torch {torch}), tiny, with random
-weights (four times as large as transformers draws them, so that differences show), behind a prompt of 30 rows, on
-batches of 4 texts of 14 tokens. `make families` runs the checks, a process each class, and writes this page; a wrong
+Every class of six of transformers' mappings (transformers {transformers}, PEFT {peft}, torch {torch}), tiny, with
+random weights (four times as large as transformers draws them, so that differences show), behind a prompt of 30 rows,
+on batches of 4 texts of 14 tokens. `make families` runs the checks, a process each class, and writes this page; a wrong
 number, or an error of the base model where this package could have said no before, fails it. `make test` runs a sample,
 another each day.
 

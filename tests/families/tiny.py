@@ -94,6 +94,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": WIDTH},
     },
     "dots3_note_text": {"per_layer_config": None},
+    "esmc": {"num_key_value_heads": HEADS},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
     "gemma4_assistant/text_config": {
         "hidden_size_per_layer_input": 0,
@@ -127,6 +128,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "axial_pos_embds_dim": [16, 16],
         "local_attn_chunk_length": 8,
         "lsh_attn_chunk_length": 8,
+        "hash_seed": 0,
+        "attn_layers": ["local", "lsh"],
     },
     "roc_bert": {
         "pronunciation_embed_dim": 8,
