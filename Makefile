@@ -56,7 +56,8 @@ kernels-oldest: $(READY)  ## the same with the oldest Triton that is supported
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m benches.compile_table
 
 families: $(READY)  ## check every family of transformers, in about 25 minutes, and write docs/families.md
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m families.sweep --write docs/families.md $(ARGS)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m families.sweep --write docs/families.md \
+	  --remember tests/families/ever_failed.txt $(ARGS)
 
 # The oldest PEFT and transformers that `apply` takes, beside the newest, which `make test` runs. transformers brings no
 # torch along; PEFT would, so it comes alone. 50 s in all. Another pair: make versions PEFT=0.19.1 TRANSFORMERS=5.6.2

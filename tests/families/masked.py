@@ -35,9 +35,9 @@ def check_template(family: Family) -> None:
         raise NoOracle("not tried with encoder-decoders")
     half = PROMPT // 2
     around = Family(family.name, family.task, family.seed, family.dtype)
-    config = fusedprompt.PromptTuningConfig(**around.settings())
+    config: Any = fusedprompt.PromptTuningConfig(**around.settings())
     template = f"[prompt {half}] [text] [prompt {half}]"
-    model = fusedprompt.get_prompt_model(around.base, config, template=template).eval()
+    model: Any = fusedprompt.get_prompt_model(around.base, config, template=template).eval()
     rows = model.prompt_encoder["default"].embedding.weight.detach()
     given = around.batch("no" if around.feels_padding else "right")
     with torch.no_grad():

@@ -40,8 +40,23 @@ class Job:
 def jobs_of(path: Path) -> list[Job]:
     """Jobs from a file: a line each, mapping, class and checks with tabs between them."""
     lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line]
-    known = [line for line in lines if line[1] in classes(line[0])]  # another transformers has others
-    return [Job(task, name, tuple(checks)) for task, name, *checks in known]
+    return [Job(task, name, tuple(checks)) for task, name, *checks in lines]
+
+
+def known(jobs: Sequence[Job]) -> list[Job]:
+    """Those whose classes the installed transformers has."""
+    return [job for job in jobs if job.name in classes(job.task)]
+
+
+def remember(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Add what is red to a file of jobs."""
+    found = {(job.task, job.name): list(job.checks) for job in jobs_of(path)}
+    for one in outcomes:
+        if one.kind == "red":
+            ever = found.setdefault((one.task, one.name), [])
+            if one.check not in ever:
+                ever.append(one.check)
+    path.write_text("".join(f"{Job(*key, tuple(ever))}\n" for key, ever in sorted(found.items())), encoding="utf-8")
 
 
 def append(path: Path, outcome: Outcome) -> None:

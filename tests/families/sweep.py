@@ -24,7 +24,7 @@ import fusedprompt
 
 from . import checks
 from .kit import Difference, Family, NoOracle, is_ours, one_line
-from .outcome import Job, Outcome, append, jobs_of, read, red_lines
+from .outcome import Job, Outcome, append, jobs_of, known, read, red_lines, remember
 from .page import page
 from .peers import peft_model
 from .tiny import MAPPINGS, classes
@@ -83,7 +83,7 @@ def run_class(job: Job, write: Callable[[Outcome], None]) -> None:
         write(Outcome(task, name, "wrap", kind, str(error) if kind == "refused" else one_line(error)))
         return
     for one in checks.of(task):
-        if not job.checks or one in job.checks:
+        if not set(job.checks) & set(checks.of(task)) or one in job.checks:
             write(check(family, one))
 
 
@@ -167,7 +167,7 @@ def run_group(group: Sequence[Job], timeout: float, path: Path) -> None:
 def wanted(given: argparse.Namespace) -> list[Job]:
     """What the command line asks for."""
     if given.list is not None:
-        return jobs_of(given.list)
+        return known(jobs_of(given.list))
     names = [(task, name) for task in given.mapping for name in classes(task)]
     return [Job(*pair, tuple(given.checks)) for pair in names if not given.only or pair[1] in given.only]
 
@@ -182,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for a class")
     parser.add_argument("--json", type=Path, default=Path("build/families.jsonl"))
+    parser.add_argument("--remember", type=Path, help="a file of that kind, to which what is red is added")
     parser.add_argument("--write", type=Path, help="the page to write, e.g. docs/families.md")
     given = parser.parse_args(arguments)
     given.json.parent.mkdir(parents=True, exist_ok=True)
@@ -189,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes = sweep(jobs, given.jobs, given.timeout, given.json)
     if given.write is not None:
         given.write.write_text(page(outcomes), encoding="utf-8")
+    if given.remember is not None:
+        remember(given.remember, outcomes)
     red = red_lines(outcomes)
     built = {(one.task, one.name) for one in outcomes if one.check == "build" and one.kind == "equal"}
     print(f"{len(built)} of {len(jobs)} classes built, {len(outcomes)} outcomes, {len(red)} red", *red, sep="\n")

@@ -108,8 +108,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "inkling_text": {"rel_extent": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "use_mamba_kernels": False},
     "kimi_linear": _LINEAR,
+    "led": {"attention_window": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "longformer": {"attention_window": 8},
     "mamba2": {"num_heads": 8},
     "qwen3_5_moe_text": _LINEAR,
     "qwen3_5_text": _LINEAR,
@@ -178,7 +180,7 @@ def window_fields(kind: Any) -> set[str]:
 def _part_of(kind: Any, name: str, part: Any) -> Any:
     if part is not transformers.AutoConfig:
         return part
-    default = getattr(kind, "sub_configs_defaults", {}).get(name)
+    default: Any = getattr(kind, "sub_configs_defaults", {}).get(name)
     if getattr(default, "model_type", None) in transformers.CONFIG_MAPPING:
         return transformers.CONFIG_MAPPING[default.model_type]
     return type(getattr(kind(), name))
