@@ -209,13 +209,15 @@ class Family:
     def feels_padding(self) -> bool:
         """Whether padding at the right changes what the base model makes of a text, without any prompt."""
         given = self.batch("right")
-        ids, mask, decoder = given["input_ids"][1:2], given["attention_mask"][1:2], self.decoder(1)
-        columns = text_of(mask, 0)
+        mask = given["attention_mask"]
         try:
-            with torch.no_grad():
-                padded = values_of(self.base(input_ids=ids, attention_mask=mask, **decoder))
-                alone = values_of(self.base(input_ids=ids[:, columns], **decoder))
-            same("", self.pick(padded, mask, 0), alone[0])
+            for row in (1, 3):  # an even and an odd number of tokens
+                decoder, columns = self.decoder(row), text_of(mask, row)
+                one = {name: value[row : row + 1] for name, value in given.items()}
+                with torch.no_grad():
+                    padded = values_of(self.base(**one, **decoder))
+                    alone = values_of(self.base(input_ids=one["input_ids"][:, columns], **decoder))
+                same("", self.pick(padded, one["attention_mask"], 0), alone[0])
         except Difference:
             return self.task_type != "SEQ_CLS" or not self.is_causal  # a decoder that pools takes it for text
         except Exception:

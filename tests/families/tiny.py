@@ -87,6 +87,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "": {"attn_pdrop": 0},  # MPT's attention
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "cpmant": {"prompt_length": 4},
     "dbrx": {
