@@ -44,9 +44,8 @@ class NoOracle(Exception):
 def is_ours(error: BaseException) -> bool:
     """Whether an error is a refusal of the package's, and not one that fell out of the base model."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return frame.filename.startswith(_PACKAGE) and isinstance(
-        error, (ValueError, TypeError, NotImplementedError, fusedprompt.BackendUnavailable)
-    )
+    raised = frame.filename.startswith(_PACKAGE) and (frame.line or "").startswith("raise ")
+    return raised and isinstance(error, (ValueError, TypeError, NotImplementedError, fusedprompt.BackendUnavailable))
 
 
 def one_line(error: BaseException, length: int = 160) -> str:

@@ -24,14 +24,13 @@ from .kit import (
     text_of,
     values_of,
 )
-from .tiny import WIDTH
 
 
 def peft_model(family: Family) -> Any:
     """PEFT's model with the family's weights and prompt."""
     import peft
 
-    settings = {**family.settings(), "token_dim": WIDTH}
+    settings = {**family.settings(), "token_dim": family.rows().shape[1]}
     with oracle("PEFT"):
         model = peft.get_peft_model(family.fresh(), peft.PromptTuningConfig(**settings)).eval()
         with torch.no_grad():
