@@ -95,6 +95,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": WIDTH},
     },
     "dots3_note_text": {"per_layer_config": None},
+    "encoder-decoder/decoder": {"is_decoder": True, "add_cross_attention": True},
     "esmc": {"num_key_value_heads": HEADS},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
     "gemma4_assistant/text_config": {
