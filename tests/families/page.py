@@ -17,7 +17,7 @@ _TITLES = {
     "SEQ_2_SEQ_LM": "Sequence to sequence",
     "MASKED_LM": "Masked language models",
 }
-_MARKS = {"equal": "=", "said": "s", "refused": "r", "unchecked": "–", "red": "✗"}
+_MARKS = {"equal": "=", "said": "s", "refused": "r", "unchecked": "-", "red": "✗"}
 _TOP = """# Families
 
 Every class of six of transformers' mappings (transformers {transformers}, PEFT {peft}, torch {torch}), tiny, with
@@ -39,7 +39,7 @@ or else in float64.
 {checks}
 
 In the tables: `=` equal, `s` equal with the remark of the note (that `auto` splices, and why), `r` refused by this
-package with the reason of the note, `–` nothing to compare with: the base model or PEFT cannot do it, `✗` wrong.
+package with the reason of the note, `-` nothing to compare with: the base model or PEFT cannot do it, `✗` wrong.
 Families whose outcomes are the same are in one row.
 """
 
@@ -83,7 +83,7 @@ def _count(task: str, outcomes: Sequence[Outcome]) -> str:
     shared = [name for name in good if any((one.check, one.kind) == ("routes", "equal") for one in ran[name])]
     if task not in ("CAUSAL_LM", "SEQ_CLS"):
         shared = []
-    return f"| {_TITLES[task]} | {len(classes(task))} | {len(built)} | {len(good)} | {len(shared) or '–'} |"
+    return f"| {_TITLES[task]} | {len(classes(task))} | {len(built)} | {len(good)} | {len(shared) or '-'} |"
 
 
 def _section(task: str, outcomes: Sequence[Outcome], notes: dict[str, int]) -> str:
