@@ -159,7 +159,12 @@ class _Trial:
             return Found(cache, None, lead, self.writes)
         wide = torch.cat((mask.new_ones(2, _PROMPT), mask), 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0) + _PROMPT + self.facts.first_position
-        found = self._run(inputs_embeds=padded, past_key_values=cache(), attention_mask=wide, position_ids=positions)
+        given = cache()
+        kept = [tensor for layer in given.layers for tensor in (layer.keys, layer.values)]
+        before = [tensor.clone() for tensor in kept]
+        found = self._run(inputs_embeds=padded, past_key_values=given, attention_mask=wide, position_ids=positions)
+        if not isinstance(found, str) and not all(map(torch.equal, kept, before)):
+            found = "the base model writes into the keys and values that it is given"
         if isinstance(found, str):
             return Found(found, None, lead, self.writes)
         sharing = self._differs(

@@ -13,7 +13,8 @@ def shortened(model: Any) -> Any:
     """A transformers model cut down to its first layers, in which each kind of layer occurs, two at least; or all of it
     where its layers are not found.
 
-    Weights are the model's own, the modules around them copies without hooks. Nothing of the model is changed.
+    Weights are the model's own, the modules around them copies without hooks, in evaluation mode. Nothing of the model
+    is changed.
     """
     config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
     number = int(getattr(config, "num_hidden_layers", None) or 0)
@@ -28,7 +29,7 @@ def shortened(model: Any) -> Any:
 
 
 def bare(module: nn.Module) -> Any:
-    """A copy of a module and its parts without hooks, with the same tensors."""
+    """A copy of a module and its parts without hooks, with the same tensors, in evaluation mode."""
     return _bare(module, {}, {}, {})
 
 
@@ -49,7 +50,7 @@ def _bare(module: Any, configs: dict[int, Any], lengths: dict[int, int], copies:
     own = vars(bare)
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         own[hooks] = type(own[hooks])()
-    own["_compiled_call_impl"] = None
+    own["_compiled_call_impl"], own["training"] = None, False
     if id(own.get("config")) in configs:
         own["config"] = configs[id(own["config"])]
     parts = list(module._modules.items())[: lengths.get(id(module))]

@@ -330,6 +330,8 @@ def _count_new_tokens(base: Any, length: int, kwargs: dict[str, Any]) -> None:
             if limit and config is not None:
                 config = kwargs["generation_config"] = copy.copy(config)
                 setattr(config, whole, None)
+            if limit and limit == getattr(type(source)(), whole):
+                kwargs[new] = limit  # transformers' own default (20, before version 5) counts new tokens
         if not limit or kwargs.get(new) is not None:
             continue
         if whole == "max_length" and limit <= length:
