@@ -30,7 +30,8 @@ class BaseFacts:
     position_limit: longest sequence a learned position table can number, or None for relative positions.
     width: of the input embeddings, if they say so.
     pools_last: a sequence classifier reads the last column of a row: decoders do, and XLNet. Encoders read the first.
-    windowed: an encoder some of whose attentions see the nearest columns alone.
+    windowed: some attentions see the nearest columns alone; of a decoder, those that its cache does not know of.
+    stateful: a recurrent model, which may take padding for text whatever the mask says.
     padding_last: padding must stand behind the text, because columns are counted (see `first_use`).
     needs_ids: it takes no embeddings in place of ids (see `virtual_ids`).
     placeholder: the id whose layer inputs a prompt's rows get (see `layer_inputs`), or None where there are none.
@@ -47,6 +48,7 @@ class BaseFacts:
     pools_last: bool = False
     tells_position_ids: bool = False
     windowed: bool = False
+    stateful: bool = False
     padding_last: bool = False
     needs_ids: bool = False
     placeholder: int | None = None
@@ -81,7 +83,8 @@ class BaseFacts:
             first_position=first,
             position_limit=_position_limit(base, first),
             width=getattr(base.get_input_embeddings(), "embedding_dim", None),
-            windowed=not causal and bool(local_windows(base.config)),
+            windowed=any(not causal or name != "sliding_window" for name, _ in local_windows(base.config)),
+            stateful=bool(getattr(model, "_is_stateful", False)),
             needs_ids=model is not None and needs_ids(model),
             placeholder=of_prompt,
             needs_layer_inputs=needed,

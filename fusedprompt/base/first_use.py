@@ -152,8 +152,9 @@ class _Trial:
         padded = torch.stack((torch.cat((padding[0], self.text[0])), torch.cat((self.text[1], padding[1]))))
         mask = torch.ones(2, _PADDING + _TEXT, dtype=torch.int64, device=self.device)
         mask[0, :_PADDING], mask[1, _TEXT:] = 0, 0
-        # With position ids it does as it is told.
-        lead = None if self.facts.places_position_ids else self._why_not_lead(padding[0], right[:1])
+        # With position ids it does as it is told, but for a state.
+        told = self.facts.places_position_ids and not self.facts.stateful
+        lead = None if told else self._why_not_lead(padding[0], right[:1])
         cache = self._cache() if shares else "it was not tried"
         if isinstance(cache, str):
             return Found(cache, None, lead, self.writes)

@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..base.cache import keeps_all
 from ..routes.call import PEFT, SHARED, Call
 from ..routes.choice import RouteUnavailable, why_not_length
@@ -90,6 +92,11 @@ def prepare(patch: Record, original: Any, args: tuple[Any, ...], kwargs: dict[st
         running.without_prompt = False
     assert inputs["past_key_values"] is cache and inputs["inputs_embeds"].shape[:2] == ids.shape
     cache.layers = layers
+    facts, rows = patch.host.facts, patch.host.prompts[patch.host.in_use].rows
+    if facts.first_position and facts.takes_position_ids and inputs.get("position_ids") is None:
+        # RoBERTa counts embeddings from where it begins, whatever the cache holds.
+        counted = torch.arange(rows, rows + ids.shape[1], device=ids.device) + facts.first_position
+        inputs["position_ids"] = counted.unsqueeze(0)
     return inputs
 
 

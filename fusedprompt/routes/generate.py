@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..base.positions import counted_behind
@@ -62,11 +64,37 @@ def run_generate(host: Host, plan: Plan) -> Any:
 
 
 def _counting(host: Host, plan: Plan) -> contextlib.AbstractContextManager[None]:
-    """Within it a decoder whose positions can only be told does not count padding in front of a row's text."""
-    mask = plan.fields.attention_mask
-    if not host.facts.tells_position_ids or mask is None:
+    """Within it a decoder does not count padding in front of a row's text, whether transformers tells it or not."""
+    mask, facts = plan.fields.attention_mask, host.facts
+    if mask is None or not facts.causal:
+        return contextlib.nullcontext()
+    if facts.takes_position_ids:
+        return _told_positions(host.base_model, facts.first_position)
+    if not facts.tells_position_ids:
         return contextlib.nullcontext()
     return counted_behind(host.base_model, (mask == 0).sum(1).repeat_interleave(_copies(host.base_model, plan.others)))
+
+
+@contextlib.contextmanager
+def _told_positions(base: Any, first: int) -> Iterator[None]:
+    """Within the block, and in its thread, steps without position ids get those that their mask tells: GIT's."""
+    thread = threading.get_ident()
+
+    def tell(_: Any, args: tuple[Any, ...], call: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mask, tokens = call.get("attention_mask"), call.get("input_ids")
+        tokens = call.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None or call.get("position_ids") is not None or threading.get_ident() != thread:
+            return args, call
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= tokens.shape[1]:
+            counted = ((mask != 0).cumsum(1) - 1).clamp(min=0) + first
+            call["position_ids"] = counted[:, -tokens.shape[1] :]
+        return args, call
+
+    hook = base.register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _copies(base: Any, others: Mapping[str, Any]) -> int:

@@ -77,8 +77,8 @@ class _Wide:
         self.rows = host.table(plan.table, padded=padded).to(ids.device) if states is None else None
 
     def answers(self) -> contextlib.AbstractContextManager[None]:
-        """Within it the word embeddings know the prompt's rows by ids, where the base model takes no embeddings."""
-        if not self.host.facts.needs_ids or self.rows is None:
+        """Within it the word embeddings know the prompt's rows by ids, for base models that must see ids."""
+        if self.rows is None or self.host.facts.placeholder is not None:
             return contextlib.nullcontext()
         return answered(self.host.base_model, self.host.word_embeddings, self.rows, self._vocabulary())
 
@@ -114,7 +114,8 @@ class _Wide:
         assert rows is not None
         more = torch.arange(self.ids.shape[1], given.shape[1], device=given.device).expand(given.shape[0], -1)
         slots = torch.cat((self.slots.repeat_interleave(given.shape[0] // self.slots.shape[0], 0), more), dim=1)
-        if host.facts.needs_ids:
+        # Without a mask they tell padding by the ids (XLM).
+        if host.facts.needs_ids or (call.get("attention_mask") is None and host.facts.placeholder is None):
             return {**call, "input_ids": torch.where(slots < 0, ~slots + self._vocabulary(), given)}
         embeds = host.word_embeddings(given)
         call["inputs_embeds"] = ops.splice(rows, Layout.from_slots(slots, rows.shape[0]), inputs_embeds=embeds)

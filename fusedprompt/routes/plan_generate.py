@@ -47,6 +47,9 @@ def plan_generate(host: Host, call: Call, placement: str) -> Plan:
     refuse("pool_index", call.pool_index, "in generate")
     refuse("logits", None if call.logits == FULL else call.logits, "in generate")
     call = replace(call, batch=replace(call.batch, token_type_ids=None))
+    if host.facts.causal and host.facts.windowed and _is_static(host, call):
+        # GPT-Neo finds its window by the number of columns, and a static cache has more than there are tokens.
+        call = replace(call, others={**call.others, "cache_implementation": "dynamic"})
     if call.slots is not None and call.adapter_names is not None:
         raise ValueError("adapter_names: expected None with slots, got both")
     in_template = active.pattern is not None and call.slots is None and call.adapter_names is None
@@ -216,6 +219,10 @@ def _choice(host: Host, call: Call, prompts: tuple[Prompt, ...], rows: int) -> s
     return objection
 
 
+def _is_static(host: Host, call: Call) -> bool:
+    return bool(option(host.base_model, call.others, "cache_implementation") == "static")
+
+
 def _why_not_found(host: Host, call: Call, counts: set[int]) -> str | None:
     """An objection from what the base model did on its first use, or None."""
     found = first_use(host.base_model, host.facts, shares=True)
@@ -224,8 +231,7 @@ def _why_not_found(host: Host, call: Call, counts: set[int]) -> str | None:
     names = call.adapter_names
     uneven = names is not None and (len(counts) > 1 or BASE in names)
     # Where columns count, those of a static cache that are yet to be filled do too.
-    static = option(host.base_model, call.others, "cache_implementation") == "static"
-    return found.gap if uneven or static or may_be_padded(call.batch.attention_mask, 0) else None
+    return found.gap if uneven or _is_static(host, call) or may_be_padded(call.batch.attention_mask, 0) else None
 
 
 def _why_not_arguments(host: Host, call: Call) -> str | None:

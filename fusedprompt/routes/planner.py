@@ -82,8 +82,8 @@ class Planner:
         """Whether padding changes a row of this base model where it stands otherwise, in front of it or behind the
         prompt."""
         host, facts = self.host, self.facts
-        if facts.causal:  # with position ids they do as they are told
-            asks = not facts.places_position_ids and not self.task.pools
+        if facts.causal:  # with position ids they do as they are told, but for a state
+            asks = (facts.stateful or not facts.places_position_ids) and not self.task.pools
             return asks and first_use(host.base_model, facts, host.sharing.objection is None).lead is not None
         if not facts.takes_position_ids:
             return False  # it stands there anyway

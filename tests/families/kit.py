@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fusedprompt
 
-from .tiny import BOS, EOS, HEADS, PAD, TEXT, build
+from .tiny import EOS, HEADS, PAD, TEXT, build
 
 ROWS, LENGTH, PROMPT, SHORT = 4, 14, 30, 11
 TOLERANCE = 2e-4  # of the largest value, in fp32, with weights four times as large as transformers draws them
@@ -90,6 +90,10 @@ def mask_of(kind: str) -> Tensor:
 def text_of(mask: Tensor, row: int) -> Tensor:
     """The columns of a row that are not padding."""
     return mask[row].nonzero().flatten()
+
+
+# Reformer hashes columns, Funnel pools them in pairs: by how many there are in the batch.
+HASHING = ("Reformer", "Funnel")
 
 
 class Family:
@@ -207,6 +211,8 @@ class Family:
     @cached_property
     def feels_padding(self) -> bool:
         """Whether padding at the right changes what the base model makes of a text, without any prompt."""
+        if self.name.startswith(HASHING):
+            return True
         given = self.batch("right")
         mask = given["attention_mask"]
         try:
@@ -267,14 +273,28 @@ class Family:
 
     @contextlib.contextmanager
     def answering(self, rows: Tensor) -> Iterator[Tensor]:
-        """The embedding answers with a prompt's rows for the first ids of what is longer than they are: those ids."""
-        per_layer = "per_layer" in str(self.base.config)
-        if getattr(self.base.config, "is_encoder_decoder", False):
-            raise NoOracle("encoder and decoder share an embedding, and embeddings are not taken")
+        """Ids (P,) that are embedded as a prompt's rows: those behind a larger vocabulary, in the encoder and in the
+        decoder; or, where layers look ids up in tables of their own, ids whose embeddings are replaced."""
+        if "per_layer" in str(self.base.config):
+            with self._replacing(rows) as ids:
+                yield ids
+            return
+        size, width = self.base.get_input_embeddings().weight.shape
+        parts = [part for part in self.base.modules() if isinstance(part, torch.nn.Embedding)]
+        parts = [part for part in parts if part.weight.shape == (size, width)]
+        before = [part.weight for part in parts]
+        for part in parts:
+            larger = torch.cat((part.weight.detach(), rows.to(part.weight.dtype)))
+            part.weight = torch.nn.Parameter(larger)
+        try:
+            yield torch.arange(size, size + len(rows))
+        finally:
+            for part, weight in zip(parts, before):
+                part.weight = weight
 
+    @contextlib.contextmanager
+    def _replacing(self, rows: Tensor) -> Iterator[Tensor]:
         def answer(_: Any, args: Any, output: Tensor) -> Tensor:
-            if not isinstance(output, Tensor):
-                raise NoOracle("the embedding does not answer with a tensor")
             if output.dim() != 3 or output.shape[1] <= len(rows):
                 return output
             expanded = rows.to(output.dtype).expand(len(output), -1, -1)
@@ -282,7 +302,7 @@ class Family:
 
         hook = self.base.get_input_embeddings().register_forward_hook(answer)
         try:
-            yield torch.full((len(rows),), PAD if per_layer else BOS)
+            yield torch.full((len(rows),), PAD)
         finally:
             hook.remove()
 

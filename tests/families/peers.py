@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fusedprompt
 
-from .generation import GREEDY, expect_rows
+from .generation import GREEDY, base_counts, expect_rows
 from .kit import (
     GRADIENTS,
     MASKS,
@@ -78,6 +78,8 @@ def peft_batch(family: Family, kind: str) -> dict[str, Tensor]:
 
 def check_peft(family: Family) -> None:
     """Spliced, a step is PEFT's where PEFT is right: rows of one length, or padded at the right."""
+    if family.name.startswith("Gemma3n"):
+        raise NoOracle("PEFT leaves out what the layers make of ids")
     theirs = peft_model(family)
     cut = family.task_type in ("TOKEN_CLS", "QUESTION_ANS")
     for kind in ("no",) if family.task == "SEQ_CLS" else ("no", "right"):
@@ -151,7 +153,11 @@ def check_fix(family: Family) -> None:
         given = family.batch("left")
         text_found = generated(family, model, "left")
         if text_found is not None:
-            expect_rows(family, "left padding", given, text_found)
+            try:
+                expect_rows(family, "left padding", given, text_found)
+            except Difference:
+                base_counts(family)
+                raise
 
 
 def expect_text(family: Family, what: str, given: dict[str, Tensor], row: int, found: Tensor) -> None:
