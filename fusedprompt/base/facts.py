@@ -220,20 +220,12 @@ def fusable_table(embeddings: nn.Module) -> Tensor | None:
 
 def device_of(embeddings: nn.Module) -> torch.device:
     """Where an embedding runs. torch.ao's quantised ones have no parameters, and run on CPUs alone; offloaded ones have
-    their weights only while they run, where accelerate's hook brings them.
-
-    Raises:
-        ValueError: it has no weights anywhere.
-    """
+    their weights only while they run, where accelerate's hook brings them."""
     weight = next(embeddings.parameters(), getattr(embeddings, "weight", None))  # a replica's is a plain tensor
     device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
-    if device.type != "meta":
-        return device
     hook: Any = getattr(embeddings, "_hf_hook", None)
     runs_on = getattr(hook, "execution_device", None)
-    if runs_on is None:
-        raise ValueError("base_model: expected a model with weights, got one on the meta device; load it first")
-    return torch.device(runs_on)
+    return device if device.type != "meta" or runs_on is None else torch.device(runs_on)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

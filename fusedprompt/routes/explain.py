@@ -38,7 +38,9 @@ def describe(host: Host, planned: Plan) -> str:
         return line
     # The spliced order of a batch is that of its output on both routes.
     spliced = plan(host, replace(planned.call, route=SPLICE)) if planned.route == SHARED else planned
-    return "\n".join([line, *_pictures(host, spliced), *first_use_line(host)])
+    found = remembered(host.base_model)
+    matters = planned.route == SHARED or (planned.why is not None and planned.why in (found.sharing, found.gap))
+    return "\n".join([line, *_pictures(host, spliced), *(first_use_line(host) if matters else [])])
 
 
 def first_use_line(host: Host) -> list[str]:
