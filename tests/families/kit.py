@@ -284,8 +284,8 @@ class Family:
         parts = [part for part in parts if part.weight.shape == (size, width)]
         before = [part.weight for part in parts]
         for part in parts:
-            larger = torch.cat((part.weight.detach(), rows.to(part.weight.dtype)))
-            part.weight = torch.nn.Parameter(larger)
+            own = rows.to(part.weight.dtype) / float(getattr(part, "embed_scale", None) or 1.0)  # rows are not scaled
+            part.weight = torch.nn.Parameter(torch.cat((part.weight.detach(), own)))
         try:
             yield torch.arange(size, size + len(rows))
         finally:
