@@ -200,13 +200,10 @@ class Family:
         ids, decoder = self.batch("no")["input_ids"][:1], self.decoder(0)
         try:
             with torch.no_grad():
-                by_rows = self.base(inputs_embeds=self.base.get_input_embeddings()(ids), **decoder)
-                by_ids = self.base(input_ids=ids, **decoder)
+                self.base(inputs_embeds=self.base.get_input_embeddings()(ids), **decoder)
         except Exception:
             return True
-        if "per_layer" not in str(self.base.config):
-            return False
-        return not torch.allclose(values_of(by_ids), values_of(by_rows), rtol=1e-3, atol=1e-4)
+        return self.is_layered
 
     @cached_property
     def feels_padding(self) -> bool:
@@ -271,11 +268,16 @@ class Family:
                 wide = torch.cat((dummy, ids)).unsqueeze(0)
                 return self.base(input_ids=wide, **others)
 
+    @property
+    def is_layered(self) -> bool:
+        """Whether layers look ids up in tables of their own."""
+        return any(getattr(part, "hidden_size_per_layer_input", None) for part in self.base.modules())
+
     @contextlib.contextmanager
     def answering(self, rows: Tensor) -> Iterator[Tensor]:
         """Ids (P,) that are embedded as a prompt's rows: those behind a larger vocabulary, in the encoder and in the
         decoder; or, where layers look ids up in tables of their own, ids whose embeddings are replaced."""
-        if "per_layer" in str(self.base.config):
+        if self.is_layered:
             with self._replacing(rows) as ids:
                 yield ids
             return
