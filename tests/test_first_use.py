@@ -374,3 +374,86 @@ def test_threads_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor(8) as pool:
         said = list(pool.map(lambda _: why(model, **given), range(16)))
     assert len(set(said)) == 1 and "counts padding" in said[0]
+
+
+def test_weights_that_tell_nothing_are_no_others() -> None:
+    forget()
+    blank = build("MptForCausalLM")
+    with torch.no_grad():
+        for parameter in blank.parameters():
+            parameter.zero_()
+    assert why(prompt_model(blank), **batch("left")) == "route shared"
+    assert "counts padding" in why(prompt_model(build("MptForCausalLM")), **batch("left"))
+
+
+def test_what_is_put_into_an_instance_is_no_others() -> None:
+    forget()
+    assert why(prompt_model(llama()), **batch("none")) == "route shared"
+    base = llama()
+    inner, original = base.model, base.model.forward
+
+    def mix(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state.cumsum(1)
+        return output
+
+    inner.forward = mix
+    model, given = prompt_model(base), batch("none")
+    assert why(model, **given).startswith("route splice")
+    with torch.no_grad():
+        assert torch.equal(model(**given).logits, model(**given, route="splice").logits)
+    forget()
+    assert why(model, **given).startswith("route splice")
+    assert why(prompt_model(llama()), **given) == "route shared"
+
+
+def test_attention_that_is_turned_after_wrapping() -> None:
+    model, given = prompt_model(llama()), batch("none")
+    assert why(model, **given) == "route shared"
+    for layer in model.base_model.model.layers:
+        layer.self_attn.is_causal = False
+    assert "is_causal=False" in why(model, **given)
+    other = prompt_model(llama())
+    other.base_model.model.layers[1].self_attn.is_causal = False
+    assert "is_causal=False" in why(other, **given)
+
+
+def test_a_vocabulary_of_a_few_tokens() -> None:
+    forget()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = prompt_model(transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=6, **sizes)).eval())
+    ids = torch.randint(0, 6, (ROWS, LENGTH))
+    assert why(model, input_ids=ids) == "route shared"
+    assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
+
+
+def test_a_compiled_base_model_is_looked_at() -> None:
+    compiled = torch.compile(llama(), backend="eager")
+    model, given = prompt_model(compiled), batch("none")
+    plain = prompt_model(compiled._orig_mod)
+    with torch.no_grad():
+        plain.prompt_encoder["default"].embedding.weight.copy_(model.prompt_rows())
+        assert relative(model(**given).logits, plain(**given).logits) < 2e-4
+
+
+class Trained(transformers.LlamaForCausalLM):
+    """A term of the loss for training alone."""
+
+    def forward(
+        self, input_ids: Any = None, past_key_values: Any = None, inputs_embeds: Any = None, **kwargs: Any
+    ) -> Any:  # type: ignore[override]
+        output = super().forward(input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs)
+        if self.training and kwargs.get("labels") is not None:
+            self.loss_function  # noqa: B018
+            output.loss = output.loss + output.logits.square().mean()
+        return output
+
+
+def test_a_term_of_the_loss_for_training_alone() -> None:
+    base = llama()
+    base.__class__ = Trained
+    model, given = prompt_model(base), batch("none")
+    for training in (False, True, False):
+        model.train(training)
+        one, other = (model(**given, labels=given["input_ids"], route=route).loss for route in ("auto", "splice"))
+        assert one.item() == pytest.approx(other.item(), rel=1e-5)

@@ -266,8 +266,8 @@ def test_a_streamer_is_not_shown_the_prompts_columns() -> None:
 @pytest.mark.parametrize(
     ("name", "task", "error", "said"),
     [
-        ("DeepseekV4ForCausalLM", "CAUSAL_LM", ValueError, "DeepseekV4Model says AttributeError"),
-        ("BltForCausalLM", "CAUSAL_LM", ValueError, "BltModel says ValueError: input_ids"),
+        ("DeepseekV4ForCausalLM", "CAUSAL_LM", ValueError, "DeepseekV4ForCausalLM does not: AttributeError"),
+        ("LayoutLMv3ForSequenceClassification", "SEQ_CLS", ValueError, "LayoutLMv3ForSequenceClassification does not"),
         ("IBertForSequenceClassification", "SEQ_CLS", TypeError, "gives a tensor|give a tensor"),
         ("MusicgenForCausalLM", "CAUSAL_LM", TypeError, "adds up 4"),
         ("CanineForTokenClassification", "TOKEN_CLS", TypeError, "a model with input embeddings"),
@@ -324,3 +324,73 @@ def test_weights_that_are_offloaded() -> None:
         assert torch.allclose(model(**given, labels=labels, route=route).loss, expected(**given, labels=labels).loss)
     options = {"max_new_tokens": 3, "do_sample": False}
     assert torch.equal(model.generate(**given, **options), expected.generate(**given, **options))
+
+
+@pytest.mark.parametrize("token", [80, 83, -1])
+def test_ids_outside_the_vocabulary_are_no_prompt(token: int) -> None:
+    given = batch()
+    given["input_ids"][0, 3] = token
+    base = build("BartForSequenceClassification")
+    given["input_ids"][:, -1] = base.config.eos_token_id
+    with pytest.raises(IndexError, match="input_ids: expected ids from 0 to 79"):
+        prompt_model(base, "SEQ_CLS")(**given)
+    with pytest.raises(IndexError, match="input_ids: expected ids from 0 to 79"):
+        prompt_model(build("BambaForCausalLM")).generate(**given, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["CTRLLMHeadModel", "OpenAIGPTLMHeadModel"])
+@torch.no_grad()
+def test_n_grams_are_those_of_the_text(name: str) -> None:
+    from transformers import NoRepeatNGramLogitsProcessor
+
+    base = build(name)
+    base.generation_config.eos_token_id = None
+    model, ban = prompt_model(base), NoRepeatNGramLogitsProcessor(2)
+    ids = torch.randint(3, 80, (1, 6))
+    found = model.generate(ids, max_new_tokens=8, do_sample=False, no_repeat_ngram_size=2)
+    text = ids
+    for _ in range(8):
+        joined = torch.cat((model.prompt_rows(), base.get_input_embeddings()(text[0]))).unsqueeze(0)
+        token = ban(text, base(inputs_embeds=joined).logits[:, -1]).argmax(-1, keepdim=True)
+        text = torch.cat((text, token), 1)
+    assert torch.equal(found, text)
+    forced = model.generate(ids, max_new_tokens=4, do_sample=False, forced_eos_token_id=7)
+    assert forced[0, -1] == 7
+
+
+@pytest.mark.parametrize("name", ["CTRLLMHeadModel", "Gemma3nForCausalLM"])
+def test_without_a_cache_the_tokens_are_the_same(name: str) -> None:
+    base = build(name)
+    base.generation_config.eos_token_id = None
+    model, given = prompt_model(base), batch()
+    options = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(**given, **options), model.generate(**given, **options, use_cache=False))
+
+
+def test_errors_of_an_encoder_decoders_call_are_its_own() -> None:
+    model, given = prompt_model(build("T5ForConditionalGeneration"), "SEQ_2_SEQ_LM", 4), batch()
+    for call in (
+        lambda: model(**given),
+        lambda: model(**given, labels=given["input_ids"][:2]),
+        lambda: model.generate(**given, unheard_of=1),
+    ):
+        with pytest.raises((ValueError, RuntimeError, TypeError)) as raised:
+            call()
+        assert "prompt and text" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [([1, 2, 3, 4], TypeError), (torch.ones(ROWS), TypeError), (torch.ones(2).long(), ValueError)]
+)
+def test_answers_that_do_not_fit_are_named(value: Any, error: type[Exception]) -> None:
+    model, given = prompt_model(build("BertForQuestionAnswering"), "QUESTION_ANS", 4), batch()
+    with pytest.raises(error, match="start_positions"):
+        model(**given, start_positions=value, end_positions=torch.ones(ROWS, dtype=torch.int64))
+
+
+def test_caches_and_masks_of_another_type_are_named() -> None:
+    model, given = prompt_model(build("LlamaForCausalLM")), batch()
+    with pytest.raises(TypeError, match="past_key_values: expected a cache"):
+        model(**given, past_key_values="abc")
+    with pytest.raises(TypeError, match="attention_mask"):
+        model.generate(input_ids=given["input_ids"], attention_mask=given["attention_mask"].tolist())

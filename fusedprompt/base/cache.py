@@ -86,4 +86,7 @@ def cache_length(past_key_values: Any) -> int:
         return next(filter(None, lengths), 0)
     if hasattr(past_key_values, "get_seq_length"):
         return int(past_key_values.get_seq_length())
+    if not isinstance(past_key_values, (tuple, list)):
+        got = type(past_key_values).__name__
+        raise TypeError(f"past_key_values: expected a cache of transformers', or a tuple of tensors, got {got}")
     return int(past_key_values[0][0].shape[-2]) if len(past_key_values) else 0

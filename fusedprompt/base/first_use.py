@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .cache import keeps_all
 from .facts import BaseFacts, device_of, transformers_model
+from .own_forward import has_own_forward
 from .positions import numbered
 from .shortened import bare, shortened
 
@@ -75,7 +76,8 @@ def first_use(base: nn.Module, facts: BaseFacts, shares: bool) -> Found:
     def find(model: Any) -> Found:
         begin = time.perf_counter()
         found = _Trial(model, facts).findings(shares)
-        return replace(found, milliseconds=1e3 * (time.perf_counter() - begin))
+        took = 1e3 * (time.perf_counter() - begin)
+        return found if found is UNKNOWN else replace(found, milliseconds=took)
 
     found: Found = _found(base, "sharing" if shares else "padding", find, UNKNOWN)
     return found
@@ -95,7 +97,8 @@ def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any)
     held = _of_model.get(model, {}).get(name)
     if torch.compiler.is_compiling():
         return unknown if held is None else held[1]
-    now = (model.config._attn_implementation, *((model.loss_function,) if name == "loss" else ()))
+    # A loss may have terms that are for training alone.
+    now = (model.config._attn_implementation, *((model.loss_function, model.training) if name == "loss" else ()))
     if held is None or held[0] != now:
         table = next(model.get_input_embeddings().parameters(), None)
         plain = type(table) is nn.Parameter and table.numel() > 0 and table.device.type != "meta"
@@ -103,10 +106,15 @@ def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any)
             return unknown
         key = (name, type(model), str(model.config), table.dtype, table.device, *now)
         with _lock:
-            if key not in _of_kind:
+            answer = _of_kind.get(key)
+            own = any(has_own_forward(part) for part in model.modules())
+            if answer is None or own:
                 with torch.inference_mode(False), torch.no_grad(), torch.autocast(table.device.type, enabled=False):
-                    _of_kind[key] = find(model)
-            held = _of_model.setdefault(model, {})[name] = (now, _of_kind[key])
+                    answer = find(model)
+                # What was put into an instance, or cannot be told of its weights, is no other's.
+                if not own and answer is not None and getattr(answer, "milliseconds", 0.0) is not None:
+                    _of_kind[key] = answer
+            held = _of_model.setdefault(model, {})[name] = (now, unknown if answer is None else answer)
     return held[1]
 
 
@@ -127,24 +135,29 @@ class _Trial:
         self.facts, self.writes, table = facts, False, model.get_input_embeddings()
         inner = model if head else model.base_model
         self.model = shortened(inner if any(part is table for part in inner.modules()) else model)
+        if head and self.model is not model:
+            vars(self.model)["training"] = model.training  # of the head's module alone: parts draw no random numbers
         self.device = device_of(table)
         # Distinct ids, from the middle of the table: not padding, and no other special ones.
-        first = model.config.get_text_config(decoder=True).vocab_size // 2
-        ids = first + torch.arange(_PROMPT + 2 * _TEXT, device=self.device)
+        size = int(getattr(table, "num_embeddings", 0)) or model.config.get_text_config(decoder=True).vocab_size
+        ids = (size // 2 + torch.arange(_PROMPT + 2 * _TEXT, device=self.device)) % size
         embeds = bare(table)(ids)
-        self.embeds = isinstance(embeds, Tensor)  # I-BERT's are a tuple, which no call can use
+        # I-BERT's are a tuple, which no call can use; of equal ones nothing can be learnt.
+        self.embeds = isinstance(embeds, Tensor) and bool((embeds[1:] != embeds[:1]).any())
         if self.embeds:
             self.prompt, self.text = embeds[:_PROMPT].unsqueeze(0), embeds[_PROMPT:].view(2, _TEXT, -1)
 
     def findings(self, shares: bool) -> Found:
         """What sharing, padding behind a shared prompt, and padding before a prompt change."""
         if not self.embeds:
-            return Found()
+            return UNKNOWN
         together = torch.cat((self.prompt.expand(2, -1, -1), self.text), 1)
         right = self._run(inputs_embeds=together)
         if isinstance(right, str):
-            return Found()  # the call itself will say why
+            return UNKNOWN  # the call itself will say why
         right = right[:, _PROMPT:]
+        if not right.isfinite().all() or torch.equal(right[0], right[1]):
+            return UNKNOWN  # weights that are no numbers, or zeros: nothing can be learnt of them
         if not self.facts.causal:
             return Found(None, self._why_not_gap(right[:1]), None, self.writes)
         # Row 0 has padding in front, row 1 behind, where a causal model does not see it.
@@ -176,10 +189,10 @@ class _Trial:
         )
         return Found(sharing, gap, lead, self.writes)
 
-    def makes_loss_of_logits(self) -> bool:
-        """With labels, of rows of different lengths."""
+    def makes_loss_of_logits(self) -> bool | None:
+        """With labels, of rows of different lengths; None where it cannot be told."""
         if not self.embeds:
-            return True
+            return None
         embeds = self.text
         labels = torch.arange(_TEXT, device=self.device).repeat(2, 1)
         labels[0, :2] = -100
@@ -269,5 +282,5 @@ class _Trial:
         each = (found.float() - right.float()).abs().amax(-1) / right.float().abs().amax().clamp(min=1e-30)
         exact = found.dtype in (torch.float32, torch.float64) and found.device.type == "cpu"
         # In low precision an expert's choice may flip for a token; of a wrong order all tokens are wrong.
-        error, most = (each.max(), 5e-5) if exact else (each.median(), max(4 * torch.finfo(found.dtype).eps, 2e-3))
+        error, most = (each.max(), 2e-5) if exact else (each.median(), max(4 * torch.finfo(found.dtype).eps, 2e-3))
         return None if error <= most else said

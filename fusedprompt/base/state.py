@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-_mode, _trains = itemgetter("training"), attrgetter("requires_grad")
+_mode, _trains, _looks_left = itemgetter("training"), attrgetter("requires_grad"), itemgetter("is_causal")
 _is_there: Any = partial(is_not, None)
 _WATCHED = ("p", "config", "gradient_checkpointing")
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -55,6 +55,10 @@ class BaseState:
         """See `Findings`."""
         return Findings.of(self.module) if torch.compiler.is_compiling() else self._current().findings()
 
+    def looks_left(self) -> bool:
+        """Whether all attentions that said so when the base model was looked at first still look to the left only."""
+        return torch.compiler.is_compiling() or self._current().looks_left()
+
     def trains(self) -> bool:
         """Whether a parameter requires gradients; of a replica nobody can tell."""
         if torch.compiler.is_compiling():
@@ -80,6 +84,8 @@ class _Tree:
     def __init__(self, module: nn.Module) -> None:
         self._module, self._parts = module, list(module.modules())
         self._own: list[dict[str, Any]] = [vars(part) for part in self._parts]
+        self._moded = [own for own in self._own if "training" in own]  # torch.compile's wrapper has none of its own
+        self._causal = [own for own in self._own if own.get("is_causal") is True]
         self._parameters: list[dict[str, Any]] = [part._parameters for part in self._parts if part._parameters]
         self._children: list[dict[str, Any]] = [part._modules for part in self._parts if part._modules]
         self.ties = self.children_now()
@@ -96,7 +102,7 @@ class _Tree:
         return self._kinds[kind]
 
     def findings(self) -> Findings:
-        modes = list(map(_mode, self._own))
+        modes = list(map(_mode, self._moded))
         if True not in modes:
             return Findings(None, False)
         # Sizes, because a setting may be new.
@@ -105,6 +111,9 @@ class _Tree:
         if found is None or found[0] != settings:
             found = self._found = (settings, Findings.of(self._module))
         return found[1]
+
+    def looks_left(self) -> bool:
+        return all(map(_looks_left, self._causal))
 
     def all_parameters(self) -> Iterator[Tensor]:
         return filter(_is_there, itertools.chain.from_iterable(map(dict.values, self._parameters)))

@@ -30,11 +30,25 @@ def needs_ids(base: Any) -> bool:
     return any("Passing input embeddings is currently not supported for" in text for text in said)
 
 
+def check_known(ids: Tensor, size: int) -> None:
+    """Refuse ids that are none of `size` tokens, and would be taken for a prompt's rows. Values are looked at on a CPU.
+
+    Raises:
+        IndexError: there is one.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+        return
+    low, high = (int(end) for end in torch.aminmax(ids))
+    if low < 0 or high >= size:
+        raise IndexError(f"input_ids: expected ids from 0 to {size - 1}, got {low if low < 0 else high}")
+
+
 @contextlib.contextmanager
 def answered(base: nn.Module, embedding: nn.Module, rows: Tensor, size: int) -> Iterator[None]:
     """Within the block the embeddings of a base model's tokens, encoder's and decoder's, give rows (R, D) for the ids
     from `size` on, which is the number of tokens that this one, the encoder's, knows."""
-    parts = {part for part in base.modules() if isinstance(part, nn.Embedding) and _is_like(part, embedding)}
+    parts = {part for name, part in base.named_modules() if isinstance(part, nn.Embedding) and "pos" not in name}
+    parts = {part for part in parts if _is_like(part, embedding)}
     with replaced_forwards({part: _look_up(part, rows, size) for part in {embedding, *parts}}):
         yield
 

@@ -35,6 +35,7 @@ class PeftHost:
         self._prompt_cache, self._settings = PromptCache(), dict[str, dict[str, Any]]()
         self._state: BaseState | None = None
         self._sharing: SharingFacts | None = None
+        self.state.looks_left()  # as it is now
 
     @property
     def base_model(self) -> Any:

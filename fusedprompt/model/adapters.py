@@ -51,6 +51,7 @@ class PromptAdapters(ReadsThrough):
         self.facts = BaseFacts.of(base_model)
         self.sharing = SharingFacts.of(base_model, self.facts)
         self._state = BaseState(base_model)
+        self._state.looks_left()  # as it is now
         self.prompt_cache = PromptCache()
         self.text_head = TextHead()
         self.prompt_encoder = nn.ModuleDict()

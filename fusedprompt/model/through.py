@@ -135,9 +135,10 @@ def _signature(ours: Any, theirs: Any) -> Signature:
 
 
 def _merged(own: Any, base: Any) -> Iterator[Parameter]:
-    by_position, rest = {"self": own["self"]}, Parameter("kwargs", Parameter.VAR_KEYWORD)
+    first = next(iter(own))
+    by_position, rest = {first: own[first]}, Parameter("kwargs", Parameter.VAR_KEYWORD)
     for name, one in own.items():
-        if name == "self":
+        if name == first:
             continue
         if one.kind is not Parameter.POSITIONAL_OR_KEYWORD or name not in base:
             break

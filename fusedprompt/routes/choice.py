@@ -82,6 +82,8 @@ def why_not_now(host: Host) -> str | None:
     for name in _COVERING:
         if getattr(config, name, False):
             return f"config.{name} asks for values of every row's virtual tokens"
+    if not host.state.looks_left():
+        return "an attention was told to look to the right (is_causal=False)"
     setting = why_not_causal(config)  # transformers reads it at every call
     return None if setting is None else f"config.{setting} lets virtual tokens depend on the text"
 

@@ -9,8 +9,9 @@ known, put into the cache there, and are cut out of the result.
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from .. import ops
 from ..base.cache import cache_length
 from ..base.layer_inputs import layer_inputs
-from ..base.virtual_ids import answered
+from ..base.virtual_ids import answered, check_known
 from ..layouts.layout import Layout
 from .call import Plan
 from .host import Host
@@ -39,7 +40,7 @@ def generate_by_ids(host: Host, plan: Plan, states: PromptStates | None, others:
     hook = base.register_forward_pre_hook(wide.embed_prompt, with_kwargs=True)
     try:
         with wide.answers():
-            output = base.generate(input_ids=wide.ids, attention_mask=wide.mask, **others)
+            output = wide.reader(base).generate(input_ids=wide.ids, attention_mask=wide.mask, **others)
     finally:
         hook.remove()
     sequences = output if isinstance(output, Tensor) else output.sequences
@@ -73,6 +74,10 @@ class _Wide:
         wide = layout.fill(ids, 0)
         first = wide.gather(1, ((mask != 0) & (self.slots >= 0)).to(torch.int8).argmax(1, keepdim=True))
         self.ids = torch.where(self.slots < 0, first, wide)
+        # Where each token of the text stands.
+        size, length = ids.shape
+        self.columns = layout.token_positions(size, length, ids.device, None if layout.slots is None else mask)
+        check_known(ids, self._vocabulary())
         padded = plan.mixture is not None
         self.rows = host.table(plan.table, padded=padded).to(ids.device) if states is None else None
 
@@ -81,6 +86,33 @@ class _Wide:
         if self.rows is None or self.host.facts.placeholder is not None:
             return contextlib.nullcontext()
         return answered(self.host.base_model, self.host.word_embeddings, self.rows, self._vocabulary())
+
+    def reader(self, base: Any) -> Any:
+        """A view of the base model, of the same parts, whose logits processors read the text alone: no n-gram, length
+        or penalty counts the prompt's columns."""
+        view, narrow, extra = copy.copy(base), self.narrow, self.ids.shape[1] - self.columns.shape[1]
+        make = getattr(base, "_get_logits_processor", None)
+        if make is None:
+            return base
+
+        def processors(generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+            config = copy.copy(generation_config)
+            for limit in ("max_length", "min_length"):
+                if getattr(config, limit, None):
+                    setattr(config, limit, max(getattr(config, limit) - extra, 0))
+            if kwargs.get("input_ids_seq_length") is not None:
+                kwargs["input_ids_seq_length"] -= extra
+            if isinstance(kwargs.get("encoder_input_ids"), Tensor):
+                kwargs["encoder_input_ids"] = narrow(kwargs["encoder_input_ids"])
+            return _of_text(narrow, make(config, *args, **kwargs))
+
+        view.__dict__["_get_logits_processor"] = processors
+        return view
+
+    def narrow(self, ids: Tensor) -> Tensor:
+        """Ids of the text and of what was generated behind it, of wide ones."""
+        columns = self.columns.repeat_interleave(ids.shape[0] // self.columns.shape[0], 0).to(ids.device)
+        return torch.cat((ids.gather(1, columns), ids[:, self.ids.shape[1] :]), 1)
 
     def _vocabulary(self) -> int:
         table: Any = self.host.word_embeddings
@@ -124,6 +156,17 @@ class _Wide:
             call["per_layer_inputs"] = layer_inputs(host.base_model, ids)
         call["input_ids"] = None
         return call
+
+
+def _of_text(narrow: Callable[[Tensor], Tensor], processors: Any) -> Any:
+    """Logits processors, called with narrowed ids."""
+    from transformers import LogitsProcessorList
+
+    class OfText(LogitsProcessorList):  # type: ignore[misc]
+        def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+            return super().__call__(narrow(input_ids), scores, **kwargs)
+
+    return OfText(processors)
 
 
 class _Narrow:

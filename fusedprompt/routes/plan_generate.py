@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..base import check
 from ..base.cache import cache_length
 from ..base.facts import BaseFacts, device_of, transformers_model
 from ..base.first_use import first_use
@@ -76,6 +77,8 @@ def _planned(host: Host, call: Call, active: Prompt, placed: Placed, others: Map
 def _with_mask(host: Host, call: Call) -> Call:
     """With the mask that transformers would infer from ids."""
     batch = call.batch
+    if batch.attention_mask is not None:
+        check.tensor("attention_mask", batch.attention_mask, "(B, T)", 2)
     if batch.attention_mask is not None or batch.input_ids is None:
         return call
     return replace(call, batch=replace(batch, attention_mask=_infer_mask(host, batch.input_ids, call.others)))
@@ -245,8 +248,8 @@ def _why_not_arguments(host: Host, call: Call) -> str | None:
     kind, own = option(base, others, "cache_implementation"), base.generation_config.cache_implementation
     if kind not in (None, "dynamic", "static") or (own is not None and others.get("generation_config") is None):
         return f"transformers makes the cache of kind '{kind}' by itself"
-    if kind == "static" and reads_ids(host, others):
-        return "ids of the prompt go through the base model's own static cache"
+    if reads_ids(host, others) and (kind == "static" or option(base, others, "use_cache") is False):
+        return "ids of the prompt go through the base model's own cache, if any"
     known = {*vars(base.generation_config), *inspect.signature(base.generate).parameters, *_OF_GENERATE}
     of_forward = next((name for name, value in others.items() if value is not None and name not in known), None)
     if of_forward is not None:

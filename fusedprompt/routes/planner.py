@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..base import check
 from ..base.first_use import first_use
 from ..layouts.batch import Batch, Placed, check_length, place, put_in_front
 from ..layouts.layout import IGNORE_INDEX, Layout
@@ -210,6 +211,10 @@ class Planner:
             value = others.pop(name, None)
             given.append(value)
             if value is not None:
+                check.tensor(name, value, "(B,)", value.dim() if isinstance(value, Tensor) and value.dim() == 2 else 1)
+                check.integral(name, value)
+                if value.shape[0] != size:
+                    raise ValueError(f"{name}: expected shape (B,) = ({size},), got {tuple(value.shape)}")
                 positions = placed.layout.token_positions(size, length, self.batch.tokens.device, mask)
                 index = value.view(size, -1)[:, :1].clamp(min=0)
                 moved = positions.gather(1, index.clamp(max=length - 1)).squeeze(1)

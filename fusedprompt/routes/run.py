@@ -9,15 +9,14 @@ import torch
 from ..base.facts import transformers_model
 from ..base.first_use import why_not_embeddings
 from ..base.positions import numbered
-from ..base.shortened import bare
 from ..ops._backend import AUTO
-from .call import BASE, CONTINUE, SHARED, SPLICE, Plan
+from .call import BASE, CONTINUE, PEFT, SHARED, Plan
 from .choice import RouteUnavailable
 from .generate import run_generate
 from .host import Host
 from .plan import plan as plan_again
 from .shared import run_shared
-from .splice import GLOBAL_ATTENTION, run_spliced, spliced
+from .splice import GLOBAL_ATTENTION, run_spliced
 
 
 def run(host: Host, plan: Plan) -> Any:
@@ -43,7 +42,7 @@ def run(host: Host, plan: Plan) -> Any:
             raise
     except _CODE_ERRORS as error:
         says_enough = plan.route == BASE or _is_ours(error) or isinstance(error, torch.OutOfMemoryError)
-        reason = None if says_enough or "CUDA" in str(error) else _why_not_embeddings(host, plan)
+        reason = None if says_enough or "CUDA" in str(error) else _why_not_embeddings(host, plan, error)
         if reason is None:
             raise
         kind = type(transformers_model(host.base_model) or host.base_model).__name__
@@ -54,22 +53,26 @@ def run(host: Host, plan: Plan) -> Any:
     return run(host, plan_again(host, plan.call, plan.placement))
 
 
-def _why_not_embeddings(host: Host, plan: Plan) -> str | None:
-    """What a base model says to embeddings of a few tokens, or to those of the call's prompt and text; or None."""
-    shape = plan.call.batch.shape
-    for name, value in plan.others.items():
+def _why_not_embeddings(host: Host, plan: Plan, error: Exception) -> str | None:
+    """Why a base model cannot run with a prompt, in words; None where it cannot run without one either."""
+    call, others = plan.call, plan.others
+    if call.generates or plan.placement == PEFT or call.slots is not None or plan.mixture is not None:
+        return None if host.facts.encoder_decoder else why_not_embeddings(host.base_model, host.facts)
+    shape = call.batch.shape
+    for name, value in others.items():
         of_tokens = isinstance(value, torch.Tensor) and value.shape[:2] == shape and not name.startswith("decoder_")
         if of_tokens and name not in ("labels", "per_layer_inputs", GLOBAL_ATTENTION):
             return f"{name} has a value for each token, and none for the prompt"
-    reason = why_not_embeddings(host.base_model, host.facts)
-    if reason is not None or plan.route != SPLICE:
-        return reason
+    given = {**call.batch.given(), **others}
+    given.pop("input_type_mask", None)
+    if not host.facts.takes_position_ids:
+        given.pop("position_ids", None)
     try:
-        with torch.no_grad(), spliced(host, plan) as arguments:
-            bare(host.base_model)(**{name: value for name, value in arguments.items() if name != "labels"})
-    except _CODE_ERRORS as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return None
+        with torch.no_grad():
+            host.base_model(**given)
+    except Exception as alone:
+        return None if type(alone) is type(error) else why_not_embeddings(host.base_model, host.facts)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 # What code that was not written for a call raises, other than for values of its input.

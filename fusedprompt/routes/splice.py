@@ -15,7 +15,7 @@ from ..base.facts import fusable_table, transformers_model
 from ..base.layer_inputs import layer_inputs
 from ..base.outputs import replaced
 from ..base.positions import numbered
-from ..base.virtual_ids import answered
+from ..base.virtual_ids import answered, check_known
 from ..layouts.batch import Batch
 from ..layouts.layout import IGNORE_INDEX, Layout
 from ..ops._backend import using
@@ -58,9 +58,10 @@ def spliced(host: Host, plan: Plan) -> Iterator[dict[str, Any]]:
         given, context = _virtual(host, tables, layout, batch, plan.carries)
     else:
         given = _embeds(host, tables, layout, batch, plan.carries)
-        if not facts.causal and not plan.carries and batch.attention_mask is not None:
-            # Like the embedding of a padding token: MobileBERT's looks at the next column.
-            given["inputs_embeds"] = given["inputs_embeds"] * (batch.attention_mask != 0).unsqueeze(-1)
+        mask = given["attention_mask"]
+        if mask is not None and (facts.stateful or not (facts.causal or plan.carries)):
+            # Like the embedding of a padding token: MobileBERT's looks at the next column, and states take it in.
+            given["inputs_embeds"] = given["inputs_embeds"] * (mask != 0).unsqueeze(-1)
         given["per_layer_inputs"] = _layer_inputs(host, plan, layout, batch)
     arguments = {name: value for name, value in {**given, **arguments}.items() if value is not None}
     with context, numbered(host.base_model, arguments, facts.takes_position_ids):
@@ -115,6 +116,7 @@ def _virtual(
     if ids is None:
         kind = type(transformers_model(host.base_model)).__name__
         raise ValueError(f"inputs_embeds: expected input_ids, because {kind} takes no embeddings in their place")
+    check_known(ids, size)
     wide = layout.fill_rows(ids, size + torch.arange(tables.shape[0], device=ids.device))
     mask, labels = batch.attention_mask, batch.labels
     if carries:
