@@ -440,9 +440,15 @@ class Trained(transformers.LlamaForCausalLM):
     """A term of the loss for training alone."""
 
     def forward(
-        self, input_ids: Any = None, past_key_values: Any = None, inputs_embeds: Any = None, **kwargs: Any
+        self,
+        input_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        use_cache: Any = None,
+        **kwargs: Any,
     ) -> Any:  # type: ignore[override]
-        output = super().forward(input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs)
+        given = {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        output = super().forward(input_ids, **given, **kwargs)
         if self.training and kwargs.get("labels") is not None:
             self.loss_function  # noqa: B018
             output.loss = output.loss + output.logits.square().mean()
