@@ -56,14 +56,17 @@ def run(host: Host, plan: Plan) -> Any:
 def _why_not_embeddings(host: Host, plan: Plan, error: Exception) -> str | None:
     """Why a base model cannot run with a prompt, in words; None where it cannot run without one either."""
     call, others = plan.call, plan.others
-    if call.generates or plan.placement == PEFT or call.slots is not None or plan.mixture is not None:
+    in_template = call.fields is not None or (plan.mixture is not None and plan.mixture.has_patterns)
+    if call.generates or plan.placement == PEFT or call.slots is not None or in_template:
         return None if host.facts.encoder_decoder else why_not_embeddings(host.base_model, host.facts)
     shape = call.batch.shape
     for name, value in others.items():
         of_tokens = isinstance(value, torch.Tensor) and value.shape[:2] == shape and not name.startswith("decoder_")
         if of_tokens and name not in ("labels", "per_layer_inputs", GLOBAL_ATTENTION):
             return f"{name} has a value for each token, and none for the prompt"
-    given = {**call.batch.given(), **others}
+    # A template's mask and labels are of prompt and text.
+    batch = {name: value for name, value in call.batch.given().items() if value.shape[:2] == shape}
+    given = {**batch, **others}
     given.pop("input_type_mask", None)
     if not host.facts.takes_position_ids:
         given.pop("position_ids", None)
@@ -71,7 +74,9 @@ def _why_not_embeddings(host: Host, plan: Plan, error: Exception) -> str | None:
         with torch.no_grad():
             host.base_model(**given)
     except Exception as alone:
-        return None if type(alone) is type(error) else why_not_embeddings(host.base_model, host.facts)
+        # Of ids they are the call's own; embeddings may be what the base model cannot run on.
+        if type(alone) is type(error) and call.batch.inputs_embeds is None:
+            return None
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 

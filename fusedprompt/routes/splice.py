@@ -59,7 +59,8 @@ def spliced(host: Host, plan: Plan) -> Iterator[dict[str, Any]]:
     else:
         given = _embeds(host, tables, layout, batch, plan.carries)
         mask = given["attention_mask"]
-        if mask is not None and (facts.stateful or not (facts.causal or plan.carries)):
+        ours = mask is not None and plan.placement != PEFT
+        if ours and (facts.stateful or not (facts.causal or plan.carries)):
             # Like the embedding of a padding token: MobileBERT's looks at the next column, and states take it in.
             given["inputs_embeds"] = given["inputs_embeds"] * (mask != 0).unsqueeze(-1)
         given["per_layer_inputs"] = _layer_inputs(host, plan, layout, batch)
