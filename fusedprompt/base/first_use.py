@@ -92,7 +92,7 @@ def is_loss_of_logits(base: nn.Module, facts: BaseFacts) -> bool:
 def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any) -> Any:
     """What `find(model)` finds, for the first model of a class and configuration."""
     model = transformers_model(base)
-    if model is None or os.environ.get("FUSEDPROMPT_FIRST_USE") == "0":
+    if model is None:
         return unknown
     held = _of_model.get(model, {}).get(name)
     if torch.compiler.is_compiling():
@@ -102,7 +102,7 @@ def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any)
     if held is None or held[0] != now:
         table = next(model.get_input_embeddings().parameters(), None)
         plain = type(table) is nn.Parameter and table.numel() > 0 and table.device.type != "meta"
-        if table is None or not plain:
+        if table is None or not plain or os.environ.get("FUSEDPROMPT_FIRST_USE") == "0":
             return unknown
         key = (name, type(model), str(model.config), table.dtype, table.device, *now)
         with _lock:
