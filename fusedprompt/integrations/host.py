@@ -35,7 +35,8 @@ class PeftHost:
         self._prompt_cache, self._settings = PromptCache(), dict[str, dict[str, Any]]()
         self._state: BaseState | None = None
         self._sharing: SharingFacts | None = None
-        self.state.looks_left()  # as it is now
+        if getattr(model, "base_model", None) is not None:  # a copy that is being made has none yet
+            self.state.looks_left()  # as it is now
 
     @property
     def base_model(self) -> Any:
