@@ -12,10 +12,11 @@ from transformers import Gemma3nTextConfig
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nPreTrainedModel
 
+import by_hand
 import fusedprompt
+from by_hand import LENGTH, PROMPT, ROWS, prompt_model, relative, text_of
 from families.tiny import build
 
-ROWS, LENGTH, PROMPT = 4, 14, 30
 LAYERED = ["Gemma3nForCausalLM", "Gemma4ForCausalLM"]
 
 
@@ -23,29 +24,12 @@ class Gemma3nForSequenceClassification(GenericForSequenceClassification, Gemma3n
     config: Gemma3nTextConfig
 
 
-def prompt_model(base: Any, task: str = "CAUSAL_LM", rows: int = PROMPT) -> Any:
-    config = fusedprompt.PromptTuningConfig(task_type=task, num_virtual_tokens=rows)
-    return fusedprompt.get_prompt_model(base, config).eval()
-
-
 def batch() -> dict[str, Tensor]:
-    """Rows of text, the second with six tokens of padding in front: of token 7, because the padding token's embedding
-    is zero, where Gemma 3n's own gradients are no numbers."""
-    ids = torch.randint(3, 80, (ROWS, LENGTH))
-    mask = torch.ones_like(ids)
-    mask[1, :6] = 0
-    return {"input_ids": ids.masked_fill(mask == 0, 7), "attention_mask": mask}
+    """Padded by token 7: the padding token's embedding is zero, where Gemma 3n's own gradients are no numbers."""
+    return by_hand.batch("left", 7)
 
 
-def text_of(given: dict[str, Tensor], row: int) -> Tensor:
-    return given["input_ids"][row][given["attention_mask"][row] > 0]
-
-
-def relative(found: Tensor, right: Tensor) -> float:
-    return float((found - right).abs().max() / right.abs().max())
-
-
-def by_hand(base: Any, rows: Tensor, ids: Tensor, **others: Any) -> Any:
+def joined_output(base: Any, rows: Tensor, ids: Tensor, **others: Any) -> Any:
     """The output of one row: embeddings and layer inputs, joined; token 0 stands in for the prompt's."""
     text = next(part for part in base.modules() if hasattr(part, "get_per_layer_inputs"))
     wide = torch.cat((torch.zeros(len(rows), dtype=torch.int64), ids)).unsqueeze(0)
@@ -66,7 +50,7 @@ def test_text_keeps_the_inputs_of_its_layers(name: str) -> None:
         logits = model(**given, route=route, logits="text").logits
         for row in range(ROWS):
             ids = text_of(given, row)
-            right = by_hand(model.base_model, model.prompt_rows(), ids).logits[0, PROMPT:]
+            right = joined_output(model.base_model, model.prompt_rows(), ids).logits[0, PROMPT:]
             assert relative(logits[row, -len(ids) :], right) < 2e-4
     assert gradients["auto"][0].item() == pytest.approx(gradients["splice"][0].item(), rel=1e-5)
     assert relative(gradients["auto"][1], gradients["splice"][1]) < 2e-3
@@ -93,7 +77,7 @@ def test_it_generates(name: str, options: dict[str, Any]) -> None:
         for row in range(ROWS):
             ids = text_of(given, row)
             for step in range(3):
-                token = by_hand(base, model.prompt_rows(), ids).logits[0, -1].argmax()
+                token = joined_output(base, model.prompt_rows(), ids).logits[0, -1].argmax()
                 assert found[row, LENGTH + step] == token
                 ids = torch.cat((ids, token.view(1)))
 
@@ -107,7 +91,7 @@ def test_it_classifies() -> None:
         logits = model(**given, route=route, labels=torch.tensor([0, 1, 2, 0])).logits
         for row in range(ROWS):
             ids = text_of(given, row)
-            right = by_hand(base, model.prompt_rows(), ids).logits[0]
+            right = joined_output(base, model.prompt_rows(), ids).logits[0]
             assert relative(logits[row], right) < 2e-4
 
 
@@ -142,7 +126,7 @@ def test_apply_serves_what_peft_degrades_or_refuses(name: str) -> None:
         if expected is not None and not fix:
             assert relative(found, expected) < 2e-4  # embeddings alone, as PEFT gives them
         else:
-            right = by_hand(base, rows, given["input_ids"][0]).logits[0]
+            right = joined_output(base, rows, given["input_ids"][0]).logits[0]
             assert relative(found[0], right) < 2e-4
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .cache import keeps_all
 from .facts import BaseFacts, device_of, transformers_model
 from .own_forward import has_own_forward
-from .positions import numbered
+from .positions import count_positions, numbered
 from .shortened import bare, shortened
 
 _PROMPT, _TEXT, _PADDING = 3, 4, 4
@@ -73,11 +73,11 @@ def first_use(base: nn.Module, facts: BaseFacts, shares: bool) -> Found:
     shares: a prompt in a cache is tried too.
     """
 
-    def find(model: Any) -> Found:
+    def find(model: Any) -> Found | None:
         begin = time.perf_counter()
         found = _Trial(model, facts).findings(shares)
         took = 1e3 * (time.perf_counter() - begin)
-        return found if found is UNKNOWN else replace(found, milliseconds=took)
+        return None if found is None else replace(found, milliseconds=took)
 
     found: Found = _found(base, "sharing" if shares else "padding", find, UNKNOWN)
     return found
@@ -90,7 +90,7 @@ def is_loss_of_logits(base: nn.Module, facts: BaseFacts) -> bool:
 
 
 def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any) -> Any:
-    """What `find(model)` finds, for the first model of a class and configuration."""
+    """What `find(model)` finds, for the first model of a class and configuration; `unknown` where it finds None."""
     model = transformers_model(base)
     if model is None:
         return unknown
@@ -112,7 +112,7 @@ def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any)
                 with torch.inference_mode(False), torch.no_grad(), torch.autocast(table.device.type, enabled=False):
                     answer = find(model)
                 # What was put into an instance, or cannot be told of its weights, is no other's.
-                if not own and answer is not None and getattr(answer, "milliseconds", 0.0) is not None:
+                if not own and answer is not None:
                     _of_kind[key] = answer
             held = _of_model.setdefault(model, {})[name] = (now, unknown if answer is None else answer)
     return held[1]
@@ -147,19 +147,20 @@ class _Trial:
         if self.embeds:
             self.prompt, self.text = embeds[:_PROMPT].unsqueeze(0), embeds[_PROMPT:].view(2, _TEXT, -1)
 
-    def findings(self, shares: bool) -> Found:
-        """What sharing, padding behind a shared prompt, and padding before a prompt change."""
+    def findings(self, shares: bool) -> Found | None:
+        """What sharing, padding behind a shared prompt, and padding before a prompt change; None: it cannot be told."""
         if not self.embeds:
-            return UNKNOWN
+            return None
         together = torch.cat((self.prompt.expand(2, -1, -1), self.text), 1)
         right = self._run(inputs_embeds=together)
         if isinstance(right, str):
-            return UNKNOWN  # the call itself will say why
+            return None  # the call itself will say why
         right = right[:, _PROMPT:]
         if not right.isfinite().all() or torch.equal(right[0], right[1]):
-            return UNKNOWN  # weights that are no numbers, or zeros: nothing can be learnt of them
+            return None  # weights that are no numbers, or zeros: nothing can be learnt of them
         if not self.facts.causal:
-            return Found(None, self._why_not_gap(right[:1]), None, self.writes)
+            gap = self._why_not_padded(_PROMPT, right[:1], "it counts padding between prompt and text")
+            return Found(None, gap, None, self.writes)
         # Row 0 has padding in front, row 1 behind, where a causal model does not see it.
         padding = self.text.flip(1)
         padded = torch.stack((torch.cat((padding[0], self.text[0])), torch.cat((self.text[1], padding[1]))))
@@ -167,12 +168,12 @@ class _Trial:
         mask[0, :_PADDING], mask[1, _TEXT:] = 0, 0
         # With position ids it does as it is told, but for a state.
         told = self.facts.places_position_ids and not self.facts.stateful
-        lead = None if told else self._why_not_lead(padding[0], right[:1])
+        lead = None if told else self._why_not_padded(0, right[:1], "it counts padding at the left of a row")
         cache = self._cache() if shares else "it was not tried"
         if isinstance(cache, str):
             return Found(cache, None, lead, self.writes)
         wide = torch.cat((mask.new_ones(2, _PROMPT), mask), 1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0) + _PROMPT + self.facts.first_position
+        positions = count_positions(mask, _PROMPT + self.facts.first_position)
         given = cache()
         kept = [tensor for layer in given.layers for tensor in (layer.keys, layer.values)]
         before = [tensor.clone() for tensor in kept]
@@ -201,7 +202,7 @@ class _Trial:
             logits = output.logits
             loss = self.model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
         except Exception:
-            return True  # the call itself will say why
+            return None  # the call itself will say why
         return bool(torch.allclose(loss.float(), output.loss.float(), rtol=1e-3, atol=1e-5))
 
     def why_not_embeddings(self) -> str | None:
@@ -215,25 +216,15 @@ class _Trial:
         said = [self._run(inputs_embeds=row), self._run(inputs_embeds=row, attention_mask=mask, position_ids=positions)]
         return next((one for one in said if isinstance(one, str)), None)
 
-    def _why_not_gap(self, right: Tensor) -> str | None:
-        """Of an encoder, which gets prompt, padding, text."""
-        padding = self.text[0].flip(0)
-        row = torch.cat((self.prompt[0], padding, self.text[0])).unsqueeze(0)
+    def _why_not_padded(self, at: int, right: Tensor, said: str) -> str | None:
+        """An objection to padding before column `at` of row 0's prompt and text."""
+        row = torch.cat((self.prompt[0], self.text[0])).unsqueeze(0)
+        row = torch.cat((row[:, :at], self.text[:1].flip(1), row[:, at:]), 1)
         mask = torch.ones(1, row.shape[1], dtype=torch.int64, device=self.device)
-        mask[:, _PROMPT : _PROMPT + _PADDING] = 0
-        positions = (mask.cumsum(1) - 1).clamp(min=0) + self.facts.first_position
+        mask[:, at : at + _PADDING] = 0
+        positions = count_positions(mask, self.facts.first_position)
         found = self._run(inputs_embeds=row, attention_mask=mask, position_ids=positions)
-        found = found if isinstance(found, str) else found[:, _PROMPT + _PADDING :]
-        return self._differs(found, right, "it counts padding between prompt and text")
-
-    def _why_not_lead(self, padding: Tensor, right: Tensor) -> str | None:
-        row = torch.cat((padding, self.prompt[0], self.text[0])).unsqueeze(0)
-        mask = torch.ones(1, row.shape[1], dtype=torch.int64, device=self.device)
-        mask[:, :_PADDING] = 0
-        positions = (mask.cumsum(1) - 1).clamp(min=0) + self.facts.first_position
-        found = self._run(inputs_embeds=row, attention_mask=mask, position_ids=positions)
-        found = found if isinstance(found, str) else found[:, _PADDING + _PROMPT :]
-        return self._differs(found, right, "it counts padding at the left of a row")
+        return self._differs(found if isinstance(found, str) else found[:, -_TEXT:], right, said)
 
     def _cache(self) -> Any:
         """A function that gives the prompt's keys and values for two rows; or why there is none."""

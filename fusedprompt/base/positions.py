@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ def _is_told_positions(part: nn.Module) -> bool:
     return {"past_key_values_length", "position_ids"} <= inspect.signature(type(part).forward).parameters.keys()
 
 
+def count_positions(mask: Tensor, first: int) -> Tensor:
+    """Position ids (B, S) of a mask (B, S), from `first` on: padding does not count."""
+    return ((mask != 0).cumsum(1) - 1).clamp(min=0) + first
+
+
 @contextlib.contextmanager
 def numbered(base: nn.Module, arguments: dict[str, Any], takes_position_ids: bool) -> Iterator[None]:
     """Within the block a call of `base(**arguments)` counts positions as `position_ids` says, (B, S) or (1, S).
@@ -44,15 +49,7 @@ def numbered(base: nn.Module, arguments: dict[str, Any], takes_position_ids: boo
         yield
         return
     positions: Tensor = arguments.pop("position_ids")
-
-    own = own_forward(table)
-
-    def look_up(counted: Any, *_: Any, **__: Any) -> Tensor:
-        # A row of positions is what such tables expect.
-        rows: Tensor = own(counted, position_ids=positions.flatten())
-        return rows.reshape(*positions.shape, -1)
-
-    with replaced_forwards({table: look_up}):
+    with _told(table, lambda *_, **__: positions):
         yield
 
 
@@ -63,16 +60,28 @@ def counted_behind(base: nn.Module, padding: Tensor) -> Iterator[None]:
     if table is None:
         yield
         return
-    own = own_forward(table)
 
-    def look_up(counted: Any, past_key_values_length: int = 0, position_ids: Tensor | None = None) -> Tensor:
+    def positions(counted: Any, past_key_values_length: int = 0, position_ids: Tensor | None = None) -> Tensor:
         columns = position_ids
         if columns is None:
             length = (counted if isinstance(counted, (tuple, torch.Size)) else counted.shape)[1]
             columns = past_key_values_length + torch.arange(length, device=padding.device)
-        positions = (columns - padding.unsqueeze(1)).clamp(min=0)
-        looked: Tensor = own(counted, position_ids=positions.flatten())
-        return looked.reshape(*positions.shape, -1)
+        return (columns - padding.unsqueeze(1)).clamp(min=0)
+
+    with _told(table, positions):
+        yield
+
+
+@contextlib.contextmanager
+def _told(table: nn.Embedding, positions_of: Callable[..., Tensor]) -> Iterator[None]:
+    """Within the block a table looks up the positions (B, S) that `positions_of` makes of its arguments."""
+    own = own_forward(table)
+
+    def look_up(counted: Any, *args: Any, **kwargs: Any) -> Tensor:
+        positions = positions_of(counted, *args, **kwargs)
+        # A row of positions is what such tables expect.
+        rows: Tensor = own(counted, position_ids=positions.flatten())
+        return rows.reshape(*positions.shape, -1)
 
     with replaced_forwards({table: look_up}):
         yield

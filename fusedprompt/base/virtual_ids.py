@@ -30,8 +30,14 @@ def needs_ids(base: Any) -> bool:
     return any("Passing input embeddings is currently not supported for" in text for text in said)
 
 
-def check_known(ids: Tensor, size: int) -> None:
-    """Refuse ids that are none of `size` tokens, and would be taken for a prompt's rows. Values are looked at on a CPU.
+def vocabulary(embedding: Any) -> int:
+    """V: the number of tokens that an embedding knows."""
+    return int(embedding.weight.shape[0])
+
+
+def check_known(ids: Tensor, embedding: nn.Module) -> None:
+    """Refuse ids that are none of an embedding's tokens, and would be taken for a prompt's rows. Values are looked at
+    on a CPU.
 
     Raises:
         IndexError: there is one.
@@ -39,26 +45,23 @@ def check_known(ids: Tensor, size: int) -> None:
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
         return
     low, high = (int(end) for end in torch.aminmax(ids))
+    size = vocabulary(embedding)
     if low < 0 or high >= size:
         raise IndexError(f"input_ids: expected ids from 0 to {size - 1}, got {low if low < 0 else high}")
 
 
 @contextlib.contextmanager
-def answered(base: nn.Module, embedding: nn.Module, rows: Tensor, size: int) -> Iterator[None]:
+def answered(base: nn.Module, embedding: Any, rows: Tensor) -> Iterator[None]:
     """Within the block the embeddings of a base model's tokens, encoder's and decoder's, give rows (R, D) for the ids
-    from `size` on, which is the number of tokens that this one, the encoder's, knows."""
-    parts = {part for name, part in base.named_modules() if isinstance(part, nn.Embedding) and "pos" not in name}
-    parts = {part for part in parts if _is_like(part, embedding)}
-    with replaced_forwards({part: _look_up(part, rows, size) for part in {embedding, *parts}}):
+    behind those that they know."""
+    named = [(name, part) for name, part in base.named_modules() if isinstance(part, nn.Embedding)]
+    parts = {part for name, part in named if "pos" not in name and part.weight.shape == embedding.weight.shape}
+    with replaced_forwards({part: _look_up(part, rows) for part in {embedding, *parts}}):
         yield
 
 
-def _is_like(part: Any, embedding: Any) -> bool:
-    return bool(part.weight.shape == embedding.weight.shape)
-
-
-def _look_up(part: nn.Module, rows: Tensor, size: int) -> Forward:
-    own = own_forward(part)
+def _look_up(part: nn.Module, rows: Tensor) -> Forward:
+    own, size = own_forward(part), vocabulary(part)
 
     def look_up(ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         row = ids.long() - size

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..base import check
 from ..base.facts import BaseFacts
+from ..base.positions import count_positions
 from .layout import Layout
 from .padding import Turn, choose_layout, count_padding, may_be_padded, padding_positions
 
@@ -153,8 +154,7 @@ def place(
         batch = replace(batch, attention_mask=torch.ones_like(layout.given_slots))
     _check_placed(facts, layout, batch, pool_index)
     if batch.position_ids is None and batch.attention_mask is not None and facts.places_position_ids:
-        counted = (batch.attention_mask != 0).cumsum(1) - 1
-        batch = replace(batch, position_ids=counted.clamp(min=0) + facts.first_position)
+        batch = replace(batch, position_ids=count_positions(batch.attention_mask, facts.first_position))
     if turn is not None:
         layout, batch = _turned(turn, layout, batch, pool_index)
     return Placed(layout, taken(facts, batch))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.positions import count_positions
 from .layout import IGNORE_INDEX, Layout
 from .parts import Anchor, Field, Mask, Pattern, Prompt
 from .picture import join_symbols, row_symbols
@@ -112,7 +113,7 @@ def render(
     if per_token:
         batch["labels"] = Layout(rows, batch["slots"]).fill(batch["labels"], IGNORE_INDEX)
     if position_ids:
-        batch["position_ids"] = (real.cumsum(1) - 1).clamp(min=0)
+        batch["position_ids"] = count_positions(real, 0)
     if pool is not None:
         flags = real.to(torch.int8)
         batch["pool_index"] = flags.argmax(1) if pool == "first" else total - 1 - flags.flip(1).argmax(1)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..base.positions import counted_behind
+from ..base.positions import count_positions, counted_behind
 from .call import BASE, CONTINUE, SHARED, Plan
 from .generate_by_ids import generate_by_ids
 from .host import Host
@@ -86,8 +86,7 @@ def _told_positions(base: Any, first: int) -> Iterator[None]:
         if tokens is None or call.get("position_ids") is not None or threading.get_ident() != thread:
             return args, call
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= tokens.shape[1]:
-            counted = ((mask != 0).cumsum(1) - 1).clamp(min=0) + first
-            call["position_ids"] = counted[:, -tokens.shape[1] :]
+            call["position_ids"] = count_positions(mask, first)[:, -tokens.shape[1] :]
         return args, call
 
     hook = base.register_forward_pre_hook(tell, with_kwargs=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import ops
 from ..base.cache import cache_length
 from ..base.layer_inputs import layer_inputs
-from ..base.virtual_ids import answered, check_known
+from ..base.virtual_ids import answered, check_known, vocabulary
 from ..layouts.layout import Layout
 from .call import Plan
 from .host import Host
@@ -56,7 +56,7 @@ def generate_by_ids(host: Host, plan: Plan, states: PromptStates | None, others:
 class _Wide:
     """Ids with columns for the prompt, and what the base model gets for them.
 
-    ids, mask, slots: (B, S).
+    ids, mask, slots: (B, S). columns: (B, T), where each token of the text stands.
     """
 
     def __init__(self, host: Host, plan: Plan, states: PromptStates | None) -> None:
@@ -74,10 +74,9 @@ class _Wide:
         wide = layout.fill(ids, 0)
         first = wide.gather(1, ((mask != 0) & (self.slots >= 0)).to(torch.int8).argmax(1, keepdim=True))
         self.ids = torch.where(self.slots < 0, first, wide)
-        # Where each token of the text stands.
         size, length = ids.shape
         self.columns = layout.token_positions(size, length, ids.device, None if layout.slots is None else mask)
-        check_known(ids, self._vocabulary())
+        check_known(ids, host.word_embeddings)
         padded = plan.mixture is not None
         self.rows = host.table(plan.table, padded=padded).to(ids.device) if states is None else None
 
@@ -85,7 +84,7 @@ class _Wide:
         """Within it the word embeddings know the prompt's rows by ids, for base models that must see ids."""
         if self.rows is None or self.host.facts.placeholder is not None:
             return contextlib.nullcontext()
-        return answered(self.host.base_model, self.host.word_embeddings, self.rows, self._vocabulary())
+        return answered(self.host.base_model, self.host.word_embeddings, self.rows)
 
     def reader(self, base: Any) -> Any:
         """A view of the base model, of the same parts, whose logits processors read the text alone: no n-gram, length
@@ -113,10 +112,6 @@ class _Wide:
         """Ids of the text and of what was generated behind it, of wide ones."""
         columns = self.columns.repeat_interleave(ids.shape[0] // self.columns.shape[0], 0).to(ids.device)
         return torch.cat((ids.gather(1, columns), ids[:, self.ids.shape[1] :]), 1)
-
-    def _vocabulary(self) -> int:
-        table: Any = self.host.word_embeddings
-        return int(table.weight.shape[0])
 
     def embed_prompt(
         self, _: Any, args: tuple[Any, ...], call: dict[str, Any]
@@ -148,7 +143,7 @@ class _Wide:
         slots = torch.cat((self.slots.repeat_interleave(given.shape[0] // self.slots.shape[0], 0), more), dim=1)
         # Without a mask they tell padding by the ids (XLM).
         if host.facts.needs_ids or (call.get("attention_mask") is None and host.facts.placeholder is None):
-            return {**call, "input_ids": torch.where(slots < 0, ~slots + self._vocabulary(), given)}
+            return {**call, "input_ids": torch.where(slots < 0, ~slots + vocabulary(host.word_embeddings), given)}
         embeds = host.word_embeddings(given)
         call["inputs_embeds"] = ops.splice(rows, Layout.from_slots(slots, rows.shape[0]), inputs_embeds=embeds)
         if host.facts.placeholder is not None:

@@ -16,6 +16,7 @@ from ..base import check
 from ..base.cache import cache_length
 from ..base.facts import BaseFacts, device_of, transformers_model
 from ..base.first_use import first_use
+from ..base.positions import count_positions
 from ..layouts.batch import Batch, Placed, check_length, place, put_in_front
 from ..layouts.from_template import put_into_template
 from ..layouts.layout import Layout
@@ -145,7 +146,7 @@ def _counted(facts: BaseFacts, placed: Placed, call: Call) -> Placed:
             mask = torch.ones(size, layout.output_length(length), dtype=torch.int64, device=batch.tokens.device)
         elif placed.carries:
             mask = layout.fill(mask, 1)
-        positions = ((mask != 0).cumsum(1) - 1).clamp(min=0) + facts.first_position
+        positions = count_positions(mask, facts.first_position)
     return replace(placed, batch=replace(batch, position_ids=positions))
 
 

@@ -174,12 +174,12 @@ class Planner:
             layout, types = Layout.prefix(self.rows), batch.token_type_ids
             types = None if types is None else layout.fill(types, 0).long()
             return Placed(layout, replace(batch, token_type_ids=types), carries=True)
+        # CPM-Ant masks what comes first.
+        padding_first = task.pools or (facts.needs_ids and facts.causal)
         if self.mixture is not None:
             mixture = replace(self.mixture, task=replace(task, predicts_next=self._is_of_next_tokens()))
-            return place_mixture(mixture, facts, batch, task.pools or (facts.needs_ids and facts.causal))
+            return place_mixture(mixture, facts, batch, padding_first)
         if self.given is None:
-            # CPM-Ant masks what comes first.
-            padding_first = task.pools or (facts.needs_ids and facts.causal)
             return put_in_front(facts, self.rows, batch, pool_last=padding_first, start=self.active.start)
         mask = batch.attention_mask
         if mask is not None and facts.causal and self.targets_of is None and self._is_of_next_tokens():

@@ -89,9 +89,7 @@ def _is_ours(error: BaseException) -> bool:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    return frame is not None and str(frame.tb_frame.f_globals.get("__name__", "")).startswith(
-        f"{__package__}".split(".")[0]
-    )
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("fusedprompt.")
 
 
 def _continued(host: Host, plan: Plan) -> Any:

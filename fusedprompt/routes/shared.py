@@ -19,7 +19,7 @@ from ..base.facts import device_of
 from ..base.first_use import remembered
 from ..base.layer_inputs import layer_inputs
 from ..base.outputs import defer, replaced
-from ..base.positions import numbered
+from ..base.positions import count_positions, numbered
 from ..base.stamp import as_now
 from ..base.state import active_noise, evaluating
 from ..layouts.layout import Layout
@@ -72,7 +72,7 @@ def run_prompt(
     if mask is not None:
         arguments["attention_mask"] = mask
         if host.facts.places_position_ids:
-            arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + host.facts.first_position
+            arguments["position_ids"] = count_positions(mask, host.facts.first_position)
     if host.facts.placeholder is not None:
         ids = torch.full(arguments["inputs_embeds"].shape[:2], host.facts.placeholder, device=device)
         arguments["per_layer_inputs"] = layer_inputs(host.base_model, ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..base.facts import fusable_table, transformers_model
 from ..base.layer_inputs import layer_inputs
 from ..base.outputs import replaced
 from ..base.positions import numbered
-from ..base.virtual_ids import answered, check_known
+from ..base.virtual_ids import answered, check_known, vocabulary
 from ..layouts.batch import Batch
 from ..layouts.layout import IGNORE_INDEX, Layout
 from ..ops._backend import using
@@ -112,13 +112,12 @@ def _virtual(
     host: Host, tables: Tensor, layout: Layout, batch: Batch, carries: bool
 ) -> tuple[dict[str, Any], contextlib.AbstractContextManager[None]]:
     """Ids of prompts and tokens, with mask and labels; and a block in which the word embeddings know them all."""
-    ids, table = batch.input_ids, cast(Any, host.word_embeddings)
-    size = int(table.weight.shape[0])
+    ids, embedding = batch.input_ids, host.word_embeddings
     if ids is None:
         kind = type(transformers_model(host.base_model)).__name__
         raise ValueError(f"inputs_embeds: expected input_ids, because {kind} takes no embeddings in their place")
-    check_known(ids, size)
-    wide = layout.fill_rows(ids, size + torch.arange(tables.shape[0], device=ids.device))
+    check_known(ids, embedding)
+    wide = layout.fill_rows(ids, vocabulary(embedding) + torch.arange(tables.shape[0], device=ids.device))
     mask, labels = batch.attention_mask, batch.labels
     if carries:
         mask = None if mask is None else layout.fill(mask, 1)
@@ -126,7 +125,7 @@ def _virtual(
     if mask is not None:  # such models tell padding, and ends of texts, by their ids
         wide = wide.masked_fill(mask == 0, getattr(host.base_model.config, "pad_token_id", None) or 0)
     given = {"input_ids": wide, "attention_mask": mask, "labels": labels}
-    return given, answered(host.base_model, host.word_embeddings, tables, size)
+    return given, answered(host.base_model, embedding, tables)
 
 
 # Longformer's and LED's. Virtual tokens are none of those that see all and are seen by all.
@@ -201,10 +200,8 @@ def cut(plan: Plan, output: Any, mask: Tensor | None, loss: Answers | None = Non
 
 
 def _in_order(values: Tensor, layout: Layout, batch: Batch) -> Tensor:
-    """(B, P + T, X): the rows of (B, S, X) values, the prompt's first and then the tokens' in their order."""
-    columns = torch.arange(layout.num_prompt_rows, device=values.device).expand(batch.shape[0], -1)
-    of_prompt = values.gather(1, columns.unsqueeze(-1).expand(-1, -1, values.shape[-1]))  # where it stands already
-    return torch.cat((of_prompt, _at_tokens(values, layout, batch, None)), 1)
+    """(B, P + T, X): the rows of (B, S, X) values, the prompt's, which stand first, and the tokens' in their order."""
+    return torch.cat((values[:, : layout.num_prompt_rows], _at_tokens(values, layout, batch, None)), 1)
 
 
 def _at_tokens(values: Tensor, layout: Layout, batch: Batch, mask: Tensor | None) -> Tensor:
