@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fusedprompt
 
-from .generation import GREEDY, base_counts, expect_rows
+from .generation import GREEDY, base_counts, expect_rows, judging
 from .kit import (
     GRADIENTS,
     MASKS,
@@ -153,11 +153,8 @@ def check_fix(family: Family) -> None:
         given = family.batch("left")
         text_found = generated(family, model, "left")
         if text_found is not None:
-            try:
+            with judging(Difference, lambda: base_counts(family)):
                 expect_rows(family, "left padding", given, text_found)
-            except Difference:
-                base_counts(family)
-                raise
 
 
 def expect_text(family: Family, what: str, given: dict[str, Tensor], row: int, found: Tensor) -> None:
