@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -227,7 +228,8 @@ def test_an_answer_without_a_shareable_cache_is_spliced_from_then_on(monkeypatch
         return forward(**{**given, "use_cache": False})
 
     monkeypatch.setattr(model.base_model, "forward", without_cache)
-    assert layer_tokens(model, **LARGE) == [20, 240]
+    # First use asks for the loss of 2 rows of 4 tokens, of the code that was put into this instance.
+    assert layer_tokens(model, **LARGE) == [8, 20, 240]
     assert layer_tokens(model, **LARGE) == SPLICED
     with pytest.raises(fusedprompt.BackendUnavailable, match="answers with a NoneType"):
         model(**LARGE, route="shared")
@@ -236,7 +238,9 @@ def test_an_answer_without_a_shareable_cache_is_spliced_from_then_on(monkeypatch
 def test_explain_says_what_happens_to_a_batch() -> None:
     model = ours("Llama", rows=20)
     assert "route shared where it pays" in model.explain()
-    assert model.explain(**LARGE).splitlines() == ["route shared", "row 0: 20P 10t"]
+    route, row, first_use = model.explain(**LARGE).splitlines()
+    assert (route, row) == ("route shared", "row 0: 20P 10t")
+    assert re.fullmatch(r"first use: rows are as they are alone \(\d+ ms\)", first_use)
     assert model.explain(**LARGE, output_attentions=True).startswith("route splice: output_attentions is an argument")
     small = model.explain(**task_inputs("CAUSAL_LM", tokens(1, 10)))
     assert small.startswith("route splice: sharing would save 0 of 30 tokens, which is too few to pay\n")

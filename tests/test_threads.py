@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -40,19 +41,9 @@ def run_together(calls: Sequence[Call], times: int) -> list[Tensor]:
     return [result for result in results if result is not None]
 
 
-def accumulators(model: Any) -> list[Any]:
-    """The nodes that add up gradients of a model's parameters. As long as somebody holds them, torch 2.13 makes no new
-    ones: there a thread takes a parameter's lock and then the interpreter's, while a custom function has the
-    interpreter's and waits for the parameter's (`grad_accumulator`; seen once)."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [parameter.expand_as(parameter).grad_fn.next_functions[0][0] for parameter in trained]
-
-
-def assert_as_alone(calls: Sequence[Call], times: int, model: Any = None) -> None:
-    held = [] if model is None else accumulators(model)
+def assert_as_alone(calls: Sequence[Call], times: int) -> None:
     expected = [call() for call in calls]
     found = run_together(calls, times)
-    del held
     assert len(found) == len(calls) * times
     wrong = [place for place, result in enumerate(found) if not close(result, expected[place % len(calls)])]
     assert not wrong, f"{len(wrong)} of {len(found)} calls are wrong, the first is call {wrong[0] % len(calls)}"
@@ -87,7 +78,7 @@ def classifier_calls(model: Any) -> list[Call]:
 
 def test_rows_of_a_batch_go_through_their_own_heads() -> None:
     model = mixed("Llama", "SEQ_CLS", adapters=("short", "long", "again"))
-    assert_as_alone(classifier_calls(model), 25, model)
+    assert_as_alone(classifier_calls(model), 25)
     assert not any(has_own_forward(part) or "forward" in vars(part) for part in model.modules())
 
 
@@ -124,8 +115,33 @@ def language_calls(model: Any) -> list[Call]:
 
 
 def test_steps_inference_and_generation_on_both_routes() -> None:
-    model = mixed("Llama", adapters=("short", "long"))
-    assert_as_alone(language_calls(model), 40, model)
+    assert_as_alone(language_calls(mixed("Llama", adapters=("short", "long"))), 40)
+
+
+TRAINS_BESIDE_A_COPY = """
+import sys, threading, torch, fusedprompt
+from fusedprompt.layouts.layout import Layout
+
+sys.setswitchinterval(1e-5)
+prompt, text, layout = torch.nn.Parameter(torch.randn(4, 8)), torch.randn(1, 3, 8), Layout.prefix(4)
+calls = [
+    lambda: fusedprompt.ops.splice(prompt, layout, inputs_embeds=text),
+    lambda: prompt.to("cpu", torch.float32, copy=True),
+]
+def work(call):
+    for _ in range(20_000):
+        call()  # its graph goes at once, and the next one needs a gradient accumulator anew
+threads = [threading.Thread(target=work, args=(call,)) for call in calls]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_a_trained_prompt_is_spliced_beside_an_op_of_pytorch_on_it() -> None:
+    """In a process of its own: threads that wait for the interpreter stop the test too."""
+    subprocess.run([sys.executable, "-c", TRAINS_BESIDE_A_COPY], check=True, timeout=120)
 
 
 def test_losses_without_logits_in_several_threads() -> None:
@@ -135,7 +151,7 @@ def test_losses_without_logits_in_several_threads() -> None:
         loss: Tensor = model(input_ids=ids, labels=ids).loss
         return loss.detach()
 
-    assert_as_alone([step], 160, model)
+    assert_as_alone([step], 160)
     assert model.text_head._comes_last and not has_own_forward(model.base_model.lm_head)
 
 

@@ -54,3 +54,13 @@ def is_traced(tensor: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def not_leaf(tensor: Tensor) -> Tensor:
+    """A view of a parameter that is trained, for an `autograd.Function`; any other tensor as it is.
+
+    Threads that train one parameter could stop each other for ever: a function of Python's takes a leaf's lock (to make
+    its gradient accumulator) while it holds the interpreter's, and PyTorch's own ops take them the other way round
+    (torch 2.13; tests/test_threads.py).
+    """
+    return tensor.view_as(tensor) if tensor.is_leaf and tensor.requires_grad and torch.is_grad_enabled() else tensor

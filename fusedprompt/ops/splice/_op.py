@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._library import below_autograd, define, is_traced
+from .._library import below_autograd, define, is_traced, not_leaf
 
 CHECK_IDS = os.environ.get("FUSEDPROMPT_CHECK", "0") == "1"
 
@@ -121,4 +121,7 @@ def register(
     operator: Callable[..., tuple[Tensor, Tensor]] = getattr(torch.ops.fusedprompt, f"splice{suffix}")
     backward_operator: Callable[..., tuple[Tensor, Tensor]] = getattr(torch.ops.fusedprompt, f"splice_backward{suffix}")
 
-    return lambda *args: operator(*args) if is_traced(args[0]) else apply(forward, *args)
+    def splice(prompt: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        return operator(prompt, *args) if is_traced(prompt) else apply(forward, not_leaf(prompt), *args)
+
+    return splice
