@@ -31,8 +31,10 @@ $(READY): constraints.txt pyproject.toml setup.py $(NATIVE)
 demo: $(READY)  ## P-tune a small language model on real words, from nothing, in under 4 minutes
 	$(BIN)/python -m fusedprompt demo $(ARGS)
 
+# A process for each core, and a file for each process: WORKERS=0 runs all in one.
+WORKERS ?= auto
 test: $(READY)  ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: $(READY)  ## check style
 	$(BIN)/ruff check .
