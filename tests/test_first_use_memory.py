@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -178,3 +179,29 @@ def test_a_term_of_the_loss_for_training_alone() -> None:
         model.train(training)
         one, other = (model(**given, labels=given["input_ids"], route=route).loss for route in ("auto", "splice"))
         assert one.item() == pytest.approx(other.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("others", ["live on", "are gone while it is compiled"])
+def test_a_compiled_model_depends_on_no_other_model(others: str) -> None:
+    """What is remembered of other models is neither a reason to compile again, nor missed when it goes."""
+    forget()
+    held: list[Any] = [prompt_model(llama(rope_theta=float(count + 2))) for count in range(5)]
+    for each in held:
+        each(**batch("none"))
+    model, compiled = prompt_model(llama()), []
+    inputs = batch("none")
+    expected = model(**inputs).logits
+
+    def backend(module: Any, _: Any) -> Any:
+        compiled.append(module)
+        if others != "live on":
+            held.clear()
+            gc.collect()
+        return module
+
+    call = torch.compile(model, backend=backend)
+    torch.testing.assert_close(call(**inputs).logits, expected)
+    before = len(compiled)
+    prompt_model(llama(rope_theta=50.0))(**batch("none"))
+    torch.testing.assert_close(call(**inputs).logits, expected)
+    assert len(compiled) == before > 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ from .cache import keeps_all
 from .facts import BaseFacts, device_of, transformers_model
 from .own_forward import has_own_forward
 from .positions import count_positions, numbered
+from .remembered import Remembered
 from .shortened import bare, shortened
 
 _PROMPT, _TEXT, _PADDING = 3, 4, 4
@@ -55,13 +55,13 @@ class Found:
 UNKNOWN = Found()
 _lock = threading.Lock()
 _of_kind: dict[Any, Any] = {}
-_of_model: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
+_of_model: Remembered[dict[str, tuple[Any, Any]]] = Remembered()
 
 
 def remembered(base: nn.Module) -> Found:
     """What is known of a base model."""
     model = transformers_model(base)
-    held = {} if model is None else _of_model.get(model, {})
+    held = (None if model is None else _of_model.get(model)) or {}
     found = [held[name][1] for name in ("sharing", "padding") if name in held]
     return found[0] if found else UNKNOWN
 
@@ -94,7 +94,8 @@ def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any)
     model = transformers_model(base)
     if model is None:
         return unknown
-    held = _of_model.get(model, {}).get(name)
+    all_held = _of_model.get(model) or {}
+    held = all_held.get(name)
     if torch.compiler.is_compiling():
         return unknown if held is None else held[1]
     # A loss may have terms that are for training alone.
@@ -114,7 +115,8 @@ def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any)
                 # What was put into an instance, or cannot be told of its weights, is no other's.
                 if not own and answer is not None:
                     _of_kind[key] = answer
-            held = _of_model.setdefault(model, {})[name] = (now, unknown if answer is None else answer)
+            held = (now, unknown if answer is None else answer)
+            _of_model.put(model, {**(_of_model.get(model) or {}), name: held})
     return held[1]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .own_forward import own_forward, replaced_forwards
+from .remembered import Remembered
 
-_tables: weakref.WeakKeyDictionary[nn.Module, nn.Embedding | None] = weakref.WeakKeyDictionary()
+_tables: Remembered[tuple[nn.Embedding | None]] = Remembered()
 
 
 def position_table(base: Any) -> nn.Embedding | None:
@@ -21,12 +21,14 @@ def position_table(base: Any) -> nn.Embedding | None:
 
     The modules around it have no such argument to pass on.
     """
-    if base not in _tables:
+    held = _tables.get(base)
+    if held is None:
         found = [part for part in base.modules() if isinstance(part, nn.Embedding) and _is_told_positions(part)]
         width = getattr(base.config, "hidden_size", None)
         # RoFormer has one too, of a head's width: it turns keys and queries.
-        _tables[base] = found[0] if len(found) == 1 and found[0].embedding_dim == width else None
-    return _tables[base]
+        held = (found[0] if len(found) == 1 and found[0].embedding_dim == width else None,)
+        _tables.put(base, held)
+    return held[0]
 
 
 def _is_told_positions(part: nn.Module) -> bool:

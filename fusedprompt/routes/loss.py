@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..base.facts import BaseFacts, transformers_model
 from ..base.first_use import is_loss_of_logits
+from ..base.remembered import Remembered
 from ..layouts.layout import IGNORE_INDEX
 from ..methods.method import Targets
 from ..ops.cpt.reference import label_weights
@@ -156,7 +156,7 @@ class Answers:
 
 Loss = NextToken | OwnFunction | Weighted | Answers
 # Base models whose own loss of answers was compared with `Answers`, and whether they were equal.
-_same_loss: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_same_loss: Remembered[bool] = Remembered()
 
 
 def answers_loss(
@@ -167,7 +167,8 @@ def answers_loss(
     output: of prompt and text, with the loss of answers that were `moved` behind the prompt.
     """
     own: Tensor = output["loss"]
-    if base not in _same_loss and not torch.compiler.is_compiling():
+    if _same_loss.get(base) is None and not torch.compiler.is_compiling():
         ours = loss.of(base, output["start_logits"], output["end_logits"], moved)
-        _same_loss[base] = torch.allclose(ours.float(), own.float(), rtol=1e-3, atol=1e-5, equal_nan=True)
-    return loss.of(base, *cut) if _same_loss.get(base, True) else own
+        same = torch.allclose(ours.float(), own.float(), rtol=1e-3, atol=1e-5, equal_nan=True)
+        _same_loss.put(base, same)
+    return own if _same_loss.get(base) is False else loss.of(base, *cut)
