@@ -80,6 +80,15 @@ class Case:
         return right
 
 
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def _normal(source: torch.Generator, *shape: int) -> Tensor:
+    """Drawn on the CPU: the same numbers on every GPU."""
+    return torch.randn(shape, generator=source, device="cpu")
+
+
 def _error(value: Tensor, truth: Tensor) -> float:
     value, truth = value.detach().double(), truth.detach().double()
     error = float((value - truth).norm() / truth.norm().clamp_min(1e-30))
@@ -101,7 +110,7 @@ def mlp_case(rows: int, width: int, kind: str, device: torch.device) -> Case:
     dtype, autocast, precision, tolerance = _KINDS[kind]
     config = encoder_config("MLP", rows, width, width)
     indices = torch.arange(rows, device=device).unsqueeze(0)
-    d_out = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(device, autocast or dtype)
+    d_out = _normal(_seeded(1), rows, width).to(device, autocast or dtype)
 
     def within(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         if autocast is None:
@@ -172,7 +181,7 @@ def mlp_case(rows: int, width: int, kind: str, device: torch.device) -> Case:
 def lstm_case(rows: int, width: int, hidden: int, kind: str, device: torch.device) -> Case:
     """P-tuning's LSTM: two layers, bidirectional, batch 1. ATen is nn.LSTM, which on a GPU is cuDNN."""
     dtype, _, precision, tolerance = _KINDS[kind]
-    d_out = torch.randn(1, rows, 2 * hidden, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    d_out = _normal(_seeded(1), 1, rows, 2 * hidden).to(device, dtype)
 
     def make_module(index: int) -> tuple[nn.LSTM, Tensor]:
         with torch.random.fork_rng(devices=[]):
@@ -221,17 +230,16 @@ def lstm_case(rows: int, width: int, hidden: int, kind: str, device: torch.devic
 def splice_case(batch: int, length: int, width: int, device: torch.device, rows: int = 20) -> Case:
     """The prompt in front of a batch, with mask and labels, as PEFT's forward does it; a bf16 model, an fp32 prompt."""
     vocabulary, dtype = 32000 if device.type == "cuda" else 50, torch.bfloat16
-    source = torch.Generator().manual_seed(0)
-    table = torch.randn(vocabulary, width, generator=source).to(device, dtype)
-    d_out = torch.randn(batch, rows + length, width, generator=source).to(device, dtype)
+    source = _seeded(0)
+    table = _normal(source, vocabulary, width).to(device, dtype)
+    d_out = _normal(source, batch, rows + length, width).to(device, dtype)
 
     def draw(index: int) -> tuple[Tensor, Tensor]:
-        source = torch.Generator().manual_seed(index)
+        source = _seeded(index)
         # Numbers that bf16 has: all contenders must then agree to the bit.
-        prompt = torch.randn(rows, width, generator=source).bfloat16().float()
-        return prompt.to(device).requires_grad_(), torch.randint(vocabulary, (batch, length), generator=source).to(
-            device
-        )
+        prompt = _normal(source, rows, width).bfloat16().float()
+        ids = torch.randint(vocabulary, (batch, length), generator=source, device="cpu")
+        return prompt.to(device).requires_grad_(), ids.to(device)
 
     def theirs(prompt: Tensor, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The lines of PEFT's PeftModelForCausalLM.forward, without the base model."""
@@ -287,14 +295,13 @@ def splice_case(batch: int, length: int, width: int, device: torch.device, rows:
 def head_case(rows: int, width: int, vocabulary: int, kind: str, device: torch.device) -> Case:
     """A language model's head and loss. ATen is a Linear and transformers' loss."""
     dtype, _, precision, tolerance = _KINDS[kind]
-    source = torch.Generator().manual_seed(0)
-    weight = (torch.randn(vocabulary, width, generator=source) * 0.05).to(device, dtype)
-    labels = torch.randint(vocabulary, (rows,), generator=source).to(device)
+    source = _seeded(0)
+    weight = (_normal(source, vocabulary, width) * 0.05).to(device, dtype)
+    labels = torch.randint(vocabulary, (rows,), generator=source, device="cpu").to(device)
     d_out = torch.ones((), device=device)
 
     def draw(index: int) -> Tensor:
-        hidden = torch.randn(rows, width, generator=torch.Generator().manual_seed(index))
-        return hidden.to(device, dtype).requires_grad_()
+        return _normal(_seeded(index), rows, width).to(device, dtype).requires_grad_()
 
     def plain(hidden: Tensor) -> Tensor:
         return nn.functional.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")

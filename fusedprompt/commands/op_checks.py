@@ -19,12 +19,13 @@ def devices() -> list[str]:
 
 def samples(device: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
     """The formula of each op, and behind it small arguments in the order its backends take them, always the same."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(device, dtype).requires_grad_()
+        values = torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
+        return values.to(device, dtype).requires_grad_()
 
-    ids = torch.randint(0, 11, (2, 4), generator=generator).to(device)
+    ids = torch.randint(0, 11, (2, 4), generator=generator, device="cpu").to(device)
     lstm_weights = [draw(*shape) for _ in range(2) for shape in ((12, 5), (12, 3), (12,), (12,))]
     epsilon = torch.tensor([0.1, 9.0, 0.5], device=device, dtype=dtype, requires_grad=True)
     trainable = torch.tensor([True, False, True], device=device)

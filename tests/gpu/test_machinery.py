@@ -32,7 +32,7 @@ def make_step(device: torch.device, backend: str | None = "triton") -> tuple[Cal
 
 
 def ids_on(device: torch.device, length: int = 9) -> Tensor:
-    return torch.randint(50, (3, length), generator=torch.Generator().manual_seed(1)).to(device)
+    return torch.randint(50, (3, length), generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(device)
 
 
 def gradients(step: Callable[[Tensor], Tensor], parameters: list[Tensor], ids: Tensor) -> list[Tensor]:
