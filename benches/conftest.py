@@ -41,6 +41,9 @@ def pytest_addoption(parser: Any) -> None:
 def pytest_configure(config: Any) -> None:
     """Make the result's folder now: minutes later is too late to find that there is none."""
     torch.set_default_device(config.getoption("--device"))
+    # "fp32" means IEEE, for contenders and truths alike: cuDNN takes TF32 unless it is told not to.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     result = config.getoption("benchmark_json", None)
     if result is not None:
         result.parent.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ class Case:
     tolerance: largest relative error in the Frobenius norm, of the output and of gradients.
     set_bytes: size of one set of inputs.
     work: the least that must be done, by mode.
-    precision: for torch.set_float32_matmul_precision.
+    precision: for `matmul_precision`.
     """
 
     group: str
@@ -198,12 +198,11 @@ def lstm_case(rows: int, width: int, hidden: int, kind: str, device: torch.devic
     def make_theirs(index: int) -> Work:
         module, x = make_module(index)
 
-        def forward() -> Tensor:
-            # cuDNN takes TF32 unless it is told not to, whatever matrix products may do.
-            torch.backends.cudnn.allow_tf32 = kind == "tf32"
-            return module(x)[0]
-
-        return Work(forward, [x, *(getattr(module, name) for names in module._all_weights for name in names)], d_out)
+        return Work(
+            lambda: module(x)[0],
+            [x, *(getattr(module, name) for names in module._all_weights for name in names)],
+            d_out,
+        )
 
     def truth() -> tuple[Tensor, Sequence[Tensor]]:
         module, x = make_module(0)
@@ -374,9 +373,12 @@ def cases(device: torch.device) -> Iterator[Planned]:
 
 @contextlib.contextmanager
 def matmul_precision(name: str) -> Iterator[None]:
-    before: Any = torch.get_float32_matmul_precision()
+    """fp32 products of cuBLAS and of cuDNN: in IEEE fp32 where `name` is "highest", else in TF32."""
+    before: Any = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision(name)
+    torch.backends.cudnn.allow_tf32 = name != "highest"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -6,7 +6,6 @@ Run by `make gpu`; skipped without CUDA. The same kernels run on fibers in tests
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,15 +20,6 @@ from tolerance import Tensors, assert_as_accurate, assert_identical, dtypes, eva
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs beside poisoned (deterministic) memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-
-
-@pytest.fixture(autouse=True)
-def ieee_products() -> Iterator[None]:
-    """cuDNN takes TF32 unasked, which would measure an error a thousand times as large."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
 
 
 # (B, P, D, H, layers, bidirectional): by size S, M and L on a large GPU; odd and prime sizes; batches up to 8.

@@ -47,6 +47,10 @@ def test_triton_is_the_default_on_cuda(cuda: torch.device) -> None:
     )
 
 
+def test_nothing_here_is_compared_with_products_in_tf32() -> None:
+    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+
+
 def test_same_results_as_the_reference(device: torch.device) -> None:
     ids = ids_on(device)
     for actual, expected in zip(
