@@ -25,7 +25,8 @@ from benches.gpu.keep import failed
 ROOT = Path(__file__).resolve().parents[1]
 STAND_INS = Path(__file__).parent / "gpu_stand_ins"
 LINE = re.compile(
-    r" *\d+ s  (\S+) +(begun, has \d+ s|ok, \d+ s|FAILED: .+|skipped: .+|did not work: .+|every step is ok)\n"
+    r" *\d+ s  (\S+) +(begun, has \d+ s|ok, \d+ s|FAILED: .+|skipped: .+"
+    r"|did not work: .+|every step is ok|stopped by a signal)\n"
 )
 
 # In place of Python: writes down how it is called, and measures rows, 10 ms each, through what the benchmarks use.
@@ -71,6 +72,11 @@ def steps_of(out: Path) -> dict[str, list[str]]:
     return found
 
 
+def has_begun(step: str, out: Path) -> bool:
+    summary = out / "summary.txt"
+    return summary.exists() and f"  {step} " in summary.read_text()
+
+
 def run(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [str(ROOT / "benches" / "gpu" / script), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
@@ -98,14 +104,15 @@ def test_first_contact_keeps_what_it_learnt_when_it_is_killed(
         "test-lstm": "test_lstm_cuda.py",
         "bench-first": "nothing at all",
     }[point]
-    command = [str(ROOT / "benches" / "gpu" / "first.sh"), "--dry-run", str(out)]
+    command = [str(ROOT / "benches" / "gpu" / "first.sh"), str(out)]
     script = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     rows = out / "bench.jsonl"
     try:
         for _ in range(600):
             time.sleep(0.1)
-            begun = out.exists() and f"  {point} " in (out / "summary.txt").read_text()
-            if begun and (point != "bench-first" or (rows.exists() and rows.read_text().count("\n") > 5)):
+            if has_begun(point, out) and (
+                point != "bench-first" or (rows.exists() and rows.read_text().count("\n") > 5)
+            ):
                 break
         else:
             pytest.fail(f"{point} never began")
@@ -129,12 +136,29 @@ def test_first_contact_keeps_what_it_learnt_when_it_is_killed(
     assert len(list(out.iterdir())) <= 8
 
 
+def test_a_signal_that_asks_first_contact_to_stop_ends_what_it_started(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [str(ROOT / "benches" / "gpu" / "first.sh"), str(out)]
+    script = subprocess.Popen(
+        command, env={**environment, "HANGS": "doctor"}, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    while not has_begun("doctor", out):
+        time.sleep(0.1)
+    script.send_signal(signal.SIGTERM)
+    assert script.wait() == 143
+    while list(processes_of(script.pid)):  # the one that hangs ignores SIGTERM, and is killed a second later
+        time.sleep(0.1)
+    steps = steps_of(out)
+    assert len(steps["doctor"]) == 1 and steps["script"] == ["stopped by a signal"]
+
+
 def test_first_contact_stops_neither_at_failures_nor_at_what_hangs(environment: dict[str, str], tmp_path: Path) -> None:
     """test_ops.py hangs and ignores SIGTERM; it gets what a budget of 12 s leaves, and the rest is skipped."""
     out = tmp_path / "out"
     first = run(
         "first.sh",
-        "--dry-run",
         out,
         **environment,
         FAILS="fusedprompt doctor",
@@ -151,8 +175,8 @@ def test_first_contact_stops_neither_at_failures_nor_at_what_hangs(environment: 
     assert "test-lstm" in skipped and len(skipped) == 9
 
 
-def test_a_step_that_ends_before_its_time_waits_for_nothing(environment: dict[str, str], tmp_path: Path) -> None:
-    first = run("first.sh", "--dry-run", tmp_path / "out", **environment)
+def test_first_contact_runs_each_step_with_files_that_exist(environment: dict[str, str], tmp_path: Path) -> None:
+    first = run("first.sh", tmp_path / "out", **environment)
     assert first.returncode == 0, first.stdout + first.stderr
     steps = steps_of(tmp_path / "out")
     assert steps.pop("script") == ["every step is ok"] and len(steps) == 18
@@ -160,7 +184,9 @@ def test_a_step_that_ends_before_its_time_waits_for_nothing(environment: dict[st
     named = {word for call in calls for word in re.findall(r"(?:benches|tests)/[\w/]+\.py", call)}
     assert {f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")} < named
     assert all((ROOT / path).exists() for path in named)
-    assert all("TORCH" not in call for call in calls)
+    tests = [call for call in calls if "tests/gpu" in call]
+    assert len(tests) == 5 and all("--timeout-method thread" in call and "--keep" in call for call in tests)
+    assert sum("--rows" in call for call in calls) == 5
 
 
 def test_tests_that_failed_or_hung_are_run_again_by_id(environment: dict[str, str], tmp_path: Path) -> None:
@@ -233,7 +259,7 @@ def test_outcomes_are_kept_though_the_run_is_killed(workers: int, tmp_path: Path
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_every_step_runs_without_a_gpu(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHON": sys.executable}
+    environment = {**os.environ, "PYTHON": sys.executable, "BUDGET": "3600"}
     first = run("first.sh", "--dry-run", tmp_path / "first", **environment)
     logs = "".join(path.read_text() for path in sorted((tmp_path / "first").glob("*.log")))
     assert first.returncode == 0, first.stdout + logs
@@ -252,7 +278,7 @@ def test_every_step_runs_without_a_gpu(tmp_path: Path) -> None:
     assert "metamath" in report.render(report.merged([result, *others]))
     assert "healthy" in (tmp_path / "first" / "doctor.txt").read_text()
     kept = _rows.read(tmp_path / "first" / "tests.jsonl")
-    assert failed(kept) == [] and sum(line["outcome"] == "passed" for line in kept) > 20
+    assert failed(kept) == [] and sum(line["outcome"] == "passed" for line in kept) >= 6
     _rows.append(tmp_path / "first" / "tests.jsonl", {**kept[1], "outcome": "failed"})
     again = run("again.sh", "--dry-run", tmp_path / "first", tmp_path / "again", **environment)
     logs = "".join(path.read_text() for path in sorted((tmp_path / "again").glob("*.log")))

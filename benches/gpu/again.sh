@@ -27,7 +27,7 @@ else
   note failed-tests "none in $FIRST"
 fi
 
-for part in triton lstm-S lstm-M; do
+for part in $(of lstm-S lstm-M triton); do
   begin "memcheck-$part" 60 sanitizer.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool=memcheck --error-exitcode=9 "$PYTHON" -m benches.gpu.small "$part"
 done

@@ -27,7 +27,7 @@ step warm-up 120 build.log "$PYTHON" -m benches.gpu.small triton
 finish build
 
 step doctor 45 doctor.txt "$PYTHON" -m fusedprompt doctor
-for variant in S M STREAM L; do
+for variant in $(of S M STREAM L); do
   begin "small-lstm-$variant" 40 tests.log "$PYTHON" -m benches.gpu.small "lstm-$variant"
 done
 finish small-lstm-{S,M,STREAM,L}
@@ -39,7 +39,7 @@ tests test-lstm-large 70 3 tests/gpu/test_lstm_cuda.py -k "$large"
 tests test-two-streams 75 1 tests/gpu/test_two_streams.py
 
 FUSEDPROMPT_BENCH_SECONDS=110 benches bench-first 120 benches/gpu/test_bench_gpu.py -k first
-for method in prompt-tuning-N=200 P-tuning-MLP-N=20 P-tuning-LSTM-N=50; do
+for method in $(of prompt-tuning-N=200 P-tuning-MLP-N=20 P-tuning-LSTM-N=50); do
   FUSEDPROMPT_BENCH_LAYERS=$layers benches "metamath-$method" 60 "benches/test_bench_metamath.py::test_metamath[$method]"
 done
 FUSEDPROMPT_BENCH_SECONDS=$((BUDGET - SECONDS - 10)) benches bench-rest "$BUDGET" benches/gpu/test_bench_gpu.py -k "not first"

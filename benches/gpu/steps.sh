@@ -12,6 +12,7 @@
 
 PYTHON=${PYTHON:-python3}
 PATIENCE=${PATIENCE:-5}  # seconds between SIGTERM and SIGKILL, and until nobody waits any longer
+slow=1
 declare -A process since limit
 trap 'for name in "${!process[@]}"; do kill "${process[$name]}" 2>/dev/null; done; note script "stopped by a signal"; exit 143' INT TERM
 
@@ -21,6 +22,8 @@ OUT=$(cd "$OUT" && pwd)
 
 note() { printf '%4d s  %-20s %s\n' "$SECONDS" "$1" "$2" | tee -a "$OUT/summary.txt"; }
 
+of() { if [[ ${dry-} ]]; then echo "$1"; else echo "$@"; fi; }
+
 begin() {
   local name=$1 most=$2 log=$OUT/$3 left=$((BUDGET - SECONDS))
   shift 3
@@ -28,6 +31,7 @@ begin() {
     note "$name" "skipped: $BUDGET s are over"
     return
   fi
+  most=$((most * slow))
   limit[$name]=$((most < left ? most : left))
   since[$name]=$SECONDS
   note "$name" "begun, has ${limit[$name]} s"
@@ -107,12 +111,13 @@ benches() {
     --keep "$OUT/tests.jsonl" --rows "$OUT/bench.jsonl" --device "$device" --benchmark-quiet "${few[@]}" "$@"
 }
 
-# Without a GPU: Triton's interpreter, toy sizes, the first tests of each step, and compilers that write empty files.
+# Without a GPU: Triton's interpreter, toy sizes, the first tests of each step and the first round of each loop, compilers
+# that write empty files, and time for a slow machine.
 dry_run() {
   export PATH="$PWD/tests/gpu_stand_ins:$PATH" CXX="$PWD/tests/gpu_stand_ins/compiler" TRITON_INTERPRET=1 \
     FUSEDPROMPT_BENCH_TOY=1 TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1
   where=(--build-lib "$scratch/lib" --build-temp "$scratch/temp")
-  few=(--few 6) device=cpu
+  few=(--few 3) device=cpu slow=10
   # shellcheck disable=SC2317  # what is imported here asks it
   has() { false; } # in parallel they would take longer
 }
