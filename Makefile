@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 
 .PHONY: help demo test lint format types check families kernels kernels-oldest versions trl bench bench-routes bench-scaling bench-metamath \
         bench-apply bench-compare pictures doctor wheel sdist clean \
-        gpu gpu-install gpu-test gpu-sanitize gpu-bench gpu-steps
+        gpu-first gpu-again gpu gpu-test gpu-sanitize gpu-bench gpu-steps
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
@@ -109,35 +109,23 @@ bench-apply: $(READY)  ## measure patched PEFT models against unpatched ones, in
 	$(call run_bench,benches/test_bench_apply.py,apply,apply)
 
 # On a machine with a GPU, torch, Triton and nvcc, and without a network: make gpu PYTHON=python3 OUT=somewhere
-OUT ?= benches/results
+OUT ?= build/gpu
 
-gpu: gpu-test gpu-sanitize gpu-bench gpu-steps  ## all four of the following, each in less than 8 minutes
+gpu-first:  ## what a GPU that is at hand for minutes can tell: at most 480 s, the most important first
+	PYTHON="$(PYTHON)" benches/gpu/first.sh "$(OUT)"
 
-gpu-install:
-	$(PYTHON) -m pip --disable-pip-version-check install -q --no-build-isolation --no-deps -e .
+gpu-again:  ## what failed in it, memcheck, and pairs: at most 200 s; make gpu-again FIRST=its-OUT OUT=...
+	PYTHON="$(PYTHON)" benches/gpu/again.sh "$(FIRST)" "$(OUT)"
 
-gpu-test: gpu-install  ## run the GPU tests
-	$(PYTHON) -m fusedprompt doctor
-	$(PYTHON) -m pytest -q tests/gpu
+gpu:  ## all four of the following, in about half an hour; no failure stops it
+	PYTHON="$(PYTHON)" benches/gpu/all.sh "$(OUT)"
 
-gpu-sanitize: gpu-install  ## look for bad accesses and races in the kernels
-	for tool in memcheck racecheck; do for part in triton lstm; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 115 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	    $(PYTHON) -m benches.gpu.small $$part || exit; done; done
-
-GPU_STEPS := benches/test_bench_step.py benches/test_bench_inference.py
-gpu-bench: gpu-install  ## measure the GPU, then the kernels on it, into OUT
-	mkdir -p $(OUT) build
-	nvcc -O3 -std=c++17 -arch=native -o build/probe benches/gpu/probe.cu && build/probe > $(OUT)/probe.json
-	$(PYTHON) -m pytest benches/gpu -q --device cuda --benchmark-quiet --benchmark-json=$(OUT)/gpu.json
-	$(PYTHON) -m benches.report $(OUT)/gpu.json
-
-gpu-steps: gpu-install  ## measure training steps, prefill and generate on the GPU, and PEFT's MetaMathQA shapes with all layers
-	mkdir -p $(OUT)
-	FUSEDPROMPT_BENCH_LAYERS=28 $(PYTHON) -m pytest benches/test_bench_metamath.py -q --device cuda --benchmark-quiet \
-	  --benchmark-json=$(OUT)/gpu-metamath.json
-	$(PYTHON) -m pytest $(GPU_STEPS) -q --device cuda --benchmark-quiet --benchmark-json=$(OUT)/gpu-steps.json
-	$(PYTHON) -m benches.report $(OUT)/gpu-steps.json $(OUT)/gpu-metamath.json
+gpu-test:  ## run doctor and the GPU tests
+gpu-sanitize:  ## look for bad accesses and races in the kernels
+gpu-bench:  ## measure the GPU, then the kernels on it
+gpu-steps:  ## measure training steps, prefill and generate on the GPU, and PEFT's MetaMathQA shapes with all layers
+gpu-test gpu-sanitize gpu-bench gpu-steps:
+	PYTHON="$(PYTHON)" benches/gpu/all.sh "$(OUT)" $(@:gpu-%=%)
 
 $(VENV)/.docs: $(READY)
 	$(PIP) sphinx myst-parser furo

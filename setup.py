@@ -19,6 +19,7 @@ import tempfile
 
 from setuptools import Extension, setup
 
+CUDA = "fusedprompt._cuda"
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 # The oldest torch that the result runs on; headers hide what is newer.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -81,7 +82,11 @@ def gencode(architectures: str) -> list[str]:
 
 
 def compile_cuda(source: str, target: str) -> None:
-    """One library without Python in it. torch's CUDAExtension would link libraries that a CPU build of torch lacks."""
+    """One library without Python in it. torch's CUDAExtension would link libraries that a CPU build of torch lacks.
+
+    Raises:
+        RuntimeError: nvcc failed; the message ends with what it said.
+    """
     from torch.utils import cpp_extension
 
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -92,7 +97,7 @@ def compile_cuda(source: str, target: str) -> None:
             stub = [*compiler(), "-shared", "-x", "c", "/dev/null", "-Wl,-soname,libtorch_cuda.so"]
             subprocess.run([*stub, "-o", f"{folder}/libtorch_cuda.so"], check=True)
             libraries = [*libraries, folder]
-        subprocess.run(
+        process = subprocess.run(
             [
                 *(toolkit(), "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"),
                 *("--threads", str(os.cpu_count() or 1), *STABLE_ABI, *gencode(architectures())),
@@ -103,8 +108,13 @@ def compile_cuda(source: str, target: str) -> None:
                 *(source, "csrc/lstm_plan.cpp", "-ltorch_cpu", "-ltorch_cuda"),
                 *("-o", target),
             ],
-            check=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
+    sys.stderr.write(process.stdout)
+    if process.returncode:
+        raise RuntimeError(f"nvcc ended with status {process.returncode}: {process.stdout[-2000:].strip()}")
 
 
 def compiler() -> list[str]:
@@ -125,18 +135,32 @@ def build() -> dict[str, object]:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+    insists = "1" in (choice("FUSEDPROMPT_NATIVE"), choice("FUSEDPROMPT_CUDA"))
+
     class Build(BuildExtension):
+        def build_extensions(self) -> None:
+            """CUDA first, because the library for CPU says what became of it: pip hides all output of a build."""
+            for extension in [item for item in self.extensions if item.name == CUDA]:
+                try:
+                    compile_cuda(extension.depends[0], self.get_ext_fullpath(CUDA))
+                except (RuntimeError, subprocess.CalledProcessError) as error:
+                    if insists:
+                        raise
+                    say(f"installing without the library for CUDA: {' | '.join(str(error).splitlines())}")
+                    self.extensions.remove(extension)
+                    for other in self.extensions:
+                        other.define_macros[0] = ("FUSEDPROMPT_CUDA_BUILD", '"not built: compiling it failed"')
+            super().build_extensions()
+
         def build_extension(self, extension: Extension) -> None:
-            if extension.name == "fusedprompt._cuda":
-                compile_cuda(extension.depends[0], self.get_ext_fullpath(extension.name))
-            else:
+            if extension.name != CUDA:
                 super().build_extension(extension)
 
         def run(self) -> None:
             try:
                 super().run()
             except (RuntimeError, subprocess.CalledProcessError) as error:
-                if "1" in (choice("FUSEDPROMPT_NATIVE"), choice("FUSEDPROMPT_CUDA")):
+                if insists:
                     raise
                 self.extensions = []
                 say(f"installing without native code: compiling failed ({str(error).splitlines()[0]})")
@@ -150,7 +174,7 @@ def build() -> dict[str, object]:
     extensions = [CppExtension("fusedprompt._C", sources, extra_compile_args=flags, define_macros=facts)]
     if reason is None:
         # Not a source: torch's command refuses any .cu if torch is a CPU build.
-        extensions.append(Extension("fusedprompt._cuda", [], depends=["csrc/lstm_cuda.cu"]))
+        extensions.append(Extension(CUDA, [], depends=["csrc/lstm_cuda.cu"]))
     return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 
 from ._work import Work
 
+# The sizes at which a run only shows that everything works.
+TOY = os.environ.get("FUSEDPROMPT_BENCH_TOY", "0") == "1"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "tf32": torch.float32}
 
 
@@ -36,7 +39,7 @@ def _best(call: Callable[[], object], rounds: int = 15) -> float:
 @functools.cache
 def copy_bandwidth() -> float:
     """Bytes a second, read and written together, of torch's copy between two buffers that no cache holds."""
-    megabytes = 2048 if torch.get_default_device().type == "cuda" else 256
+    megabytes = 1 if TOY else 2048 if torch.get_default_device().type == "cuda" else 256
     source = torch.ones(megabytes << 18)
     target = torch.empty_like(source)
     return 2 * source.numel() * source.itemsize / _best(lambda: target.copy_(source))
@@ -45,7 +48,7 @@ def copy_bandwidth() -> float:
 @functools.cache
 def matrix_rate(dtype: str) -> float:
     """Floating-point operations a second of torch's product of two square matrices."""
-    size = 8192 if torch.get_default_device().type == "cuda" else 2048
+    size = 64 if TOY else 8192 if torch.get_default_device().type == "cuda" else 2048
     a, b = (torch.ones(size, size, dtype=DTYPES[dtype]) for _ in range(2))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")

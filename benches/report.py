@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import _rows
 from ._interleave import AGAIN, COMPILED, OURS
 
 RESULTS = Path(__file__).parent / "results"
@@ -191,6 +192,19 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", control(rows)])
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """A result, or those of a file that --rows wrote: one for each run, also of runs that were killed."""
+    if path.suffix != ".jsonl":
+        return [json.loads(path.read_text())]
+    results: list[dict[str, Any]] = []
+    for line in _rows.read(path):
+        if "machine_info" in line:
+            results.append({**line, "benchmarks": []})
+        else:
+            results[-1]["benchmarks"].append(line)
+    return results
+
+
 def save(result: dict[str, Any], part: str = "") -> Path:
     """Write the result under the machine's name, and its part's if it is one, in place of an older one."""
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -203,12 +217,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="benches.report", description=__doc__)
     parser.add_argument(
-        "results", type=Path, nargs="+", help="what --benchmark-json wrote, or files of benches/results"
+        "results", type=Path, nargs="+", help="what --benchmark-json or --rows wrote, or files of benches/results"
     )
     parser.add_argument("--save", action="store_true", help="also keep it in benches/results, by the machine's name")
     parser.add_argument("--part", default="", help="keep it as this part of the benchmarks, in a file of its own")
     options = parser.parse_args(arguments)
-    result = merged([json.loads(path.read_text()) for path in options.results])
+    result = merged([result for path in options.results for result in read(path)])
     print(render(result))
     if options.save:
         print(f"\nSaved as {save(result, options.part)}")

@@ -65,7 +65,7 @@ def test_layout(benchmark: Any, batch: int, length: int) -> None:
     # As in a process that has run a model: until something larger has been freed, glibc gives memory back to the system
     # after each call and asks for it again, which took twice as long as all the rest in a sandboxed container.
     torch.ones(1 << 22)
-    ids = torch.randint(0, 32000, (batch, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 32000, (batch, length), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     mask = (torch.arange(length) < torch.linspace(length // 2, length, batch).long().unsqueeze(1)).long()
     peer = contender("row by row", row_by_row, ids, mask)
     case = Case(

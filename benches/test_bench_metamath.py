@@ -19,22 +19,24 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fusedprompt
 
 from ._interleave import OURS, PEFT, STEP, Case, measure
+from ._limits import TOY
 from ._models import LORA, batch_of, contender, step_case
 
 LAYERS = int(os.environ.get("FUSEDPROMPT_BENCH_LAYERS", "2"))  # the model has 28
-BATCH, LENGTH = 4, 210
+WIDTH, VOCABULARY = (48, 256) if TOY else (3072, 128256)
+BATCH, LENGTH = (2, 8) if TOY else (4, 210)
 
 
 def base_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=3072,
-        intermediate_size=8192,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH * 8 // 3,
         num_hidden_layers=LAYERS,
         num_attention_heads=24,
         num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
+        head_dim=WIDTH // 24,
+        vocab_size=VOCABULARY,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         dtype=torch.bfloat16,
@@ -44,7 +46,7 @@ def base_model() -> LlamaForCausalLM:
 
 def _encoder(rows: int, kind: str) -> Any:
     return peft.PromptEncoderConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=rows, encoder_reparameterization_type=kind, encoder_hidden_size=3072
+        task_type="CAUSAL_LM", num_virtual_tokens=rows, encoder_reparameterization_type=kind, encoder_hidden_size=WIDTH
     )
 
 
@@ -57,7 +59,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 
 def build(method: str) -> Case:
     # The base model is frozen and the same for all but LoRA, which puts its own layers into it.
-    base, batch, config = base_model(), batch_of(BATCH, LENGTH, 128256), METHODS[method]()
+    base, batch, config = base_model(), batch_of(BATCH, LENGTH, VOCABULARY), METHODS[method]()
     theirs = peft.get_peft_model(base, config)
     ours = fusedprompt.get_prompt_model(base, config)
     ours.prompt_encoder["default"].load_state_dict(theirs.prompt_encoder["default"].state_dict())

@@ -35,7 +35,7 @@ def build() -> peft.PeftModel:
 
 def texts(number: int = 64, length: int = 24) -> list[dict[str, torch.Tensor]]:
     """Rows that count upwards from a random number."""
-    starts = torch.randint(3, 1900, (number, 1), generator=torch.Generator().manual_seed(1))
+    starts = torch.randint(3, 1900, (number, 1), generator=torch.Generator("cpu").manual_seed(1), device="cpu")
     return [
         {"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)}
         for row in starts + torch.arange(length)

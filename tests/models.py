@@ -99,8 +99,8 @@ def build(family: str, task: str = "CAUSAL_LM", seed: int = 0, **overrides: Any)
 
 def tokens(batch: int = 3, length: int = 7, seed: int = 1) -> Tensor:
     """Random ids without padding or end-of-text tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCAB, (batch, length), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(3, VOCAB, (batch, length), generator=generator, device="cpu")
 
 
 def pad(ids: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
@@ -164,12 +164,12 @@ def task_inputs(task: str, ids: Tensor, mask: Tensor | None = None) -> dict[str,
     """Arguments of a forward call with labels, as the task takes them."""
     batch, length = ids.shape
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator("cpu").manual_seed(5)
     if task in ("CAUSAL_LM", "TOKEN_CLS"):
-        labels = ids if task == "CAUSAL_LM" else torch.randint(0, 3, ids.shape, generator=generator)
+        labels = ids if task == "CAUSAL_LM" else torch.randint(0, 3, ids.shape, generator=generator, device="cpu")
         inputs["labels"] = labels if mask is None else labels.masked_fill(mask == 0, -100)
     elif task == "SEQ_2_SEQ_LM":
-        inputs["labels"] = torch.randint(3, VOCAB, (batch, 5), generator=generator)
+        inputs["labels"] = torch.randint(3, VOCAB, (batch, 5), generator=generator, device="cpu")
     elif task == "SEQ_CLS":
         inputs["labels"] = torch.arange(batch) % 3
     elif task == "QUESTION_ANS":

@@ -7,6 +7,7 @@ import gc
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from benches._interleave import (
     summary,
 )
 from benches._memory import peak_bytes
+from benches.gpu._cases import matmul_precision
 
 
 class FakeBenchmark:
@@ -195,6 +197,54 @@ def test_a_peer_that_refuses_is_left_out_with_the_reason() -> None:
     objector = doubling(COMPILED)
     objector.objection = lambda: "not what it seems"
     assert check(case_of(doubling(OURS), objector)).left_out(FORWARD) == {COMPILED: "not what it seems"}
+
+
+class Options:
+    """pytest's configuration, as far as benches/conftest.py asks it."""
+
+    def getoption(self, name: str, default: Any = None) -> Any:
+        return {"--device": "cpu"}.get(name, default)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """The settings with which every fp32 product may be in TF32; afterwards as they were."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def flags() -> tuple[bool, bool]:
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def test_truth_and_contenders_of_a_run_are_computed_without_tf32(tf32: None) -> None:
+    """cuDNN takes it unasked; 5e-4 away from the truth, PEFT's LSTM in fp32 would be no peer, or the truth wrong."""
+    found: list[tuple[bool, bool]] = []
+
+    def recording(name: str) -> Contender:
+        watched = doubling(name)
+        inner = watched.forward
+        watched.forward = lambda: (found.append(flags()), inner())[1]
+        return watched
+
+    conftest.pytest_configure(Options())
+    case = case_of(recording(OURS), recording(PEFT), rounds=(2, 2))
+    case.truth = recording("truth")
+    measure(FakeBenchmark(), check(case), FORWARD)
+    assert len(found) > 5 and set(found) == {(False, False)}
+
+
+def test_gpu_cases_in_tf32_allow_it_and_others_do_not(tf32: None) -> None:
+    for before in (True, False):
+        torch.backends.cudnn.allow_tf32 = before
+        for precision, allowed in (("highest", False), ("high", True)):
+            with matmul_precision(precision):
+                assert flags() == (allowed, allowed)
+        assert flags() == (True, before)
 
 
 def test_measure_writes_every_contenders_figures() -> None:

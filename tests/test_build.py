@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import setuptools
 import torch
+from torch.utils.cpp_extension import BuildExtension
 
 import fusedprompt
 from fusedprompt.commands import doctor
@@ -113,6 +114,54 @@ def test_cuda_is_built_by_toolkit_torch_and_switch_never_by_whether_a_gpu_is_the
     assert not any(source.endswith(".cu") for item in script["arguments"]["ext_modules"] for source in item.sources)
     recorded = dict(script["arguments"]["ext_modules"][0].define_macros)["FUSEDPROMPT_CUDA_BUILD"]
     assert (recorded == '"8.0;8.6;8.9;9.0;10.0;12.0+PTX"') is built and recorded.startswith('"not built: ') is not built
+
+
+@pytest.fixture
+def failing_build(setup: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """`build_ext` with an nvcc that complains and fails; gives the macros of what would be compiled for the CPU."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'lstm_cuda.cu(7): error: identifier is undefined' >&2\nexit 2\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    built: dict[str, dict[str, str]] = {}
+    monkeypatch.setattr(
+        BuildExtension,
+        "build_extensions",
+        lambda self: [self.build_extension(extension) for extension in self.extensions],
+    )
+    monkeypatch.setattr(
+        BuildExtension,
+        "build_extension",
+        lambda self, extension: built.update({extension.name: dict(extension.define_macros)}),
+    )
+
+    def run(**environment: str) -> dict[str, dict[str, str]]:
+        arguments = setup(CUDA_HOME=str(tmp_path), **environment)["arguments"]
+        command = arguments["cmdclass"]["build_ext"](
+            setuptools.Distribution({"ext_modules": arguments["ext_modules"]}), build_lib=str(tmp_path), inplace=False
+        )
+        command.ensure_finalized()
+        command.run()
+        return built
+
+    return run
+
+
+def test_errors_of_nvcc_are_shown_and_the_cpu_library_is_built_and_knows(
+    failing_build: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    built = failing_build()
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fusedprompt: ")][-1]
+    assert "without the library for CUDA" in said and "lstm_cuda.cu(7): error: identifier is undefined" in said
+    assert list(built) == ["fusedprompt._C"]
+    assert built["fusedprompt._C"]["FUSEDPROMPT_CUDA_BUILD"] == '"not built: compiling it failed"'
+
+
+@pytest.mark.parametrize("switch", ["FUSEDPROMPT_CUDA", "FUSEDPROMPT_NATIVE"])
+def test_errors_of_nvcc_end_a_build_that_insists(failing_build: Any, switch: str) -> None:
+    with pytest.raises(RuntimeError, match=r"lstm_cuda.cu\(7\): error: identifier is undefined"):
+        failing_build(**{switch: "1"})
 
 
 def test_cuda_1_without_a_toolkit_is_refused(setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def byte_tokenizer() -> Any:
 
 
 def batch() -> dict[str, Any]:
-    ids = torch.randint(2, 258, (8, 9), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(2, 258, (8, 9), generator=torch.Generator("cpu").manual_seed(1), device="cpu")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

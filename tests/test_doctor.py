@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fusedprompt
-from fusedprompt.commands import doctor
+from fusedprompt.commands import doctor, op_checks
 from pages import ROOT
 
 SECTIONS = ["versions", "system", "devices", "environment", "native code", "backends", "checks"]
@@ -54,6 +54,29 @@ def test_an_op_with_wrong_numbers_is_found(capsys: pytest.CaptureFixture[str], m
     text = capsys.readouterr().out
     assert "mlp reference on cpu        output differs from the formula by" in text
     assert text.splitlines()[-1] == "NOT HEALTHY: see the checks"
+
+
+def test_checks_take_no_tf32_and_leave_the_settings_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN takes TF32 unasked: its error, 5e-4, would be reported as a wrong LSTM."""
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
+    before = [place.fp32_precision for place in places]
+    found: list[tuple[str, ...]] = []
+    differentiate = op_checks._differentiate
+
+    def recorded(*arguments: Any) -> Any:
+        found.append(tuple(place.fp32_precision for place in places))
+        return differentiate(*arguments)
+
+    monkeypatch.setattr(op_checks, "_differentiate", recorded)
+    try:
+        for place in places:
+            place.fp32_precision = "tf32"
+        op_checks.check_all()
+        assert [place.fp32_precision for place in places] == ["tf32", "tf32"]
+    finally:
+        for place, value in zip(places, before):
+            place.fp32_precision = value
+    assert len(found) >= 2 * len(fusedprompt.ops.OPS) and set(found) == {("ieee", "ieee")}
 
 
 def test_a_torch_that_does_not_import_is_reported(tmp_path: Path) -> None:

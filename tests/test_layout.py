@@ -57,7 +57,7 @@ def test_fill_carries_values_as_the_oracle_does_and_keeps_their_dtype(
     case: tuple[Layout, oracle.Slots, int], dtype: torch.dtype, fill: int
 ) -> None:
     layout, slots, length = case
-    values = torch.randint(0, 2, (len(slots), length), generator=generator(0)).to(dtype)
+    values = torch.randint(0, 2, (len(slots), length), generator=generator(0), device="cpu").to(dtype)
     filled = layout.fill(values, fill)
     assert filled.dtype == dtype
     assert torch.equal(filled, torch.tensor(oracle.carry(values, slots, fill)).view(filled.shape).to(dtype))
@@ -69,7 +69,7 @@ def test_fill_rows_puts_one_value_at_each_prompt_row_as_the_oracle_does(
     case: tuple[Layout, oracle.Slots, int],
 ) -> None:
     layout, slots, length = case
-    values = torch.randint(0, 99, (len(slots), length), generator=generator(0))
+    values = torch.randint(0, 99, (len(slots), length), generator=generator(0), device="cpu")
     rows = torch.arange(100, 100 + layout.num_prompt_rows)
     filled = layout.fill_rows(values, rows)
     assert filled.dtype == torch.int64
@@ -82,7 +82,7 @@ def test_position_ids_count_the_prompt_from_first_and_move_the_tokens_behind_it(
     case: tuple[Layout, oracle.Slots, int], first: int
 ) -> None:
     layout, slots, length = case
-    values = torch.randint(0, 9, (len(slots), length), generator=generator(0))
+    values = torch.randint(0, 9, (len(slots), length), generator=generator(0), device="cpu")
     rows = layout.num_prompt_rows
     expected = oracle.carry(values + rows, slots, [first + row for row in range(rows)])
     assert layout.position_ids(values, first).tolist() == expected
@@ -127,7 +127,7 @@ def test_overwrite_rows_puts_values_at_prompt_rows_and_zeros_at_those_behind_the
     if layout.slots is None or layout.num_prompt_rows < extra:
         return
     count = layout.num_prompt_rows - extra
-    values = torch.randint(0, 99, layout.slots.shape, generator=generator(0))
+    values = torch.randint(0, 99, layout.slots.shape, generator=generator(0), device="cpu")
     found = layout.overwrite_rows(values, torch.arange(100, 100 + count)).tolist()
     for row, given_values, filled in zip(slots, values.tolist(), found):
         expected = [value if slot >= 0 else 99 - slot if ~slot < count else 0 for slot, value in zip(row, given_values)]

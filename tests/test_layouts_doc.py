@@ -116,10 +116,10 @@ def test_the_packed_example_runs() -> None:
 
 def test_a_pair_is_classified_better_than_by_chance() -> None:
     """Whether the hypothesis is one of 5 words or of 5 others, behind premises that were not seen before."""
-    numbers = torch.Generator().manual_seed(0)
+    numbers = torch.Generator("cpu").manual_seed(0)
 
     def draw(count: int) -> list[dict[str, Any]]:
-        words = torch.randint(0, 40, (count, 3), generator=numbers).tolist()
+        words = torch.randint(0, 40, (count, 3), generator=numbers, device="cpu").tolist()
         return [{"premise": f"w{a} w{b}", "hypothesis": f"w{c % 10}", "label": int(c % 10 < 5)} for a, b, c in words]
 
     tokenizer = word_tokenizer("bert")

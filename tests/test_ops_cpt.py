@@ -38,7 +38,7 @@ def make(shape: tuple[int, int], dtype: torch.dtype, layout: str = "contiguous")
     rows, width = shape
     source = generator(0)
     tensors = {name: normal(shape, dtype, source, layout) for name in ("embedding", "delta")}
-    epsilon = (torch.rand(rows, generator=source) + 0.5) * width**0.5
+    epsilon = (torch.rand(rows, generator=source, device="cpu") + 0.5) * width**0.5
     tensors["delta"][1::5] = 0.0
     return tensors, epsilon, torch.arange(rows) % 9
 
@@ -193,7 +193,7 @@ TYPES = torch.tensor(
 def loss_inputs(dtype: torch.dtype, vocabulary: int = 11) -> tuple[Tensor, Tensor]:
     """Logits (B, S, V) and labels (B, S) at the label codes, one of them -100."""
     logits = 3 * normal((*TYPES.shape, vocabulary), dtype, generator(0))
-    labels = torch.randint(0, vocabulary, TYPES.shape, generator=generator(1))
+    labels = torch.randint(0, vocabulary, TYPES.shape, generator=generator(1), device="cpu")
     labels[(TYPES == 0) | (TYPES % 4 != 0)] = -100
     labels[1, 4] = -100
     return logits, labels
@@ -265,9 +265,9 @@ def test_cpt_loss_of_any_types_and_labels_matches_fp64_oracle(data: st.DataObjec
     batch, length, vocabulary = (data.draw(st.integers(1, high)) for high in (3, 7, 4))
     cells = st.lists(st.lists(st.integers(0, 17), min_size=length, max_size=length), min_size=batch, max_size=batch)
     types = torch.tensor(data.draw(cells))
-    labels = torch.randint(0, vocabulary, (batch, length), generator=generator(2))
+    labels = torch.randint(0, vocabulary, (batch, length), generator=generator(2), device="cpu")
     labels[(types % 4 != 0) | (types == 0)] = -100
-    labels[torch.rand(batch, length, generator=generator(3)) < 0.2] = -100
+    labels[torch.rand(batch, length, generator=generator(3), device="cpu") < 0.2] = -100
     decay = data.draw(st.sampled_from((1.0, 0.5, 0.9)))
     inputs = {"logits": normal((batch, length, vocabulary), torch.float32, generator(data.draw(st.integers(0, 99))))}
     kind = "none" if decay == 1.0 else "decay"
@@ -282,7 +282,7 @@ def test_cpt_loss_of_any_types_and_labels_matches_fp64_oracle(data: st.DataObjec
 @decays
 def test_cpt_loss_of_labels_without_a_label_code_weighs_them_1_as_peft_does(kind: str, decay: float) -> None:
     logits, _ = loss_inputs(torch.float32)
-    labels = torch.randint(0, 11, TYPES.shape, generator=generator(4))
+    labels = torch.randint(0, 11, TYPES.shape, generator=generator(4), device="cpu")
     inputs = {"logits": logits}
     actual = evaluate(loss_of(labels, decay), inputs, torch.tensor(1.0))
     plain, exact = peft_loss(labels, TYPES, decay, kind), true_loss_of(labels, decay)

@@ -28,7 +28,7 @@ def test_loss_and_gradient_are_as_accurate_as_pytorchs(
     monkeypatch.setattr(reference, "_PART_ON_CPU", parts[0])
     monkeypatch.setattr(reference, "_FEWEST_ROWS", parts[1])
     source = generator(rows)
-    labels = torch.randint(0, vocabulary, (rows,), generator=source)
+    labels = torch.randint(0, vocabulary, (rows,), generator=source, device="cpu")
     labels[1::3] = -100
     labels[-1] = vocabulary - 1
     weight, shift = normal((vocabulary, 24), dtype, source), normal((vocabulary,), dtype, source) if bias else None

@@ -280,7 +280,7 @@ def test_splice_compiled_once_for_every_text_length(start: Tensor | None, dynami
     compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=dynamic)
     prompt, table = grad(3, 8), rand(6, 8)
     for length in (4, 5, 9, 17, 6):
-        ids = torch.randint(0, 6, (2, length), generator=generator(length))
+        ids = torch.randint(0, 6, (2, length), generator=generator(length), device="cpu")
         actual, eager = compiled(prompt, ids, table), run(prompt, ids, table)
         assert torch.equal(actual, eager)
         assert_identical(*({"d": torch.autograd.grad(out.sum(), prompt)[0]} for out in (actual, eager)))

@@ -47,7 +47,9 @@ arrangements = pytest.mark.parametrize("arrangement", ["prefix", "insert", "any"
 def any_slots(shape: Shape, seed: int) -> oracle.Slots:
     """Any mixture: rows and tokens several times, or never."""
     batch, num_prompt_rows, length, *_ = shape
-    choices = torch.randint(-num_prompt_rows, length, (batch, num_prompt_rows + length + 3), generator=generator(seed))
+    choices = torch.randint(
+        -num_prompt_rows, length, (batch, num_prompt_rows + length + 3), generator=generator(seed), device="cpu"
+    )
     return choices.tolist()
 
 
@@ -59,14 +61,14 @@ def arrange(arrangement: str, shape: Shape) -> tuple[Layout, oracle.Slots]:
     if arrangement == "any":
         slots = any_slots(shape, 5)
         return Layout.from_slots(torch.tensor(slots), num_prompt_rows), slots
-    starts = torch.randint(0, length + 1, (batch,), generator=generator(6))
-    shifts = torch.randint(-length, length + 1, (batch,), generator=generator(7))
+    starts = torch.randint(0, length + 1, (batch,), generator=generator(6), device="cpu")
+    shifts = torch.randint(-length, length + 1, (batch,), generator=generator(7), device="cpu")
     slots = oracle.insert_slots(num_prompt_rows, length, starts.tolist(), shifts.tolist())
     return Layout.insert(num_prompt_rows, length, starts, shifts), slots
 
 
 def ids_for(shape: Shape, seed: int = 8) -> Tensor:
-    return torch.randint(0, shape[4], (shape[0], shape[2]), generator=generator(seed))
+    return torch.randint(0, shape[4], (shape[0], shape[2]), generator=generator(seed), device="cpu")
 
 
 def make(
@@ -143,7 +145,7 @@ class TableRows(torch.autograd.Function):
 
 def integers(shape: tuple[int, ...], seed: int = 9) -> Tensor:
     """Small enough that their sums here are exact in every dtype."""
-    return torch.randint(-2, 3, shape, generator=generator(seed)).double()
+    return torch.randint(-2, 3, shape, generator=generator(seed), device="cpu").double()
 
 
 def needs(backend: str, inputs: Tensors, layout: Layout, input_ids: Tensor) -> None:

@@ -46,8 +46,8 @@ def test_splice_batch_carries_mask_and_labels_as_the_oracle_does_and_keeps_their
     layout, slots = arrange(arrangement, shape)
     inputs, input_ids = make(shape, source, torch.float32, torch.float32), ids_for(shape).to(ids_dtype)
     needs(backend, inputs, layout, input_ids)
-    attention_mask = torch.randint(0, 2, (3, 5), generator=generator(1)).to(mask_dtype)
-    labels = torch.randint(-100, 11, (3, 5), generator=generator(2))
+    attention_mask = torch.randint(0, 2, (3, 5), generator=generator(1), device="cpu").to(mask_dtype)
+    labels = torch.randint(-100, 11, (3, 5), generator=generator(2), device="cpu")
     tokens = {"input_ids": input_ids, "table": inputs["table"]} if source == "table" else {source: inputs[source]}
     for mask, label in ((attention_mask, labels), (attention_mask, None), (None, labels), (None, None)):
         with poisoned_memory():

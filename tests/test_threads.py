@@ -169,7 +169,9 @@ def test_patched_models_of_peft(backend: str) -> None:
     with torch.no_grad():
         for name, parameter in classifier.named_parameters():
             if "modules_to_save" in name:
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=torch.Generator("cpu").manual_seed(len(name)), device="cpu")
+                )
     ids = tokens(3, 6)
 
     def call(model: Any, names: list[str] | None) -> Call:

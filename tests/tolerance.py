@@ -87,12 +87,12 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def normal(shape: tuple[int, ...], dtype: torch.dtype, source: torch.Generator, layout: str = "contiguous") -> Tensor:
     """N(0, 1) values: `contiguous`, `transposed` (dimensions reversed in memory) or `strided` (with gaps of NaN)."""
-    values = torch.randn(shape, generator=source).to(dtype)
+    values = torch.randn(shape, generator=source, device="cpu").to(dtype)
     if layout == "transposed":
         return values.permute(*range(values.dim() - 1, -1, -1)).contiguous().permute(*range(values.dim() - 1, -1, -1))
     if layout == "strided":
@@ -134,7 +134,10 @@ def neighbour(inputs: Tensors, precision: torch.dtype | None, source: torch.Gene
     """The same problem with about two thirds of the values moved up or down by a unit in the last place."""
     moved = {}
     for name, value in inputs.items():
-        step = torch.randint(-1, 2, value.shape, generator=source) * torch.finfo(precision or value.dtype).eps
+        step = (
+            torch.randint(-1, 2, value.shape, generator=source, device="cpu")
+            * torch.finfo(precision or value.dtype).eps
+        )
         moved[name] = (value.double() * (1 + step.double())).to(precision or value.dtype).to(value.dtype)
     return moved
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .._limits import TOY, synchronize
+
 Call = Callable[[], object]
 
 
@@ -69,7 +71,9 @@ def time_graphs(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int
     }
 
 
-def time_calls(calls: dict[str, Call], rounds: int = 12, inner: int = 20) -> dict[str, Figures]:
+def time_calls(
+    calls: dict[str, Call], rounds: int = 2 if TOY else 12, inner: int = 1 if TOY else 20
+) -> dict[str, Figures]:
     """Wall time a call from Python: `inner` calls in a row, then a wait for the GPU."""
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -80,11 +84,11 @@ def time_calls(calls: dict[str, Call], rounds: int = 12, inner: int = 20) -> dic
             calls[name]()
         for turn in range(rounds):
             for name in names if turn % 2 == 0 else reversed(names):
-                torch.cuda.synchronize()
+                synchronize()
                 start = time.perf_counter()
                 for _ in range(inner):
                     calls[name]()
-                torch.cuda.synchronize()
+                synchronize()
                 samples[name].append((time.perf_counter() - start) / inner * 1e3)
     finally:
         gc.enable()

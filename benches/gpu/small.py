@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 
@@ -10,11 +11,14 @@ from torch import Tensor
 
 from fusedprompt import Layout, ops
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"  # where Triton's interpreter and the LSTM for CPU show that this file works
+DTYPES = (torch.float32, torch.bfloat16, torch.float16) if ON_GPU else (torch.float32,)
+VARIANTS = ("S", "M", "STREAM", "L")
 
 
 def draw(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, device="cuda", dtype=dtype).div_(shape[-1] ** 0.5).requires_grad_()
+    return torch.randn(shape, device=DEVICE, dtype=dtype).div_(shape[-1] ** 0.5).requires_grad_()
 
 
 def run_triton() -> None:
@@ -25,43 +29,49 @@ def run_triton() -> None:
             weights = [draw(hidden, width, dtype=dtype), draw(width, hidden, dtype=dtype)]
             biases = [draw(hidden, dtype=dtype), draw(width, dtype=dtype)]
             prompt = ops.mlp(x, weights, biases, dropout=0.5, training=True, backend="triton")
-            ids = torch.randint(-1, 12, (3, 9), device="cuda")
-            for slots in (None, torch.randint(-rows, 9, (3, 13), device="cuda")):
+            ids = torch.randint(-1, 12, (3, 9), device=DEVICE)
+            for slots in (None, torch.randint(-rows, 9, (3, 13), device=DEVICE)):
                 batch = ops.splice_batch(
                     prompt, Layout(rows, slots), input_ids=ids, table=table, labels=ids, backend="triton"
                 )
                 batch.inputs_embeds.nan_to_num().sum().backward(retain_graph=True)
 
 
-def run_lstm() -> None:
-    """Forward and backward of the LSTM in each variant that fits this GPU. B, P, D, H, layers, bidirectional."""
-    small = ((1, 4, 8, 33, 2, True), (3, 3, 5, 7, 1, True))
-    large = ((1, 2, 8, 4099, 1, False),)  # 134 MB in two bytes: more than any chip holds
-    for variant, shapes in (("S", small), ("M", small), ("L", large), ("STREAM", small)):
-        if variant == "S" and torch.cuda.get_device_capability()[0] < 9:
-            continue  # no clusters
-        os.environ["FUSEDPROMPT_LSTM_VARIANT"] = variant
-        for dtype in DTYPES:
-            for batch, steps, width, hidden, layers, bidirectional in shapes:
-                weights, inputs = [], width
-                for _ in range(layers):
-                    for _ in range(1 + bidirectional):
-                        weights += [draw(4 * hidden, inputs, dtype=dtype), draw(4 * hidden, hidden, dtype=dtype)]
-                        weights += [draw(4 * hidden, dtype=dtype), draw(4 * hidden, dtype=dtype)]
-                    inputs = hidden * (1 + bidirectional)
-                x = draw(batch, steps, width, dtype=dtype)
-                out = ops.lstm(x, weights, num_layers=layers, bidirectional=bidirectional, backend="native")
-                out.sum().backward()
-                torch.cuda.synchronize()
-                print(f"LSTM {variant} {dtype} H={hidden}", flush=True)
+def run_lstm(variant: str) -> None:
+    """Forward and backward of the LSTM in one variant. B, P, D, H, layers, bidirectional."""
+    shapes = ((1, 4, 8, 33, 2, True), (3, 3, 5, 7, 1, True))
+    if variant == "L" and ON_GPU:
+        shapes = ((1, 2, 8, 3073, 1, False),)  # 75 MB in two bytes: more than any chip holds
+    if variant == "S" and ON_GPU and torch.cuda.get_device_capability()[0] < 9:
+        print("LSTM S: no clusters on this GPU")
+        return
+    os.environ["FUSEDPROMPT_LSTM_VARIANT"] = variant
+    for dtype in DTYPES:
+        for batch, steps, width, hidden, layers, bidirectional in shapes:
+            weights, inputs = [], width
+            for _ in range(layers):
+                for _ in range(1 + bidirectional):
+                    weights += [draw(4 * hidden, inputs, dtype=dtype), draw(4 * hidden, hidden, dtype=dtype)]
+                    weights += [draw(4 * hidden, dtype=dtype), draw(4 * hidden, dtype=dtype)]
+                inputs = hidden * (1 + bidirectional)
+            x = draw(batch, steps, width, dtype=dtype)
+            out = ops.lstm(x, weights, num_layers=layers, bidirectional=bidirectional, backend="native")
+            out.sum().backward()
+            synchronize()
+            print(f"LSTM {variant} {dtype} H={hidden}", flush=True)
+
+
+def synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
 
 
 def main() -> None:
     """Run the parts named on the command line, or all."""
-    parts = {"triton": run_triton, "lstm": run_lstm}
+    parts = {"triton": run_triton, **{f"lstm-{name}": functools.partial(run_lstm, name) for name in VARIANTS}}
     for name in sys.argv[1:] or parts:
         parts[name]()
-        torch.cuda.synchronize()
+        synchronize()
         print(f"{name}: every kernel ran", flush=True)
 
 

@@ -17,9 +17,10 @@ import torch
 
 from .._limits import floor_seconds
 from .._work import BACKWARD, FORWARD
-from ._cases import OURS, Case, Work, cases, matmul_precision
+from ._cases import OURS, Case, Planned, Work, cases, matmul_precision
 from ._timing import Figures, capture, time_calls, time_graphs
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STATES = ("cold", "warm", "eager")
 BEGIN = time.monotonic()
 # No case begins after this time, so that what was measured is written before a machine is taken away.
@@ -41,17 +42,22 @@ class Prepared:
         return [work.forward if mode == FORWARD else work.both for work in works[:sets]]
 
 
-@pytest.fixture(scope="module", params=cases(torch.device("cuda" if torch.cuda.is_available() else "cpu")), ids=str)
-def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
+def prepare(planned: Planned) -> Iterator[Prepared]:
+    """What a fixture yields."""
     if time.monotonic() - BEGIN > SECONDS:
         pytest.skip(f"not begun after {SECONDS:.0f} s")
     torch._dynamo.reset()
-    case = request.param.build()
+    case = planned.build()
     with matmul_precision(case.precision):
         right = case.check({name: make(0) for name, make in case.contenders.items()})
         yield Prepared(case, {name: [work] for name, work in right.items()})
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="module", params=cases(DEVICE), ids=str)
+def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
+    yield from prepare(request.param)
 
 
 def device_times(prepared: Prepared, mode: str, state: str) -> tuple[dict[str, Figures], dict[str, str]]:
@@ -69,10 +75,11 @@ def device_times(prepared: Prepared, mode: str, state: str) -> tuple[dict[str, F
     return time_graphs(graphs), left_out
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("mode", [FORWARD, BACKWARD])
-def test_gpu(benchmark: Any, prepared: Prepared, mode: str, state: str) -> None:
+def measure(benchmark: Any, prepared: Prepared, mode: str, state: str) -> None:
+    """Put the figures of a row into `benchmark.extra_info`."""
     case, left_out = prepared.case, {}
+    if state != "eager" and not (benchmark.disabled or torch.cuda.is_available()):
+        pytest.skip("needs a GPU's graphs")
     benchmark.pedantic(prepared.calls(OURS, mode)[0], rounds=2)
     if benchmark.disabled:
         assert set(prepared.works) == set(case.contenders), case.left_out
@@ -100,3 +107,9 @@ def test_gpu(benchmark: Any, prepared: Prepared, mode: str, state: str) -> None:
         control=None,
         left_out={**case.left_out, **left_out},
     )
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("mode", [FORWARD, BACKWARD])
+def test_gpu(benchmark: Any, prepared: Prepared, mode: str, state: str) -> None:
+    measure(benchmark, prepared, mode, state)

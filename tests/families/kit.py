@@ -103,8 +103,8 @@ class Family:
         self.name, self.task, self.seed, self.dtype = name, task, seed, dtype
         self.fields = fields
         self.base = self.fresh()
-        generator = torch.Generator().manual_seed(seed)
-        self.ids = torch.randint(3, TEXT, (ROWS, LENGTH), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        self.ids = torch.randint(3, TEXT, (ROWS, LENGTH), generator=generator, device="cpu")
         self._answers: dict[tuple[int, ...], Tensor] = {}
 
     def fresh(self) -> Any:
@@ -254,7 +254,7 @@ class Family:
     @cached_property
     def labels(self) -> Tensor:
         """(ROWS, 5): what an encoder-decoder is to say."""
-        return torch.randint(3, TEXT, (ROWS, 5), generator=torch.Generator().manual_seed(9))
+        return torch.randint(3, TEXT, (ROWS, 5), generator=torch.Generator("cpu").manual_seed(9), device="cpu")
 
     def alone(self, ids: Tensor, rows: Tensor | None = None, **others: Any) -> Any:
         """The base model's output for one row's text (t,) behind a prompt."""

@@ -5,6 +5,7 @@ known to work before there is a GPU; those of CUDA itself (streams, graphs, sync
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +18,17 @@ collect_ignore_glob = [] if torch.cuda.is_available() or INTERPRETED else ["test
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def ieee_products() -> Iterator[None]:
+    """cuDNN takes TF32 unasked, which would measure an error a thousand times as large."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @pytest.fixture

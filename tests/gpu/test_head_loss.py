@@ -26,9 +26,9 @@ def test_head_loss_and_its_gradient_match_fp64(
     monkeypatch.setattr(reference, "_PART", 1)  # parts of 256 rows
     source = generator(rows)
     hidden, weight = normal((rows, 40), dtype, source), normal((vocabulary, 40), dtype, source) / 4
-    labels = torch.randint(0, vocabulary, (rows,), generator=source)
+    labels = torch.randint(0, vocabulary, (rows,), generator=source, device="cpu")
     labels[1::3] = -100
-    factors = torch.rand(rows, generator=source) if weighted else None
+    factors = torch.rand(rows, generator=source, device="cpu") if weighted else None
     exact = hidden.double().requires_grad_()
     losses = cross_entropy(exact @ weight.double().T, labels, reduction="none")
     truth = (losses if factors is None else losses * factors).sum()

@@ -32,7 +32,7 @@ def make_step(device: torch.device, backend: str | None = "triton") -> tuple[Cal
 
 
 def ids_on(device: torch.device, length: int = 9) -> Tensor:
-    return torch.randint(50, (3, length), generator=torch.Generator().manual_seed(1)).to(device)
+    return torch.randint(50, (3, length), generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(device)
 
 
 def gradients(step: Callable[[Tensor], Tensor], parameters: list[Tensor], ids: Tensor) -> list[Tensor]:
@@ -45,6 +45,10 @@ def test_triton_is_the_default_on_cuda(cuda: torch.device) -> None:
     assert {op: fusedprompt.explain(op, rows)["triton"] for op in ("mlp", "splice")} == dict.fromkeys(
         ("mlp", "splice"), "runs"
     )
+
+
+def test_nothing_here_is_compared_with_products_in_tf32() -> None:
+    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
 
 
 def test_same_results_as_the_reference(device: torch.device) -> None:

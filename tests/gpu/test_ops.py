@@ -146,14 +146,14 @@ def test_splice_copies_rows_exactly_and_sums_their_gradients(
     source = generator(0)
     # A prompt of numbers that both dtypes have: the interpreter truncates where a GPU rounds.
     prompt, table = normal((rows, width), dtype, source).float(), normal((vocabulary, width), dtype, source)
-    ids = torch.randint(vocabulary, (batch, length), generator=source)
+    ids = torch.randint(vocabulary, (batch, length), generator=source, device="cpu")
     embeds = normal((batch, length, width), dtype, source)
     slots = None
     where = oracle.prefix_slots(batch, rows, length)
     if arrangement == "any":
         if rows + length == 0:
             pytest.skip("there is nothing to choose from")
-        slots = torch.randint(-rows, length, (batch, rows + length + 3), generator=source)
+        slots = torch.randint(-rows, length, (batch, rows + length + 3), generator=source, device="cpu")
         where = slots.tolist()
     token_rows = oracle.table_rows(table, ids) if origin == "table" else embeds.double()
     leaves = [prompt.to(device).requires_grad_(), (table if origin == "table" else embeds).to(device).requires_grad_()]

@@ -38,16 +38,16 @@ def arrange(arrangement: str, shape: Shape) -> tuple[Layout, oracle.Slots]:
         return Layout.prefix(num_prompt_rows), oracle.prefix_slots(batch, num_prompt_rows, length)
     if arrangement == "any":
         size = (batch, num_prompt_rows + length + 3)
-        slots = torch.randint(-num_prompt_rows, length, size, generator=generator(5))
+        slots = torch.randint(-num_prompt_rows, length, size, generator=generator(5), device="cpu")
         return Layout.from_slots(slots, num_prompt_rows), slots.tolist()
-    starts = torch.randint(0, length + 1, (batch,), generator=generator(6))
-    shifts = torch.randint(-length, length + 1, (batch,), generator=generator(7))
+    starts = torch.randint(0, length + 1, (batch,), generator=generator(6), device="cpu")
+    shifts = torch.randint(-length, length + 1, (batch,), generator=generator(7), device="cpu")
     slots = oracle.insert_slots(num_prompt_rows, length, starts.tolist(), shifts.tolist())
     return Layout.insert(num_prompt_rows, length, starts, shifts), slots
 
 
 def draw_ids(shape: Shape, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.randint(0, shape[4], (shape[0], shape[2]), generator=generator(8)).to(dtype)
+    return torch.randint(0, shape[4], (shape[0], shape[2]), generator=generator(8), device="cpu").to(dtype)
 
 
 def draw(
@@ -63,7 +63,7 @@ def draw(
 
 def integers(*shape: int) -> Tensor:
     """Small enough that their sums here are exact in every dtype."""
-    return torch.randint(-2, 3, shape, generator=generator(9)).double()
+    return torch.randint(-2, 3, shape, generator=generator(9), device="cpu").double()
 
 
 def tokens_of(source: str, rows: Tensor, input_ids: Tensor) -> dict[str, Tensor]:

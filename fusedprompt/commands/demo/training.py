@@ -114,7 +114,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
     )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     count = len(data["input_ids"])
     curve = Curve(checked_steps=[0], checks=[check()])
     elapsed = 0.0
@@ -122,7 +122,7 @@ def train(
         for step in range(1, steps + 1):
             start = time.perf_counter()
             model.train()
-            drawn = torch.randint(count, (batch_size,), generator=generator)
+            drawn = torch.randint(count, (batch_size,), generator=generator, device="cpu")
             rows = drawn.to(device)
             names = {} if adapter_names is None else {"adapter_names": [adapter_names[row] for row in drawn.tolist()]}
             loss = model(**{name: tensor[rows] for name, tensor in data.items()}, **names).loss
