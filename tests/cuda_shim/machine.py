@@ -59,8 +59,9 @@ class Plan:
     shared_slots: int
     streamed_bytes: int
     launches: int
-    queries_once: int  # of what fits on the device, when this was planned
-    queries: int  # and when it was planned three times more
+    queries: int  # of what fits on the device, when this was planned
+    queries_again: int  # when it was planned three times more, for other lengths
+    queries_elsewhere: int  # and in another environment
 
 
 def build(folder: Path) -> Path:
