@@ -54,10 +54,10 @@ FP_DEVICE uint4 load_weights(const uint4* address) {
   return v;
 }
 
-// 16 bytes from memory to shared memory, or zeros where `from` is null, while this thread does other things. Only it may read them,
-// once no more than `left` of the groups that it began later are under way.
-FP_DEVICE void copy_later(uint4* to, const uint4* from) {
-  const uint32_t address = uint32_t(__cvta_generic_to_shared(to)), bytes = from ? 16 : 0;
+// 16 bytes from memory to shared memory, or zeros where not `inside`, while this thread does other things. Only it may read them,
+// once no more than `left` of the groups that it began later are under way. from: a possible address either way.
+FP_DEVICE void copy_later(uint4* to, const uint4* from, bool inside) {
+  const uint32_t address = uint32_t(__cvta_generic_to_shared(to)), bytes = inside ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 }
 FP_DEVICE void end_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -144,14 +144,7 @@ FP_DEVICE void begin_arrivals(uint64_t* arrivals, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(arrivals)), "r"(count) : "memory");
 #endif
 }
-FP_DEVICE void expect_bytes(uint64_t* arrivals, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(arrivals)), "r"(bytes)
-               : "memory");
-#endif
-}
-
-// Before `arrive`: what this thread and those that it met at a block barrier did in their shared memory is done.
+// Before arriving: what this thread and those that it met at a block barrier did in their shared memory is done.
 FP_DEVICE void release_shared() {
 #if __CUDA_ARCH__ >= 900
   asm volatile(FP_RELEASE_SHARED ::: "memory");
@@ -160,6 +153,14 @@ FP_DEVICE void release_shared() {
 FP_DEVICE void arrive(uint64_t* arrivals, int rank) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(shared_address(arrivals, rank)) : "memory");
+#endif
+}
+
+// At this block's own, which expects bytes from then on.
+FP_DEVICE void arrive_expecting(uint64_t* arrivals, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrivals)), "r"(bytes)
+               : "memory");
 #endif
 }
 

@@ -88,9 +88,12 @@ struct ClusterExchange {
   FP_DEVICE void have_read(int64_t step) const {
     const int rank = thread() - (threads() - 32);  // the last warp, which seldom has cells
     if (rank < 0 || rank >= blocks) return;
-    if (rank == rank_in_cluster()) expect_bytes(arrivals + step % 2, bytes);
     release_shared();
-    arrive(arrivals + step % 2, rank);
+    if (rank == rank_in_cluster()) {
+      arrive_expecting(arrivals + step % 2, bytes);
+    } else {
+      arrive(arrivals + step % 2, rank);
+    }
   }
 
   template <int kWords>

@@ -204,7 +204,11 @@ class Slice {
     return (stays(tile, i, s) ? slot_of(tile, i) + s : plan_.shared_slots + s) * slot_stride_;
   }
   FP_DEVICE void fly(int tile, int i, int s) {
-    if (s < plan_.tile_rows && !stays(tile, i, s)) copy_later(own_slots_ + place_of(tile, i, s), address_of(tile, i, s));
+    if (s < plan_.tile_rows && !stays(tile, i, s)) {
+      const uint4* const address = address_of(tile, i, s);
+      const uint4* const possible = address ? address : reinterpret_cast<const uint4*>(matrix_);
+      copy_later(own_slots_ + place_of(tile, i, s), possible, address != nullptr);
+    }
     end_copy_group();
   }
 

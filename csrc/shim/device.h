@@ -57,7 +57,7 @@ void wait_in_poll(int64_t step);
 void give_up(int64_t step);
 bool store_is_lost();
 void progress();
-void copy_later(uint4* to, const uint4* from);
+void copy_later(uint4* to, const uint4* from);  // null: zeros
 void end_copy_group();
 void wait_for_copies(size_t left);
 unsigned char* in_cluster(unsigned char* address, int rank);
@@ -115,7 +115,7 @@ inline float shuffle(float value, int lane) {
 }
 
 inline uint4 load_weights(const uint4* address) { return *address; }
-inline void copy_later(uint4* to, const uint4* from) { shim::copy_later(to, from); }
+inline void copy_later(uint4* to, const uint4* from, bool inside) { shim::copy_later(to, inside ? from : nullptr); }
 inline void end_copy_group() { shim::end_copy_group(); }
 template <int left>
 void wait_for_copies() {
@@ -137,11 +137,14 @@ inline shim::Arrivals& arrivals_of(uint64_t* address, int rank) {
 inline void begin_arrivals(uint64_t* arrivals, int count) {
   arrivals_of(arrivals, rank_in_cluster()) = {0, uint8_t(count), uint8_t(count), 0, 0};
 }
-inline void expect_bytes(uint64_t* arrivals, uint32_t bytes) { arrivals_of(arrivals, rank_in_cluster()).bytes += int32_t(bytes); }
 inline void release_shared() {}
 inline void arrive(uint64_t* arrivals, int rank) {
   --arrivals_of(arrivals, rank).pending;
   arrivals_of(arrivals, rank).end_phase();
+}
+inline void arrive_expecting(uint64_t* arrivals, uint32_t bytes) {
+  arrivals_of(arrivals, rank_in_cluster()).bytes += int32_t(bytes);
+  arrive(arrivals, rank_in_cluster());
 }
 template <int kWords>
 void send(uint32_t* address, const uint32_t (&words)[kWords], uint64_t* arrivals, int rank) {
