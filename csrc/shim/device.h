@@ -32,10 +32,12 @@ struct Settings {
   uint64_t seed = 0;             // of the order in which fibers run; 0: round robin
   int64_t lose_store_at = -1;    // a published word to lose, counted from 0: the others must then wait for ever
   int64_t resident_blocks = -1;  // how many blocks the device holds at once; -1: any number
+  int64_t most_polls = -1;       // that a thread makes before it gives up, with the watchdog off; -1: the watchdog alone
+  bool lose_fills = false;       // memory keeps what it held
   bool clusters_run = true;      // false: the device has clusters, but none of the size asked for
 };
 extern Settings settings;
-extern int64_t launches, fills;
+extern int64_t launches, fills, queries;  // queries: of what fits on the device
 
 // Runs all threads of all blocks to their end. Throws std::runtime_error, naming kernel and step, if none can go on.
 void run(const char* name, unsigned blocks, unsigned blocks_y, unsigned threads, unsigned cluster, size_t shared_bytes,
@@ -52,9 +54,27 @@ void block_barrier();
 void cluster_barrier();
 uint32_t exchange_in_warp(uint32_t value, int from_lane, int expected);  // the value of lane `from_lane`
 void wait_in_poll(int64_t step);
+void give_up(int64_t step);
 bool store_is_lost();
 void progress();
+void copy_later(uint4* to, const uint4* from);  // null: zeros
+void end_copy_group();
+void wait_for_copies(size_t left);
 unsigned char* in_cluster(unsigned char* address, int rank);
+int rank_in_cluster();
+
+// What an mbarrier is in 8 bytes of shared memory. Bytes may come before they are expected: then `bytes` is below 0.
+struct Arrivals {
+  int32_t bytes;
+  uint8_t count, pending, parity, unused;
+
+  void end_phase() {
+    if (pending != 0 || bytes != 0) return;
+    parity ^= 1;
+    pending = count;
+    progress();
+  }
+};
 
 }  // namespace fusedprompt::shim
 
@@ -63,13 +83,17 @@ namespace fusedprompt::device {
 using std::max;
 using std::min;
 
+constexpr int kHeldDepth = kLstmHeldDepth;
+
 inline int thread() { return shim::self().thread; }
 inline int threads() { return shim::self().threads; }
 inline int block() { return shim::self().block; }
 inline int block_y() { return shim::self().block_y; }
 inline void block_barrier() { shim::block_barrier(); }
 inline void cluster_barrier() { shim::cluster_barrier(); }
-inline void poll_again(int64_t step) { shim::wait_in_poll(step); }
+inline uint32_t most_polls() { return uint32_t(shim::settings.most_polls); }
+inline void give_up(int64_t step) { shim::give_up(step); }
+inline void between_polls(int64_t step) { shim::wait_in_poll(step); }
 inline void unpredictable(uint4&) {}
 
 inline uint32_t shuffle_xor(uint32_t value, int mask) {
@@ -91,6 +115,12 @@ inline float shuffle(float value, int lane) {
 }
 
 inline uint4 load_weights(const uint4* address) { return *address; }
+inline void copy_later(uint4* to, const uint4* from, bool inside) { shim::copy_later(to, inside ? from : nullptr); }
+inline void end_copy_group() { shim::end_copy_group(); }
+template <int left>
+void wait_for_copies() {
+  shim::wait_for_copies(left);
+}
 inline uint4 load_relaxed(const uint4* address) { return *address; }
 template <int kWords>
 void store_relaxed(uint32_t* address, const uint32_t (&words)[kWords]) {
@@ -100,10 +130,34 @@ void store_relaxed(uint32_t* address, const uint32_t (&words)[kWords]) {
   shim::progress();
 }
 
-template <typename T>
-T* in_cluster(T* address, int rank) {
-  return reinterpret_cast<T*>(shim::in_cluster(reinterpret_cast<unsigned char*>(address), rank));
+inline int rank_in_cluster() { return shim::rank_in_cluster(); }
+inline shim::Arrivals& arrivals_of(uint64_t* address, int rank) {
+  return *reinterpret_cast<shim::Arrivals*>(shim::in_cluster(reinterpret_cast<unsigned char*>(address), rank));
 }
+inline void begin_arrivals(uint64_t* arrivals, int count) {
+  arrivals_of(arrivals, rank_in_cluster()) = {0, uint8_t(count), uint8_t(count), 0, 0};
+}
+inline void release_shared() {}
+inline void arrive(uint64_t* arrivals, int rank) {
+  --arrivals_of(arrivals, rank).pending;
+  arrivals_of(arrivals, rank).end_phase();
+}
+inline void arrive_expecting(uint64_t* arrivals, uint32_t bytes) {
+  arrivals_of(arrivals, rank_in_cluster()).bytes += int32_t(bytes);
+  arrive(arrivals, rank_in_cluster());
+}
+template <int kWords>
+void send(uint32_t* address, const uint32_t (&words)[kWords], uint64_t* arrivals, int rank) {
+  uint32_t* const there = reinterpret_cast<uint32_t*>(shim::in_cluster(reinterpret_cast<unsigned char*>(address), rank));
+  for (int word = 0; word < kWords; ++word) {
+    if (shim::store_is_lost()) continue;
+    there[word] = words[word];
+    arrivals_of(arrivals, rank).bytes -= 4;
+  }
+  shim::progress();
+  arrivals_of(arrivals, rank).end_phase();
+}
+inline bool arrived(uint64_t* arrivals, uint32_t parity) { return arrivals_of(arrivals, rank_in_cluster()).parity != parity; }
 
 // Written out, because not every compiler of the CPU has a type of 16 bits.
 inline float widen_half(uint16_t bits) {
@@ -124,10 +178,11 @@ inline uint16_t narrow_half(float value) {
 
 using Stream = void*;
 
+inline int current_device() { return 0; }
 inline GpuFigures figures() { return shim::settings.gpu; }
 
 inline void fill(void* address, int byte, size_t bytes, Stream) {
-  memset(address, byte, bytes);
+  if (!shim::settings.lose_fills) memset(address, byte, bytes);
   ++shim::fills;
 }
 inline void copy_rows(void* to, size_t pitch, const void* from, size_t width, size_t rows, Stream) {
@@ -150,6 +205,7 @@ using Kernel = void (*)(Argument);
 
 template <typename Argument>
 bool fits(Kernel<Argument>, const Launch& launch, unsigned) {
+  ++shim::queries;
   if (launch.together == Together::kCluster && !shim::settings.clusters_run) return false;
   return shim::settings.resident_blocks < 0 || launch.blocks <= shim::settings.resident_blocks;
 }

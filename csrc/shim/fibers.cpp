@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <deque>
 #include <memory>
 #include <random>
 #include <sstream>
@@ -20,7 +21,7 @@
 namespace fusedprompt::shim {
 
 Settings settings;
-int64_t launches = 0, fills = 0;
+int64_t launches = 0, fills = 0, queries = 0;
 
 namespace {
 
@@ -44,6 +45,7 @@ struct Fiber {
   int64_t polls_step = -1;
   const char* where = "running";
   bool finished = false;
+  std::deque<std::vector<std::pair<uint4*, const uint4*>>> copies{1};  // groups of those that are under way
   void* fake_stack = nullptr;
 };
 
@@ -87,6 +89,7 @@ void fiber_main() {
 #endif
   Fiber& fiber = *machine->running;
   (*machine->body)();
+  if (fiber.copies.size() > 1 || !fiber.copies.back().empty()) machine->error = "a thread ended with a copy under way";
   fiber.finished = true;
   for (Group* group : {fiber.warp, fiber.block, fiber.cluster}) {
     ++group->left;
@@ -215,7 +218,7 @@ void schedule() {
       run_fiber(index);
       if (!machine->error.empty()) throw std::runtime_error(std::string(machine->name) + ": " + machine->error);
     }
-    if (machine->events == before && !order.done()) {
+    if (machine->events == before && !order.done() && settings.most_polls < 0) {
       if (order.all_awake()) throw std::runtime_error(report());
       order.wake_all();
     }
@@ -246,6 +249,25 @@ void wait_in_poll(int64_t step) {
   machine->running->polls_step = step;
   to_scheduler(false);
 }
+
+// Copies are made when they are waited for, which is as late as can be.
+void copy_later(uint4* to, const uint4* from) { machine->running->copies.back().emplace_back(to, from); }
+void end_copy_group() { machine->running->copies.emplace_back(); }
+void wait_for_copies(size_t left) {
+  auto& copies = machine->running->copies;
+  while (copies.size() > left + 1) {  // the last one has not ended
+    for (const auto& [to, from] : copies.front()) *to = from ? *from : uint4{0, 0, 0, 0};
+    copies.pop_front();
+  }
+}
+
+void give_up(int64_t step) {
+  std::ostringstream text;
+  text << "block " << self().block << " waited in vain in step " << step;
+  machine->error = text.str();
+}
+
+int rank_in_cluster() { return int(machine->running->block_index % machine->cluster_size); }
 
 unsigned char* in_cluster(unsigned char* address, int rank) {
   const size_t own = machine->running->block_index, first = own / machine->cluster_size * machine->cluster_size;

@@ -38,7 +38,10 @@ class Gpu:
     lose_store: int = -1
     resident: int = -1
     misaligned: bool = False
+    workspace: int = 0xFF  # the byte that it is full of, which is that of words nobody has written; -1: random ones
     clusters_run: bool = True
+    lose_fills: bool = False
+    most_polls: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,9 @@ class Plan:
     shared_slots: int
     streamed_bytes: int
     launches: int
+    queries: int  # of what fits on the device, when this was planned
+    queries_again: int  # when it was planned three times more, for other lengths
+    queries_elsewhere: int  # and in another environment
 
 
 def build(folder: Path) -> Path:
@@ -121,7 +127,10 @@ class Machine:
             gpu.lose_store,
             gpu.resident,
             int(gpu.misaligned),
+            gpu.workspace,
             int(gpu.clusters_run),
+            int(gpu.lose_fills),
+            gpu.most_polls,
         ]
 
     def forward(self, gpu: Gpu, weights: Sequence[Tensor], pre: Tensor) -> tuple[Plan, Tensor, Tensor, Tensor]:
