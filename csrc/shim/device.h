@@ -1,7 +1,8 @@
 // lstm_device.cuh for g++: every CUDA thread is a fiber, all blocks are resident, and the scheduler decides who runs next.
 //
-// Checks indexing, the protocol between blocks and its freedom from deadlock. It cannot check the GPU's memory model: here every
-// store is seen at once. Only tests include this.
+// Checks indexing, the protocol between blocks, its freedom from deadlock, and with a seed that it stands relaxed stores that
+// arrive late and in any order (stores.h). Compiled with -fsanitize=thread and linked without that sanitizer's library, it also
+// finds accesses that nothing orders (races.h). Only tests include this.
 #pragma once
 
 #include <algorithm>
@@ -29,17 +30,26 @@ namespace fusedprompt::shim {
 
 struct Settings {
   GpuFigures gpu = {4, 96 << 10, 256 << 10, 50 << 20, 5500, 4300, 1.7, false};
-  uint64_t seed = 0;             // of the order in which fibers run; 0: round robin
+  uint64_t seed = 0;             // of the order in which fibers run and stores arrive; 0: round robin, at once
   int64_t lose_store_at = -1;    // a published word to lose, counted from 0: the others must then wait for ever
   int64_t resident_blocks = -1;  // how many blocks the device holds at once; -1: any number
   bool clusters_run = true;      // false: the device has clusters, but none of the size asked for
+  int64_t deaf_barrier = -1;     // a barrier of each thread, counted from 0, that all reach but that orders nothing
+  std::string fault;             // for kernels that a test made wrong in several ways
 };
 extern Settings settings;
-extern int64_t launches, fills;
+extern int64_t launches, barriers;  // barriers: of a thread, in the last launch
 
 // Runs all threads of all blocks to their end. Throws std::runtime_error, naming kernel and step, if none can go on.
 void run(const char* name, unsigned blocks, unsigned blocks_y, unsigned threads, unsigned cluster, size_t shared_bytes,
          const std::function<void()>& thread_body);
+
+// Fills with NaN of any dtype: what nobody wrote must not be used. No word of it is all ones, which a poll takes for unwritten.
+inline void poison(unsigned char* memory, size_t bytes) {
+  for (size_t i = 0; i < bytes; ++i) memory[i] = i % 4 == 3 ? 0x7f : 0xff;
+}
+void name_memory(const void* address, size_t bytes, const char* name);  // for messages
+void fill(void* address, int byte, size_t bytes);
 
 // ---- what a thread asks ----
 
@@ -52,8 +62,8 @@ void block_barrier();
 void cluster_barrier();
 uint32_t exchange_in_warp(uint32_t value, int from_lane, int expected);  // the value of lane `from_lane`
 void wait_in_poll(int64_t step);
-bool store_is_lost();
-void progress();
+uint4 load_relaxed(const uint4* address);
+void store_relaxed(uint32_t* address, uint32_t word);
 unsigned char* in_cluster(unsigned char* address, int rank);
 
 }  // namespace fusedprompt::shim
@@ -91,13 +101,10 @@ inline float shuffle(float value, int lane) {
 }
 
 inline uint4 load_weights(const uint4* address) { return *address; }
-inline uint4 load_relaxed(const uint4* address) { return *address; }
+inline uint4 load_relaxed(const uint4* address) { return shim::load_relaxed(address); }
 template <int kWords>
 void store_relaxed(uint32_t* address, const uint32_t (&words)[kWords]) {
-  for (int word = 0; word < kWords; ++word) {
-    if (!shim::store_is_lost()) address[word] = words[word];
-  }
-  shim::progress();
+  for (int word = 0; word < kWords; ++word) shim::store_relaxed(address + word, words[word]);
 }
 
 template <typename T>
@@ -126,10 +133,7 @@ using Stream = void*;
 
 inline GpuFigures figures() { return shim::settings.gpu; }
 
-inline void fill(void* address, int byte, size_t bytes, Stream) {
-  memset(address, byte, bytes);
-  ++shim::fills;
-}
+inline void fill(void* address, int byte, size_t bytes, Stream) { shim::fill(address, byte, bytes); }
 inline void copy_rows(void* to, size_t pitch, const void* from, size_t width, size_t rows, Stream) {
   for (size_t row = 0; row < rows; ++row) {
     memcpy(static_cast<unsigned char*>(to) + row * pitch, static_cast<const unsigned char*>(from) + row * width, width);

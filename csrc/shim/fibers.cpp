@@ -3,6 +3,10 @@
 // A fiber runs until it must wait: at a barrier or in a shuffle for the others of its group, in a poll for a word of another
 // block. Nothing outside can change memory, so if every fiber that could run has polled once and nothing happened, nothing ever
 // will: that is a deadlock, found at once and without a clock.
+//
+// g++ -fsanitize=thread calls a function before each load and store of the kernels. These functions are defined at the end of
+// this file, in place of the sanitizer's own library: so plain accesses are seen, and kernels need no accessors for them.
+#include <pthread.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -12,6 +16,8 @@
 #include <vector>
 
 #include "device.h"
+#include "races.h"
+#include "stores.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -20,7 +26,7 @@
 namespace fusedprompt::shim {
 
 Settings settings;
-int64_t launches = 0, fills = 0;
+int64_t launches = 0, barriers = 0;
 
 namespace {
 
@@ -32,16 +38,17 @@ struct Group {
   int64_t generation = 0;
   uint32_t values[2][32] = {};  // of a warp's shuffle; two, because fast lanes may be one shuffle ahead
   int expected = 0;             // which shuffle the first lane came to
+  Handover handover;            // of a barrier; a shuffle hands nothing over
 };
 
 struct Fiber {
   ucontext_t context;
   Self self;
-  size_t block_index;
+  size_t index, block_index;
   Group *warp, *block, *cluster;
   Group* waiting_for = nullptr;
   int64_t waiting_since = 0;  // the generation it waits to pass
-  int64_t polls_step = -1;
+  int64_t polls_step = -1, barriers = 0;
   const char* where = "running";
   bool finished = false;
   void* fake_stack = nullptr;
@@ -53,6 +60,7 @@ struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Group> warps, blocks, clusters;
   std::vector<std::unique_ptr<unsigned char[]>> shared;  // exactly as large as asked for, so that ASan sees the end
+  size_t shared_bytes;
   unsigned cluster_size;
   Fiber* running = nullptr;
   ucontext_t scheduler;
@@ -60,11 +68,21 @@ struct Machine {
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_size = 0;
   unsigned char* stacks = nullptr;
-  int64_t events = 0, stores = 0;
+  std::unique_ptr<Stores> stores;
+  int64_t events = 0, published = 0;
   std::string error;
 };
 
-Machine* machine = nullptr;
+struct Named {
+  uintptr_t address;
+  size_t bytes;
+  const char* name;
+};
+
+Machine* machine = nullptr;  // while a kernel runs
+Races races;                 // across launches, because a fill before one is read in it
+std::vector<Named> named;
+bool watching = false;       // whether plain accesses are seen
 
 unsigned char* stack_of(size_t index) { return machine->stacks + index * kStack; }
 
@@ -105,6 +123,7 @@ void run_fiber(size_t index) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(machine->scheduler_fake_stack, nullptr, nullptr);
 #endif
+  machine->running = nullptr;
 }
 
 void add_fiber(size_t index, unsigned threads, unsigned blocks) {
@@ -112,6 +131,7 @@ void add_fiber(size_t index, unsigned threads, unsigned blocks) {
   Fiber& fiber = *machine->fibers.back();
   const size_t block = index / threads;
   fiber.self = {int(index % threads), int(threads), int(block % blocks), int(block / blocks)};
+  fiber.index = index;
   fiber.block_index = block;
   fiber.warp = &machine->warps[index / 32];
   fiber.block = &machine->blocks[block];
@@ -123,21 +143,99 @@ void add_fiber(size_t index, unsigned threads, unsigned blocks) {
   makecontext(&fiber.context, fiber_main, 0);
 }
 
-void meet(Group& group, const char* where) {
+// Waits for the others of the group. A barrier also orders: what each did before it is seen by all behind it.
+void meet(Group& group, const char* where, bool barrier) {
   Fiber& fiber = *machine->running;
+  const bool orders = barrier && fiber.barriers++ != settings.deaf_barrier && watching;
   if (group.left > 0) machine->error = "a thread waits at a barrier or in a shuffle for one that has ended";
+  if (orders) races.arrive(fiber.index, group.handover);
   if (++group.arrived == group.members) {
     group.arrived = 0;
     ++group.generation;
     ++machine->events;
-    return;
+    if (orders) group.handover.open();
+  } else {
+    fiber.waiting_for = &group;
+    fiber.waiting_since = group.generation;
+    fiber.where = where;
+    to_scheduler(false);
+    fiber.waiting_for = nullptr;
+    fiber.where = "running";
   }
-  fiber.waiting_for = &group;
-  fiber.waiting_since = group.generation;
-  fiber.where = where;
-  to_scheduler(false);
-  fiber.waiting_for = nullptr;
-  fiber.where = "running";
+  if (orders) races.leave(fiber.index, group.handover);
+}
+
+// ---- accesses to memory ----
+
+void describe(std::ostream& text, const Access& access) {
+  const Fiber& fiber = *machine->fibers[access.thread];
+  text << (access.relaxed ? "relaxed " : "plain ") << (access.writes ? "store" : "load") << " by block "
+       << fiber.block_index << " thread " << fiber.self.thread << " behind its barrier " << access.moment - 1;
+}
+
+void describe(std::ostream& text, uintptr_t address) {
+  for (size_t block = 0; block < machine->shared.size(); ++block) {
+    const uintptr_t start = uintptr_t(machine->shared[block].get());
+    if (address - start < machine->shared_bytes) {
+      text << "shared memory of block " << block << ", byte " << address - start;
+      return;
+    }
+  }
+  for (const Named& memory : named) {
+    if (address - memory.address < memory.bytes) {
+      text << memory.name << ", byte " << address - memory.address;
+      return;
+    }
+  }
+  text << "address 0x" << std::hex << address << std::dec;
+}
+
+void complain(const char* what, uintptr_t address, const Access& access, const Access* other) {
+  if (!machine->error.empty()) return;
+  std::ostringstream text;
+  text << what << " at ";
+  describe(text, address);
+  text << ": ";
+  describe(text, access);
+  if (machine->running->polls_step >= 0) text << " at step " << machine->running->polls_step;
+  if (other) {
+    text << ", and nothing orders it behind the ";
+    describe(text, *other);
+  }
+  machine->error = text.str();
+}
+
+// Stacks are each thread's own: the fibers', and the host thread's, which holds the arguments of the launch.
+bool on_a_stack(uintptr_t address) {
+  static thread_local uintptr_t host = 0;
+  static thread_local size_t host_bytes = 0;
+  if (host_bytes == 0) {
+    pthread_attr_t attributes;
+    void* start = nullptr;
+    if (pthread_getattr_np(pthread_self(), &attributes) != 0) throw std::runtime_error("no bounds of the stack");
+    pthread_attr_getstack(&attributes, &start, &host_bytes);
+    pthread_attr_destroy(&attributes);
+    host = uintptr_t(start);
+  }
+  return address - uintptr_t(machine->stacks) < machine->fibers.size() * kStack || address - host < host_bytes;
+}
+
+void access(const void* where, size_t bytes, bool writes, bool relaxed) {
+  const uintptr_t address = uintptr_t(where);
+  if (!watching || !machine || !machine->running || on_a_stack(address)) return;
+  watching = false;  // what is done here is no kernel's, though it may share templates that are instrumented
+  const Fiber& fiber = *machine->running;
+  if (!relaxed) machine->stores->arrive(fiber.block_index, where, bytes);
+  const Access now{uint32_t(fiber.index), races.moment(fiber.index), writes, relaxed};
+  if (const Access* other = races.access(now, address, bytes)) complain("race", address, now, other);
+  if (relaxed && !writes && !races.set(address, bytes)) complain("poll of what was not set", address, now, nullptr);
+  for (size_t block = 0; block < machine->blocks.size(); ++block) {
+    const bool inside = address - uintptr_t(machine->shared[block].get()) < machine->shared_bytes;
+    if (inside && machine->blocks[block].left == machine->blocks[block].members) {
+      complain("access behind the end of its block", address, now, nullptr);
+    }
+  }
+  watching = true;
 }
 
 std::string report() {
@@ -206,8 +304,10 @@ class Order {
 
 void schedule() {
   Order order(machine->fibers.size(), machine->blocks.size());
+  const auto happened = [] { return machine->events + machine->stores->arrived(); };
   while (!order.done()) {
-    const int64_t before = machine->events;
+    const int64_t before = happened();
+    machine->stores->drift();
     for (const size_t index : order.next_round()) {
       Fiber& fiber = *machine->fibers[index];
       if (order.sleeps(fiber)) continue;
@@ -215,7 +315,7 @@ void schedule() {
       run_fiber(index);
       if (!machine->error.empty()) throw std::runtime_error(std::string(machine->name) + ": " + machine->error);
     }
-    if (machine->events == before && !order.done()) {
+    if (happened() == before && !order.done() && !machine->stores->arrive_any()) {
       if (order.all_awake()) throw std::runtime_error(report());
       order.wake_all();
     }
@@ -226,11 +326,35 @@ void schedule() {
 
 const Self& self() { return machine->running->self; }
 unsigned char* shared_memory() { return machine->shared[machine->running->block_index].get(); }
-void block_barrier() { meet(*machine->running->block, "a block barrier"); }
-void cluster_barrier() { meet(*machine->running->cluster, "a cluster barrier"); }
-void progress() { ++machine->events; }
+void block_barrier() { meet(*machine->running->block, "a block barrier", true); }
+void cluster_barrier() {
+  machine->stores->arrive_all(machine->running->block_index);
+  meet(*machine->running->cluster, "a cluster barrier", true);
+}
 
-bool store_is_lost() { return machine->stores++ == settings.lose_store_at; }
+uint4 load_relaxed(const uint4* address) {
+  access(address, sizeof *address, false, true);
+  uint4 words;
+  machine->stores->load(machine->running->block_index, &address->x, &words.x, 4);
+  return words;
+}
+
+void store_relaxed(uint32_t* address, uint32_t word) {
+  access(address, sizeof *address, true, true);
+  if (machine->published++ == settings.lose_store_at) return;
+  machine->stores->put(machine->running->block_index, address, word);
+  if (settings.seed == 0) machine->stores->arrive_all(machine->running->block_index);
+  ++machine->events;
+}
+
+void name_memory(const void* address, size_t bytes, const char* name) {
+  named.push_back({uintptr_t(address), bytes, name});
+}
+
+void fill(void* address, int byte, size_t bytes) {
+  memset(address, byte, bytes);
+  if (watching) races.filled(uintptr_t(address), bytes);
+}
 
 uint32_t exchange_in_warp(uint32_t value, int from_lane, int expected) {
   Group& warp = *machine->running->warp;
@@ -238,7 +362,7 @@ uint32_t exchange_in_warp(uint32_t value, int from_lane, int expected) {
   if (warp.expected != expected && expected < 64) machine->error = "lanes of a warp are in different shuffles";
   const int64_t side = warp.generation % 2;
   warp.values[side][self().thread % 32] = value;
-  meet(warp, "a shuffle");
+  meet(warp, "a shuffle", false);
   return warp.values[side][from_lane];
 }
 
@@ -258,6 +382,7 @@ void run(const char* name, unsigned blocks, unsigned blocks_y, unsigned threads,
   here.name = name;
   here.body = &thread_body;
   here.cluster_size = cluster;
+  here.shared_bytes = shared_bytes;
   const size_t block_count = size_t(blocks) * blocks_y, count = block_count * threads;
   here.warps.resize(block_count * (threads / 32));
   here.blocks.resize(block_count);
@@ -267,15 +392,38 @@ void run(const char* name, unsigned blocks, unsigned blocks_y, unsigned threads,
   for (Group& group : here.clusters) group.members = int(threads * cluster);
   for (size_t block = 0; block < block_count; ++block) {
     here.shared.emplace_back(new unsigned char[shared_bytes]);
-    memset(here.shared.back().get(), 0xff, shared_bytes);  // NaN: what nobody wrote must not be used
+    poison(here.shared.back().get(), shared_bytes);
   }
   void* stacks = mmap(nullptr, count * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stacks == MAP_FAILED) throw std::runtime_error("no memory for fibers");
   const std::unique_ptr<void, std::function<void(void*)>> owner(stacks, [=](void* s) { munmap(s, count * kStack); });
   here.stacks = static_cast<unsigned char*>(stacks);
+  here.stores = std::make_unique<Stores>(block_count, settings.seed);
+  races.begin(count);
   machine = &here;
+  const std::unique_ptr<Machine, void (*)(Machine*)> until_the_end(&here, [](Machine*) { machine = nullptr; });
   for (size_t index = 0; index < count; ++index) add_fiber(index, threads, blocks);
   schedule();
+  barriers = here.fibers[0]->barriers;
+  while (here.stores->arrive_any()) {
+  }
 }
 
 }  // namespace fusedprompt::shim
+
+// ---- what g++ -fsanitize=thread calls ----
+
+#define FP_SEEN(bytes)                                                                                             \
+  void __tsan_read##bytes(void* at) { fusedprompt::shim::access(at, bytes, false, false); }                        \
+  void __tsan_write##bytes(void* at) { fusedprompt::shim::access(at, bytes, true, false); }                        \
+  void __tsan_unaligned_read##bytes(void* at) { fusedprompt::shim::access(at, bytes, false, false); }              \
+  void __tsan_unaligned_write##bytes(void* at) { fusedprompt::shim::access(at, bytes, true, false); }
+
+extern "C" {
+FP_SEEN(1) FP_SEEN(2) FP_SEEN(4) FP_SEEN(8) FP_SEEN(16)
+void __tsan_read_range(void* at, size_t bytes) { fusedprompt::shim::access(at, bytes, false, false); }
+void __tsan_write_range(void* at, size_t bytes) { fusedprompt::shim::access(at, bytes, true, false); }
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_init() { fusedprompt::shim::watching = true; }
+}

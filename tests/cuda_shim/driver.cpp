@@ -1,9 +1,10 @@
 // Runs one pass of the recurrence under the shim: a case on standard input, the results on standard output.
 //
 // In:  Header, weights and both biases of each direction, gates; backward: cells, d_output. Arrays as in csrc/lstm.h.
-// Out: status (0 or the length of a message, which follows), 13 int64 of plan and counters, then forward gates, cells and
+// Out: status (0 or the length of a message, which follows), 14 int64 of plan and counters, then forward gates, cells and
 //      output; backward d_gates.
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <iostream>
 #include <memory>
@@ -21,7 +22,7 @@ struct Header {
   int64_t variant;     // -1: the planner chooses
   int64_t threads, seed, lose_store_at, resident_blocks;
   int64_t misaligned;    // weights begin one element behind a multiple of 16 bytes
-  int64_t clusters_run;  // see shim::Settings
+  int64_t clusters_run, deaf_barrier;  // see shim::Settings
 };
 
 // Exactly as large as asked for, so that AddressSanitizer sees the first byte behind it; full of NaN.
@@ -30,8 +31,10 @@ struct Array {
   std::unique_ptr<unsigned char[]> memory;
   size_t offset;
 
-  explicit Array(size_t size, size_t at = 0) : bytes(size), memory(new unsigned char[size + at]), offset(at) {
-    memset(memory.get(), 0xff, size + at);
+  explicit Array(const char* name, size_t size, size_t at = 0)
+      : bytes(size), memory(new unsigned char[size + at]), offset(at) {
+    shim::poison(memory.get(), size + at);
+    shim::name_memory(data(), size, name);
   }
   unsigned char* data() { return memory.get() + offset; }
   void read() { std::cin.read(reinterpret_cast<char*>(data()), std::streamsize(bytes)); }
@@ -47,23 +50,25 @@ void run() {
   const size_t cells = size_t(h.directions * h.steps * h.batch * h.hidden);
   std::vector<Array> weights, biases;
   for (int64_t direction = 0; direction < h.directions; ++direction) {
-    weights.emplace_back(size_t(4 * h.hidden * h.hidden) * size, h.misaligned ? size : 0);
+    weights.emplace_back("weights", size_t(4 * h.hidden * h.hidden) * size, h.misaligned ? size : 0);
     weights.back().read();
     for (int which = 0; which < 2; ++which) {
-      biases.emplace_back(size_t(4 * h.hidden) * size);
+      biases.emplace_back("bias", size_t(4 * h.hidden) * size);
       biases.back().read();
     }
   }
-  Array gates(4 * cells * 4), cell(cells * 4), output(cells * size), d_gates(4 * cells * size);
+  Array gates("gates", 4 * cells * 4), cell("cell", cells * 4), output("output", cells * size);
+  Array d_gates("d_gates", 4 * cells * size);
   gates.read();
 
   shim::settings = {{int32_t(h.multiprocessors), h.shared_bytes, h.register_bytes, 50 << 20, 5500, 4300, 1.7, h.clusters != 0},
-                    uint64_t(h.seed), h.lose_store_at, h.resident_blocks, h.clusters_run != 0};
+                    uint64_t(h.seed), h.lose_store_at, h.resident_blocks, h.clusters_run != 0, h.deaf_barrier,
+                    std::getenv("FAULT") ? std::getenv("FAULT") : ""};
   const LstmProblem problem{h.steps, h.batch, h.hidden, h.directions, Dtype(h.dtype)};
   const LstmPass pass = LstmPass(h.pass);
   const auto variant = h.variant < 0 ? std::nullopt : std::optional(LstmVariant(h.variant));
   const LstmPlan plan = lstm_plan_here(problem, pass, variant, int(h.threads));
-  Array workspace(lstm_workspace_bytes(problem, pass, plan));
+  Array workspace("workspace", lstm_workspace_bytes(problem, pass, plan));
   const auto weight = [&](int64_t direction) { return direction < h.directions ? weights[size_t(direction)].data() : nullptr; };
   if (pass == LstmPass::kForward) {
     LstmForward call{h.steps, h.batch, h.hidden, h.directions, problem.dtype, {weight(0), weight(1)},
@@ -82,7 +87,7 @@ void run() {
   for (const int64_t value : {int64_t(plan.variant), int64_t(plan.directions_at_once), int64_t(plan.blocks),
                               int64_t(plan.units), int64_t(plan.row_groups), int64_t(plan.split), int64_t(plan.tiles),
                               int64_t(plan.tile_rows), int64_t(plan.depth), int64_t(plan.held_depth),
-                              int64_t(plan.shared_slots), plan.streamed_bytes, shim::launches}) {
+                              int64_t(plan.shared_slots), plan.streamed_bytes, shim::launches, shim::barriers}) {
     put(value);
   }
   if (pass == LstmPass::kForward) {
