@@ -44,8 +44,9 @@ FP_DEVICE int64_t position(const Arguments& a, int direction, int64_t step) {
   return (direction == 1) != kBackward ? a.steps - 1 - step : step;
 }
 
-FP_DEVICE unsigned char* exchange_row(const Arguments& a, int direction, int64_t step, int64_t b) {
-  return a.exchange + (((direction - a.first_direction) * a.ring + step % a.ring) * a.batch + b) * a.exchange_pitch;
+// row: the step, or its parity where a launch is one step.
+FP_DEVICE unsigned char* exchange_row(const Arguments& a, int direction, int64_t row, int64_t b) {
+  return a.exchange + (((direction - a.first_direction) * a.ring + row) * a.batch + b) * a.exchange_pitch;
 }
 
 // One cell (unit, b) of one direction through the steps of a pass. `begin` reads what all steps share, `load` what a step knows

@@ -2,8 +2,6 @@
 //
 // Built as a library of its own, which only a process with CUDA loads. Everything is put on the current stream of x's device
 // and allocated by ATen.
-#include <cstdlib>
-
 #include "lstm_launch.cuh"
 #include "lstm_stack.h"
 #include "lstm_torch.cuh"
@@ -13,12 +11,6 @@ namespace {
 
 Tensor workspace_for(const Tensor& like, const LstmProblem& problem, LstmPass pass, const LstmPlan& plan) {
   return empty(like, {int64_t(lstm_workspace_bytes(problem, pass, plan))}, ScalarType::Byte);
-}
-
-// FUSEDPROMPT_LSTM_VARIANT, for tests and measurements; otherwise the planner chooses.
-LstmPlan plan_for(const LstmProblem& problem, LstmPass pass) {
-  const char* const name = std::getenv("FUSEDPROMPT_LSTM_VARIANT");
-  return lstm_plan_here(problem, pass, name && *name ? std::optional(variant_named(name)) : std::nullopt);
 }
 
 // Direction `direction` of a (directions, P, B, width) tensor as (P * B, width).
@@ -44,7 +36,7 @@ struct Cuda {
   static void recurrence_forward(const LstmForward& call, const Tensor& x) {
     const device::DeviceGuard guard(x.get_device_index());
     const LstmProblem problem{call.steps, call.batch, call.hidden, call.directions, call.dtype};
-    const LstmPlan plan = plan_for(problem, LstmPass::kForward);
+    const LstmPlan plan = lstm_plan_cached(problem, LstmPass::kForward);
     const Tensor workspace = workspace_for(x, problem, LstmPass::kForward, plan);
     lstm_forward_cuda(call, plan, workspace.mutable_data_ptr(), device::current_stream(x));
   }
@@ -52,7 +44,7 @@ struct Cuda {
   static void recurrence_backward(const LstmBackward& call, const Tensor& x) {
     const device::DeviceGuard guard(x.get_device_index());
     const LstmProblem problem{call.steps, call.batch, call.hidden, call.directions, call.dtype};
-    const LstmPlan plan = plan_for(problem, LstmPass::kBackward);
+    const LstmPlan plan = lstm_plan_cached(problem, LstmPass::kBackward);
     const Tensor workspace = workspace_for(x, problem, LstmPass::kBackward, plan);
     lstm_backward_cuda(call, plan, workspace.mutable_data_ptr(), device::current_stream(x));
   }

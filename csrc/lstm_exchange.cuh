@@ -3,7 +3,7 @@
 // Through global memory (M, L): the buffer starts as all ones, a word that no result is (lstm_number.cuh). A cell stores its
 // words; a block polls until no word is all ones. So the data is its own flag: one trip through L2 and no barrier. Words are
 // read and written whole and relaxed; their order does not matter, because each one is checked.
-// Through distributed shared memory (S): a cell stores its words into each block of the cluster, then the cluster meets.
+// Through distributed shared memory (S): a cell sends its words into each block of the cluster, where they are counted.
 #pragma once
 
 #include "lstm_arguments.cuh"
@@ -11,6 +11,12 @@
 namespace fusedprompt::device {
 
 constexpr int kPollsAtOnce = 4;  // a thread's loads under way together: one after another they would cost a trip each
+
+// A thread counts its own polls for the vector of the step before.
+FP_DEVICE void poll_again(int64_t step, uint32_t& polls) {
+  if (++polls == most_polls()) give_up(step);
+  between_polls(step);
+}
 
 // Words of a 16-byte chunk that belong to a row of `words` words.
 FP_DEVICE int words_in_chunk(int64_t chunk, int64_t words) { return int(min(words - 4 * chunk, int64_t(4))); }
@@ -32,6 +38,7 @@ FP_DEVICE void gather(const unsigned char* row, int64_t words, unsigned char* ve
   for (int64_t first = thread(); first < chunks; first += kPollsAtOnce * threads()) {
     uint4 arrived[kPollsAtOnce];
     bool waiting = true;
+    uint32_t polls = 0;
     while (waiting) {
       waiting = false;
 #pragma unroll
@@ -44,7 +51,7 @@ FP_DEVICE void gather(const unsigned char* row, int64_t words, unsigned char* ve
         const int64_t chunk = first + k * threads();
         if (chunk < chunks && !complete(arrived[k], words_in_chunk(chunk, words))) waiting = true;
       }
-      if (waiting) poll_again(step);
+      if (waiting) poll_again(step, polls);
     }
 #pragma unroll
     for (int k = 0; k < kPollsAtOnce; ++k) {
@@ -66,13 +73,37 @@ FP_DEVICE bool join_neighbours(uint32_t (&published)[kWords<T, kBackward>]) {
   }
 }
 
-template <int kWords>
-FP_DEVICE void store_in_cluster(unsigned char* address, int blocks, const uint32_t (&words)[kWords]) {
-  for (int rank = 0; rank < blocks; ++rank) {
-    uint32_t* there = reinterpret_cast<uint32_t*>(in_cluster(address, rank));
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) there[word] = words[word];
+// The exchange through distributed shared memory. A phase of `arrivals` is a step: it ends in a block once all words of that step's
+// vector are there and every block of the cluster has read the vector of the step before, whose place the next one takes.
+struct ClusterExchange {
+  uint64_t* arrivals;  // two, because there are two vectors
+  int blocks;
+  uint32_t bytes;      // of a vector of all batch entries
+
+  FP_DEVICE void begin() const {
+    if (thread() < 2) begin_arrivals(arrivals + thread(), blocks);
   }
-}
+
+  // By all threads, after they met: nobody here reads the vector of step - 1 any more.
+  FP_DEVICE void have_read(int64_t step) const {
+    const int rank = thread() - (threads() - 32);  // the last warp, which seldom has cells
+    if (rank < 0 || rank >= blocks) return;
+    if (rank == rank_in_cluster()) expect_bytes(arrivals + step % 2, bytes);
+    release_shared();
+    arrive(arrivals + step % 2, rank);
+  }
+
+  template <int kWords>
+  FP_DEVICE void publish(unsigned char* address, const uint32_t (&words)[kWords], int64_t step) const {
+    for (int rank = 0; rank < blocks; ++rank) send(reinterpret_cast<uint32_t*>(address), words, arrivals + step % 2, rank);
+  }
+
+  // For the vector of step - 1.
+  FP_DEVICE void wait(int64_t step) const {
+    const int64_t before = step - 1;
+    uint32_t polls = 0;
+    while (!arrived(arrivals + before % 2, uint32_t(before / 2 % 2))) poll_again(step, polls);
+  }
+};
 
 }  // namespace fusedprompt::device

@@ -4,7 +4,11 @@
 // captured in a CUDA graph. Everything here throws std::runtime_error if CUDA refuses something.
 #pragma once
 
+#include <cstdlib>
+#include <map>
+#include <mutex>
 #include <optional>
+#include <tuple>
 
 #include "lstm_persistent.cuh"
 #include "lstm_stream.cuh"
@@ -118,6 +122,15 @@ inline const void* transpose(const LstmProblem& p, const void* weight_hh, void* 
   return transposed;
 }
 
+inline int64_t megabytes(const char* name, const std::string& text) {
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  if (end == text.c_str() || *end != '\0' || !(value >= 0 && value < 1e6)) {
+    throw std::invalid_argument(std::string(name) + ": expected a number of megabytes, got " + text);
+  }
+  return int64_t(value * 1e6);
+}
+
 // All directions, `directions_at_once` of them together.
 template <bool kBackward>
 void run_pass(const LstmProblem& p, const void* const (&weight_hh)[2], Arguments a, const LstmPlan& plan, void* memory,
@@ -153,16 +166,18 @@ void run_pass(const LstmProblem& p, const void* const (&weight_hh)[2], Arguments
 }  // namespace detail
 
 // The plan that will run on the current device: plan_lstm's, or if the device cannot hold all its blocks at once (another
-// process may have a share of it) the best without clusters, or kStream. A variant asked for by name that cannot run throws
-// std::invalid_argument.
-inline LstmPlan lstm_plan_here(const LstmProblem& problem, LstmPass pass, std::optional<LstmVariant> variant = std::nullopt,
-                               int threads = kLstmThreads) {
+// process may have a share of it) the best without clusters, or kStream. A variant asked for by name (or "") that cannot run
+// throws std::invalid_argument, as does a wrong name. l2_kept_mb: GpuFigures::l2_kept_bytes in megabytes, or "".
+inline LstmPlan lstm_plan_here(const LstmProblem& problem, LstmPass pass, const std::string& variant_name,
+                               const std::string& l2_kept_mb, int threads = kLstmThreads) {
+  const auto variant = variant_name.empty() ? std::nullopt : std::optional(variant_named(variant_name));
   const auto runs = [&](const LstmPlan& plan) {
     return plan.variant == LstmVariant::kStream ||
            (pass == LstmPass::kForward ? detail::fits<false>(problem.dtype, problem.batch, plan)
                                        : detail::fits<true>(problem.dtype, problem.batch, plan));
   };
   GpuFigures gpu = device::figures();
+  if (!l2_kept_mb.empty()) gpu.l2_kept_bytes = detail::megabytes("FUSEDPROMPT_LSTM_L2_MB", l2_kept_mb);
   std::optional<LstmPlan> plan = plan_lstm(problem, pass, gpu, variant, threads);
   if (plan && runs(*plan)) return *plan;
   if (variant) {
@@ -171,6 +186,22 @@ inline LstmPlan lstm_plan_here(const LstmProblem& problem, LstmPass pass, std::o
   gpu.clusters = false;
   plan = plan_lstm(problem, pass, gpu, variant, threads);
   return runs(*plan) ? *plan : *plan_lstm(problem, pass, gpu, LstmVariant::kStream);
+}
+
+// The same for what the environment says, FUSEDPROMPT_LSTM_VARIANT and FUSEDPROMPT_LSTM_L2_MB, and searched and asked for once: a
+// device's answers stay what they are. The length of the sequence changes nothing in a plan.
+inline LstmPlan lstm_plan_cached(const LstmProblem& problem, LstmPass pass, int threads = kLstmThreads) {
+  const auto text = [](const char* name) { return std::string(std::getenv(name) ? std::getenv(name) : ""); };
+  const auto key = std::make_tuple(device::current_device(), problem.batch, problem.hidden, problem.directions, problem.dtype, pass,
+                                   threads, text("FUSEDPROMPT_LSTM_VARIANT"), text("FUSEDPROMPT_LSTM_L2_MB"));
+  static std::mutex mutex;
+  static std::map<std::remove_const_t<decltype(key)>, LstmPlan> plans;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto known = plans.find(key);
+  if (known != plans.end()) return known->second;
+  const LstmPlan plan = lstm_plan_here(problem, pass, std::get<7>(key), std::get<8>(key), threads);
+  plans.emplace(key, plan);
+  return plan;
 }
 
 // Bytes of scratch memory, aligned to 256, that the call with this plan needs; their contents do not matter.

@@ -18,15 +18,16 @@ FP_KERNEL(kLstmThreads) lstm_persistent(const FP_PARAMETER Arguments a) {
   const int64_t first_unit = int64_t(block() % plan.blocks) * plan.units;
   const int64_t batch = kBatch == 1 ? 1 : a.batch;  // a constant frees registers
   const int64_t vector_bytes = batch * plan.staged_bytes;
-  const int vectors = cluster ? 2 : 1;  // in S a faster block writes the next vector while this one still reads the last
+  // In S a faster block writes the next vector while this one still reads the last, and a faster warp of this block its sums.
+  const int copies = cluster ? 2 : 1;
 
   unsigned char* const vector = memory;
-  float* const sums = reinterpret_cast<float*>(memory + vectors * vector_bytes);
+  unsigned char* const all_sums = memory + copies * vector_bytes;
   const int64_t sums_bytes = (int64_t(plan.split) * plan.rows * batch * 4 + 15) / 16 * 16;
-  for (int64_t i = thread(); i < vectors * vector_bytes / 16; i += threads()) {
+  for (int64_t i = thread(); i < copies * vector_bytes / 16; i += threads()) {
     reinterpret_cast<uint4*>(vector)[i] = {0, 0, 0, 0};
   }
-  Slice<T, kBackward, kBatch> slice(a, direction, first_unit, memory + vectors * vector_bytes + sums_bytes);
+  Slice<T, kBackward, kBatch> slice(a, direction, first_unit, all_sums + copies * sums_bytes);
   slice.load();
 
   // A thread's cell. Planned units are counted, not those that exist, so that neighbours in 2 bytes share a warp.
@@ -35,6 +36,8 @@ FP_KERNEL(kLstmThreads) lstm_persistent(const FP_PARAMETER Arguments a) {
   const bool has_cell = b < batch && unit < a.hidden;
   const int64_t words = (a.hidden * kColumnsOfUnit<kBackward> * int64_t(sizeof(T)) + 3) / 4;
   const int64_t place = unit * kColumnsOfUnit<kBackward> * int64_t(sizeof(T));  // of the cell's words in a row
+  const ClusterExchange exchange{reinterpret_cast<uint64_t*>(memory + plan.shared_bytes - kLstmArrivalsBytes), plan.blocks,
+                                 uint32_t(words * 4 * batch)};
   Cell<T, kBackward> cell{};
   float state = 0.0f;
   if (has_cell) {
@@ -42,15 +45,20 @@ FP_KERNEL(kLstmThreads) lstm_persistent(const FP_PARAMETER Arguments a) {
     cell.load(a, direction, 0, b, unit);
   }
   if (cluster) {
+    exchange.begin();
     cluster_barrier();
   } else {
     block_barrier();
   }
 
   for (int64_t step = 0; step < a.steps; ++step) {
-    unsigned char* const now = vector + (cluster && step % 2 == 1 ? vector_bytes : 0);
+    const bool last = step + 1 == a.steps, second = cluster && step % 2 == 1;
+    unsigned char* const now = vector + (second ? vector_bytes : 0);
+    float* const sums = reinterpret_cast<float*>(all_sums + (second ? sums_bytes : 0));
     if (step > 0) {
-      if (!cluster) {
+      if (cluster) {
+        exchange.wait(step);
+      } else {
         for (int64_t entry = 0; entry < batch; ++entry) {
           gather(exchange_row(a, direction, step - 1, entry), words, now + entry * plan.staged_bytes, step);
         }
@@ -59,6 +67,7 @@ FP_KERNEL(kLstmThreads) lstm_persistent(const FP_PARAMETER Arguments a) {
       slice.multiply(now, batch, sums);
       block_barrier();
     }
+    if (cluster && !last) exchange.have_read(step);
     if (in_cells) {
       uint32_t published[kWords<T, kBackward>] = {};
       if (has_cell) {
@@ -72,21 +81,21 @@ FP_KERNEL(kLstmThreads) lstm_persistent(const FP_PARAMETER Arguments a) {
         cell.finish(products, state, published);
       }
       const bool stores = join_neighbours<T, kBackward>(published);
-      if (has_cell && stores && step + 1 < a.steps) {
+      if (has_cell && stores && !last) {
         if (cluster) {
-          unsigned char* const next = vector + (step % 2 == 0 ? vector_bytes : 0);
-          store_in_cluster(next + b * plan.staged_bytes + place, plan.blocks, published);
+          unsigned char* const next = vector + (second ? 0 : vector_bytes);
+          exchange.publish(next + b * plan.staged_bytes + place, published, step);
         } else {
           store_relaxed(reinterpret_cast<uint32_t*>(exchange_row(a, direction, step, b) + place), published);
         }
       }
       if (has_cell) {
         cell.store(a, direction, step, b, unit, state);
-        if (step + 1 < a.steps) cell.load(a, direction, step + 1, b, unit);  // arrives while the block waits
+        if (!last) cell.load(a, direction, step + 1, b, unit);  // arrives while the block waits
       }
     }
-    if (cluster && step + 1 < a.steps) cluster_barrier();
   }
+  slice.end();
 }
 
 }  // namespace fusedprompt::device

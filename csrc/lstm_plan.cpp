@@ -11,6 +11,7 @@ constexpr int64_t kChunk = 16;               // bytes that a thread reads at onc
 constexpr int64_t kSlot = 32 * kChunk;       // bytes that a warp reads at once
 constexpr double kGlobalHopUs = 1.3;         // a step's fixed cost: publish, one trip through L2, two block barriers, the cell
 constexpr double kClusterHopUs = 0.8;        // the same through distributed shared memory
+constexpr double kLatencyUs = 0.9;           // of a read from memory that many others compete with
 constexpr double kLaunchUs = 3.0;            // a launch that depends on the one before it
 constexpr double kSharedBytesPerClock = 128; // of one multiprocessor
 constexpr double kLanesPerClock = 128 * 0.7; // fp32 operations of one multiprocessor, at the share of issue slots that is realistic
@@ -34,18 +35,15 @@ Sizes sizes_of(const LstmProblem& problem, LstmPass pass) {
   return {problem, pass, element_size(problem.dtype), forward ? problem.hidden : 4 * problem.hidden, forward ? 4 : 1};
 }
 
-// Weights that are read in each step come from L2 if they fit in it beside everything else.
-double stream_us(const GpuFigures& gpu, double bytes) {
-  const bool cached = bytes <= 0.7 * double(gpu.l2_bytes);
-  return bytes / (cached ? gpu.l2_gb_per_s : gpu.memory_gb_per_s) / 1e3;
+// Weights that are read in each step come from L2 if all of them stay in it; of more, a cache that is walked in turn keeps none.
+// GB/s, if enough is under way at any time.
+double stream_rate(const GpuFigures& gpu, int64_t bytes) {
+  return bytes <= gpu.l2_kept_bytes ? gpu.l2_gb_per_s : gpu.memory_gb_per_s;
 }
 
 // How `rows` rows are divided among the warps of a block, and the chunks along them.
-void divide_among_warps(LstmPlan& plan, const Sizes& sizes) {
+void divide_among_warps(LstmPlan& plan, const Sizes& sizes, int row_groups) {
   const int warps = plan.threads / 32;
-  const int64_t groups_needed = divide_up(plan.rows, kLstmTileRows);
-  int row_groups = 1;
-  while (row_groups < warps && row_groups < groups_needed) row_groups *= 2;
   plan.row_groups = row_groups;
   plan.split = warps / row_groups;
   plan.tiles = int32_t(divide_up(plan.rows, int64_t(row_groups) * kLstmTileRows));
@@ -58,15 +56,18 @@ void divide_among_warps(LstmPlan& plan, const Sizes& sizes) {
 bool place_weights(LstmPlan& plan, const Sizes& sizes, const GpuFigures& gpu) {
   const int64_t held_bytes = int64_t(plan.threads) * kChunk * kLstmTileRows;  // of one group of chunks
   const bool held = sizes.problem.batch == 1;  // with more, the accumulators need the registers
-  plan.held_depth = held ? int32_t(std::min<int64_t>({kLstmHeldDepth, plan.depth, gpu.register_bytes / 2 / held_bytes})) : 0;
+  const int64_t most = gpu.clusters ? kLstmHeldDepth : kLstmHeldDepthBefore90;
+  plan.held_depth =
+      held ? int32_t(std::min<int64_t>({most, plan.depth, gpu.register_bytes * 5 / 8 / held_bytes})) : 0;
   plan.held_bytes = plan.held_depth * held_bytes;
 
-  const int64_t vectors = plan.variant == LstmVariant::kCluster ? 2 : 1;
+  const bool cluster = plan.variant == LstmVariant::kCluster;
   const int64_t sums = round_up(int64_t(plan.split) * plan.rows * sizes.problem.batch * 4, kChunk);
-  const int64_t fixed = vectors * sizes.problem.batch * plan.staged_bytes + sums;
+  int64_t fixed = (cluster ? 2 : 1) * (sizes.problem.batch * plan.staged_bytes + sums) + (cluster ? kLstmArrivalsBytes : 0);
+  const int64_t slot = (plan.threads / 32) * kSlot;
+  if (plan.variant == LstmVariant::kPartial) fixed += plan.tile_rows * slot;  // what is under way
   if (fixed > gpu.shared_bytes) return false;
   const int64_t wanted = (int64_t(plan.tiles) * plan.depth - plan.held_depth) * plan.tile_rows;
-  const int64_t slot = (plan.threads / 32) * kSlot;
   plan.shared_slots = int32_t(std::min(wanted, (gpu.shared_bytes - fixed) / slot));
   plan.shared_bytes = fixed + plan.shared_slots * slot;
 
@@ -88,8 +89,14 @@ double persistent_us(const LstmPlan& plan, const Sizes& sizes, const GpuFigures&
   const double issue_us = operations / (kLanesPerClock * gpu.clock_ghz * 1e3);
   const bool cluster = plan.variant == LstmVariant::kCluster;
   const double gather = cluster ? 0.0 : double(sizes.vector_bytes()) * plan.blocks * plan.directions_at_once;
-  // Warps take turns, so arithmetic hides behind reads; the two kinds of reads are one after another in each warp.
-  const double reads_us = shared_us + stream_us(gpu, double(plan.streamed_bytes));
+  // Warps take turns, so arithmetic hides behind reads. Half of them stream while the others read shared memory; what is under way
+  // when a step begins came during the hop.
+  double reads_us = shared_us;
+  if (plan.streamed_bytes > 0) {
+    const double under_way = double(plan.tile_rows) * (plan.threads / 32) * kSlot * plan.blocks * plan.directions_at_once;
+    const double rate = std::min(stream_rate(gpu, plan.streamed_bytes), under_way / kLatencyUs / 1e3);
+    reads_us = std::max(shared_us, shared_us / 2 + std::max(double(plan.streamed_bytes) - under_way, 0.0) / rate / 1e3);
+  }
   const double turn =
       (cluster ? kClusterHopUs : kGlobalHopUs) + std::max(reads_us, issue_us) + gather / gpu.l2_gb_per_s / 1e3;
   return turn * double(sizes.problem.directions) / plan.directions_at_once;
@@ -104,12 +111,12 @@ LstmPlan stream_plan(const Sizes& sizes, const GpuFigures& gpu) {
   plan.rows = plan.units * int32_t(sizes.rows_of_unit);
   plan.blocks = int32_t(divide_up(sizes.problem.hidden, plan.units));
   plan.streamed_bytes = sizes.weight_bytes() * sizes.problem.directions;
-  plan.predicted_us = kLaunchUs + stream_us(gpu, double(plan.streamed_bytes));
+  plan.predicted_us = kLaunchUs + double(plan.streamed_bytes) / stream_rate(gpu, plan.streamed_bytes) / 1e3;
   return plan;
 }
 
 std::optional<LstmPlan> persistent_plan(const Sizes& sizes, const GpuFigures& gpu, LstmVariant variant,
-                                        int directions_at_once, int64_t units, int threads) {
+                                        int directions_at_once, int64_t units, int row_groups, int threads) {
   LstmPlan plan{};
   plan.variant = variant;
   plan.threads = threads;
@@ -123,7 +130,8 @@ std::optional<LstmPlan> persistent_plan(const Sizes& sizes, const GpuFigures& gp
   }
   if (units * sizes.problem.batch > threads) return std::nullopt;  // a thread computes one cell
   if (plan.blocks * directions_at_once > gpu.multiprocessors) return std::nullopt;
-  divide_among_warps(plan, sizes);
+  if (variant == LstmVariant::kCluster && plan.blocks < 2) return std::nullopt;  // a block cannot send to itself alone
+  divide_among_warps(plan, sizes, row_groups);
   if (!place_weights(plan, sizes, gpu)) return std::nullopt;
   if ((variant == LstmVariant::kPartial) != (plan.streamed_bytes > 0)) return std::nullopt;
   plan.predicted_us = persistent_us(plan, sizes, gpu);
@@ -157,8 +165,11 @@ std::optional<LstmPlan> plan_lstm(const LstmProblem& problem, LstmPass pass, con
     if (variant && *variant != candidate) return;
     // Two 2-byte values make one word that is published at once: see lstm_exchange.cuh.
     if (sizes.element == 2) units = round_up(units, 2);
-    const auto plan = persistent_plan(sizes, gpu, candidate, directions_at_once, units, threads);
-    if (plan && (!best || plan->predicted_us < best->predicted_us)) best = plan;
+    // Fewer groups of rows are for rows that would not fill the tiles: a tile of 6 wastes a quarter of the registers.
+    for (int row_groups = threads / 32; row_groups >= 1; row_groups /= 2) {
+      const auto plan = persistent_plan(sizes, gpu, candidate, directions_at_once, units, row_groups, threads);
+      if (plan && (!best || plan->predicted_us < best->predicted_us)) best = plan;
+    }
   };
   for (int at_once = int(problem.directions); at_once >= 1; --at_once) {
     const int64_t fewest = divide_up(problem.hidden, std::max(1, gpu.multiprocessors / at_once));

@@ -27,7 +27,7 @@ struct GpuFigures {
   int32_t multiprocessors;
   int64_t shared_bytes;    // that one block may ask for (opt-in)
   int64_t register_bytes;  // of one multiprocessor
-  int64_t l2_bytes;
+  int64_t l2_kept_bytes;   // as much as L2 keeps of weights that all multiprocessors together read again in each step
   double l2_gb_per_s;
   double memory_gb_per_s;
   double clock_ghz;
@@ -61,8 +61,10 @@ struct LstmPlan {
 
 constexpr int kLstmThreads = 256;
 constexpr int kLstmTileRows = 8;   // rows that a warp accumulates at once
-constexpr int kLstmHeldDepth = 4;  // 8 rows x 4 chunks x 16 bytes x 256 threads = 128 KB, half of the register file
+constexpr int kLstmHeldDepth = 5;  // 8 rows x 5 chunks x 16 bytes x 256 threads = 160 KB, five eighths of the register file
+constexpr int kLstmHeldDepthBefore90 = 4;
 constexpr int kLstmCluster = 8;    // largest cluster that every GPU with clusters can run
+constexpr int kLstmArrivalsBytes = 16;  // two barriers at the end of the shared memory of a block of a cluster
 constexpr int kLstmMaxBatch = 8;
 
 // The fastest variant that fits, by prediction; kStream always does. `variant` asks for one: nullopt is returned if it

@@ -29,7 +29,7 @@ inline pybind11::object plan_lstm_for_python(int64_t steps, int64_t batch, int64
     return gpu[key].cast<double>();
   };
   const GpuFigures figures{int32_t(number("multiprocessors")), int64_t(number("shared_bytes")),
-                           int64_t(number("register_bytes")),  int64_t(number("l2_bytes")),
+                           int64_t(number("register_bytes")),  int64_t(number("l2_kept_bytes")),
                            number("l2_gb_per_s"),              number("memory_gb_per_s"),
                            number("clock_ghz"),                number("clusters") != 0};
   const LstmProblem problem{steps, batch, hidden, directions, plan_dtype(dtype)};

@@ -18,7 +18,7 @@ FP_KERNEL(kLstmThreads) lstm_step(const FP_PARAMETER Arguments a) {
   for (int64_t b = 0; b < a.batch; ++b) {
     float sums[kRows] = {};
     if (a.step > 0) {
-      const uint4* const vector = reinterpret_cast<const uint4*>(exchange_row(a, direction, a.step - 1, b));
+      const uint4* const vector = reinterpret_cast<const uint4*>(exchange_row(a, direction, (a.step - 1) % 2, b));
       for (int64_t chunk = lane; chunk * kElements<T> < a.matrix_pitch; chunk += 32) {
         float values[kElements<T>];
         widen_chunk<T>(vector[chunk], values);
@@ -51,7 +51,7 @@ FP_KERNEL(kLstmThreads) lstm_step(const FP_PARAMETER Arguments a) {
     cell.store(a, direction, a.step, b, unit, state);
     if constexpr (kBackward) *d_cell = state;
 
-    unsigned char* const row = exchange_row(a, direction, a.step, b);  // the next launch reads it: plain stores will do
+    unsigned char* const row = exchange_row(a, direction, a.step % 2, b);  // the next launch reads it: plain stores will do
     if constexpr (!kBackward) {
       reinterpret_cast<T*>(row)[unit] = from_bits<T>(published[0]);
     } else {

@@ -33,12 +33,14 @@ struct Settings {
   uint64_t seed = 0;             // of the order in which fibers run and stores arrive; 0: round robin, at once
   int64_t lose_store_at = -1;    // a published word to lose, counted from 0: the others must then wait for ever
   int64_t resident_blocks = -1;  // how many blocks the device holds at once; -1: any number
+  int64_t most_polls = -1;       // that a thread makes before it gives up, with the watchdog off; -1: the watchdog alone
+  bool lose_fills = false;       // memory keeps what it held
   bool clusters_run = true;      // false: the device has clusters, but none of the size asked for
   int64_t deaf_barrier = -1;     // a barrier of each thread, counted from 0, that all reach but that orders nothing
   std::string fault;             // for kernels that a test made wrong in several ways
 };
 extern Settings settings;
-extern int64_t launches, barriers;  // barriers: of a thread, in the last launch
+extern int64_t launches, queries, barriers;  // queries: of what fits on the device; barriers: of a thread, in the last launch
 
 // Runs all threads of all blocks to their end. Throws std::runtime_error, naming kernel and step, if none can go on.
 void run(const char* name, unsigned blocks, unsigned blocks_y, unsigned threads, unsigned cluster, size_t shared_bytes,
@@ -64,7 +66,17 @@ uint32_t exchange_in_warp(uint32_t value, int from_lane, int expected);  // the 
 void wait_in_poll(int64_t step);
 uint4 load_relaxed(const uint4* address);
 void store_relaxed(uint32_t* address, uint32_t word);
-unsigned char* in_cluster(unsigned char* address, int rank);
+void give_up(int64_t step);
+void copy_later(uint4* to, const uint4* from);
+void end_copy_group();
+void wait_for_copies(size_t left);
+int rank_in_cluster();
+void begin_arrivals(uint64_t* arrivals, int count);
+void expect_bytes(uint64_t* arrivals, uint32_t bytes);
+void release_shared();
+void arrive(uint64_t* arrivals, int rank);
+void send(uint32_t* address, uint32_t word, uint64_t* arrivals, int rank);
+bool arrived(const uint64_t* arrivals, uint32_t parity);
 
 }  // namespace fusedprompt::shim
 
@@ -73,13 +85,17 @@ namespace fusedprompt::device {
 using std::max;
 using std::min;
 
+constexpr int kHeldDepth = kLstmHeldDepth;
+
 inline int thread() { return shim::self().thread; }
 inline int threads() { return shim::self().threads; }
 inline int block() { return shim::self().block; }
 inline int block_y() { return shim::self().block_y; }
 inline void block_barrier() { shim::block_barrier(); }
 inline void cluster_barrier() { shim::cluster_barrier(); }
-inline void poll_again(int64_t step) { shim::wait_in_poll(step); }
+inline uint32_t most_polls() { return uint32_t(shim::settings.most_polls); }
+inline void give_up(int64_t step) { shim::give_up(step); }
+inline void between_polls(int64_t step) { shim::wait_in_poll(step); }
 inline void unpredictable(uint4&) {}
 
 inline uint32_t shuffle_xor(uint32_t value, int mask) {
@@ -101,15 +117,27 @@ inline float shuffle(float value, int lane) {
 }
 
 inline uint4 load_weights(const uint4* address) { return *address; }
+inline void copy_later(uint4* to, const uint4* from) { shim::copy_later(to, from); }
+inline void end_copy_group() { shim::end_copy_group(); }
+template <int left>
+void wait_for_copies() {
+  shim::wait_for_copies(left);
+}
 inline uint4 load_relaxed(const uint4* address) { return shim::load_relaxed(address); }
 template <int kWords>
 void store_relaxed(uint32_t* address, const uint32_t (&words)[kWords]) {
   for (int word = 0; word < kWords; ++word) shim::store_relaxed(address + word, words[word]);
 }
 
-template <typename T>
-T* in_cluster(T* address, int rank) {
-  return reinterpret_cast<T*>(shim::in_cluster(reinterpret_cast<unsigned char*>(address), rank));
+using shim::arrive;
+using shim::arrived;
+using shim::begin_arrivals;
+using shim::expect_bytes;
+using shim::rank_in_cluster;
+using shim::release_shared;
+template <int kWords>
+void send(uint32_t* address, const uint32_t (&words)[kWords], uint64_t* arrivals, int rank) {
+  for (int word = 0; word < kWords; ++word) shim::send(address + word, words[word], arrivals, rank);
 }
 
 // Written out, because not every compiler of the CPU has a type of 16 bits.
@@ -131,6 +159,7 @@ inline uint16_t narrow_half(float value) {
 
 using Stream = void*;
 
+inline int current_device() { return 0; }
 inline GpuFigures figures() { return shim::settings.gpu; }
 
 inline void fill(void* address, int byte, size_t bytes, Stream) { shim::fill(address, byte, bytes); }
@@ -154,6 +183,7 @@ using Kernel = void (*)(Argument);
 
 template <typename Argument>
 bool fits(Kernel<Argument>, const Launch& launch, unsigned) {
+  ++shim::queries;
   if (launch.together == Together::kCluster && !shim::settings.clusters_run) return false;
   return shim::settings.resident_blocks < 0 || launch.blocks <= shim::settings.resident_blocks;
 }

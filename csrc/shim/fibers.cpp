@@ -3,21 +3,13 @@
 // A fiber runs until it must wait: at a barrier or in a shuffle for the others of its group, in a poll for a word of another
 // block. Nothing outside can change memory, so if every fiber that could run has polled once and nothing happened, nothing ever
 // will: that is a deadlock, found at once and without a clock.
-//
-// g++ -fsanitize=thread calls a function before each load and store of the kernels. These functions are defined at the end of
-// this file, in place of the sanitizer's own library: so plain accesses are seen, and kernels need no accessors for them.
-#include <pthread.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
-#include <memory>
 #include <random>
 #include <sstream>
-#include <vector>
 
-#include "device.h"
-#include "races.h"
-#include "stores.h"
+#include "machine.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -26,63 +18,11 @@
 namespace fusedprompt::shim {
 
 Settings settings;
-int64_t launches = 0, barriers = 0;
+int64_t launches = 0, queries = 0, barriers = 0;
+
+Machine* machine = nullptr;
 
 namespace {
-
-constexpr size_t kStack = 128 << 10;
-
-// Threads that wait for each other. The last to arrive lets all go on.
-struct Group {
-  int members = 0, arrived = 0, left = 0;
-  int64_t generation = 0;
-  uint32_t values[2][32] = {};  // of a warp's shuffle; two, because fast lanes may be one shuffle ahead
-  int expected = 0;             // which shuffle the first lane came to
-  Handover handover;            // of a barrier; a shuffle hands nothing over
-};
-
-struct Fiber {
-  ucontext_t context;
-  Self self;
-  size_t index, block_index;
-  Group *warp, *block, *cluster;
-  Group* waiting_for = nullptr;
-  int64_t waiting_since = 0;  // the generation it waits to pass
-  int64_t polls_step = -1, barriers = 0;
-  const char* where = "running";
-  bool finished = false;
-  void* fake_stack = nullptr;
-};
-
-struct Machine {
-  const char* name;
-  const std::function<void()>* body;
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<Group> warps, blocks, clusters;
-  std::vector<std::unique_ptr<unsigned char[]>> shared;  // exactly as large as asked for, so that ASan sees the end
-  size_t shared_bytes;
-  unsigned cluster_size;
-  Fiber* running = nullptr;
-  ucontext_t scheduler;
-  void* scheduler_fake_stack = nullptr;
-  const void* scheduler_stack = nullptr;
-  size_t scheduler_stack_size = 0;
-  unsigned char* stacks = nullptr;
-  std::unique_ptr<Stores> stores;
-  int64_t events = 0, published = 0;
-  std::string error;
-};
-
-struct Named {
-  uintptr_t address;
-  size_t bytes;
-  const char* name;
-};
-
-Machine* machine = nullptr;  // while a kernel runs
-Races races;                 // across launches, because a fill before one is read in it
-std::vector<Named> named;
-bool watching = false;       // whether plain accesses are seen
 
 unsigned char* stack_of(size_t index) { return machine->stacks + index * kStack; }
 
@@ -105,6 +45,7 @@ void fiber_main() {
 #endif
   Fiber& fiber = *machine->running;
   (*machine->body)();
+  if (fiber.copies.size() > 1 || !fiber.copies.back().empty()) machine->error = "a thread ended with a copy under way";
   fiber.finished = true;
   for (Group* group : {fiber.warp, fiber.block, fiber.cluster}) {
     ++group->left;
@@ -163,79 +104,6 @@ void meet(Group& group, const char* where, bool barrier) {
     fiber.where = "running";
   }
   if (orders) races.leave(fiber.index, group.handover);
-}
-
-// ---- accesses to memory ----
-
-void describe(std::ostream& text, const Access& access) {
-  const Fiber& fiber = *machine->fibers[access.thread];
-  text << (access.relaxed ? "relaxed " : "plain ") << (access.writes ? "store" : "load") << " by block "
-       << fiber.block_index << " thread " << fiber.self.thread << " behind its barrier " << access.moment - 1;
-}
-
-void describe(std::ostream& text, uintptr_t address) {
-  for (size_t block = 0; block < machine->shared.size(); ++block) {
-    const uintptr_t start = uintptr_t(machine->shared[block].get());
-    if (address - start < machine->shared_bytes) {
-      text << "shared memory of block " << block << ", byte " << address - start;
-      return;
-    }
-  }
-  for (const Named& memory : named) {
-    if (address - memory.address < memory.bytes) {
-      text << memory.name << ", byte " << address - memory.address;
-      return;
-    }
-  }
-  text << "address 0x" << std::hex << address << std::dec;
-}
-
-void complain(const char* what, uintptr_t address, const Access& access, const Access* other) {
-  if (!machine->error.empty()) return;
-  std::ostringstream text;
-  text << what << " at ";
-  describe(text, address);
-  text << ": ";
-  describe(text, access);
-  if (machine->running->polls_step >= 0) text << " at step " << machine->running->polls_step;
-  if (other) {
-    text << ", and nothing orders it behind the ";
-    describe(text, *other);
-  }
-  machine->error = text.str();
-}
-
-// Stacks are each thread's own: the fibers', and the host thread's, which holds the arguments of the launch.
-bool on_a_stack(uintptr_t address) {
-  static thread_local uintptr_t host = 0;
-  static thread_local size_t host_bytes = 0;
-  if (host_bytes == 0) {
-    pthread_attr_t attributes;
-    void* start = nullptr;
-    if (pthread_getattr_np(pthread_self(), &attributes) != 0) throw std::runtime_error("no bounds of the stack");
-    pthread_attr_getstack(&attributes, &start, &host_bytes);
-    pthread_attr_destroy(&attributes);
-    host = uintptr_t(start);
-  }
-  return address - uintptr_t(machine->stacks) < machine->fibers.size() * kStack || address - host < host_bytes;
-}
-
-void access(const void* where, size_t bytes, bool writes, bool relaxed) {
-  const uintptr_t address = uintptr_t(where);
-  if (!watching || !machine || !machine->running || on_a_stack(address)) return;
-  watching = false;  // what is done here is no kernel's, though it may share templates that are instrumented
-  const Fiber& fiber = *machine->running;
-  if (!relaxed) machine->stores->arrive(fiber.block_index, where, bytes);
-  const Access now{uint32_t(fiber.index), races.moment(fiber.index), writes, relaxed};
-  if (const Access* other = races.access(now, address, bytes)) complain("race", address, now, other);
-  if (relaxed && !writes && !races.set(address, bytes)) complain("poll of what was not set", address, now, nullptr);
-  for (size_t block = 0; block < machine->blocks.size(); ++block) {
-    const bool inside = address - uintptr_t(machine->shared[block].get()) < machine->shared_bytes;
-    if (inside && machine->blocks[block].left == machine->blocks[block].members) {
-      complain("access behind the end of its block", address, now, nullptr);
-    }
-  }
-  watching = true;
 }
 
 std::string report() {
@@ -315,7 +183,7 @@ void schedule() {
       run_fiber(index);
       if (!machine->error.empty()) throw std::runtime_error(std::string(machine->name) + ": " + machine->error);
     }
-    if (happened() == before && !order.done() && !machine->stores->arrive_any()) {
+    if (happened() == before && !order.done() && !machine->stores->arrive_any() && settings.most_polls < 0) {
       if (order.all_awake()) throw std::runtime_error(report());
       order.wake_all();
     }
@@ -330,30 +198,6 @@ void block_barrier() { meet(*machine->running->block, "a block barrier", true); 
 void cluster_barrier() {
   machine->stores->arrive_all(machine->running->block_index);
   meet(*machine->running->cluster, "a cluster barrier", true);
-}
-
-uint4 load_relaxed(const uint4* address) {
-  access(address, sizeof *address, false, true);
-  uint4 words;
-  machine->stores->load(machine->running->block_index, &address->x, &words.x, 4);
-  return words;
-}
-
-void store_relaxed(uint32_t* address, uint32_t word) {
-  access(address, sizeof *address, true, true);
-  if (machine->published++ == settings.lose_store_at) return;
-  machine->stores->put(machine->running->block_index, address, word);
-  if (settings.seed == 0) machine->stores->arrive_all(machine->running->block_index);
-  ++machine->events;
-}
-
-void name_memory(const void* address, size_t bytes, const char* name) {
-  named.push_back({uintptr_t(address), bytes, name});
-}
-
-void fill(void* address, int byte, size_t bytes) {
-  memset(address, byte, bytes);
-  if (watching) races.filled(uintptr_t(address), bytes);
 }
 
 uint32_t exchange_in_warp(uint32_t value, int from_lane, int expected) {
@@ -371,9 +215,10 @@ void wait_in_poll(int64_t step) {
   to_scheduler(false);
 }
 
-unsigned char* in_cluster(unsigned char* address, int rank) {
-  const size_t own = machine->running->block_index, first = own / machine->cluster_size * machine->cluster_size;
-  return machine->shared[first + size_t(rank)].get() + (address - machine->shared[own].get());
+void give_up(int64_t step) {
+  std::ostringstream text;
+  text << "block " << self().block << " waited in vain in step " << step;
+  machine->error = text.str();
 }
 
 void run(const char* name, unsigned blocks, unsigned blocks_y, unsigned threads, unsigned cluster, size_t shared_bytes,
@@ -407,23 +252,7 @@ void run(const char* name, unsigned blocks, unsigned blocks_y, unsigned threads,
   barriers = here.fibers[0]->barriers;
   while (here.stores->arrive_any()) {
   }
+  if (!here.error.empty()) throw std::runtime_error(std::string(name) + ": " + here.error);
 }
 
 }  // namespace fusedprompt::shim
-
-// ---- what g++ -fsanitize=thread calls ----
-
-#define FP_SEEN(bytes)                                                                                             \
-  void __tsan_read##bytes(void* at) { fusedprompt::shim::access(at, bytes, false, false); }                        \
-  void __tsan_write##bytes(void* at) { fusedprompt::shim::access(at, bytes, true, false); }                        \
-  void __tsan_unaligned_read##bytes(void* at) { fusedprompt::shim::access(at, bytes, false, false); }              \
-  void __tsan_unaligned_write##bytes(void* at) { fusedprompt::shim::access(at, bytes, true, false); }
-
-extern "C" {
-FP_SEEN(1) FP_SEEN(2) FP_SEEN(4) FP_SEEN(8) FP_SEEN(16)
-void __tsan_read_range(void* at, size_t bytes) { fusedprompt::shim::access(at, bytes, false, false); }
-void __tsan_write_range(void* at, size_t bytes) { fusedprompt::shim::access(at, bytes, true, false); }
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_init() { fusedprompt::shim::watching = true; }
-}

@@ -37,6 +37,13 @@ struct Handover {
   }
 };
 
+// What a thread's fence made ready for those that it tells later. Empty before any fence.
+struct Released {
+  size_t thread = 0;
+  Past past;
+  uint32_t moment = 0;
+};
+
 struct Access {
   uint32_t thread, moment;
   bool writes, relaxed;
@@ -45,24 +52,45 @@ struct Access {
 class Races {
  public:
   void begin(size_t threads) {
-    const Past nothing = std::make_shared<const std::vector<uint32_t>>(threads, 0);
-    threads_.assign(threads, {nothing, 1});
+    const Past nothing = std::make_shared<const std::vector<uint32_t>>(2 * threads, 0);
+    threads_.assign(2 * threads, {nothing, 1});
     pages_.clear();
     last_page_ = nullptr;
   }
 
-  void arrive(size_t thread, Handover& at) {
-    Thread& self = threads_[thread];
+  void arrive(size_t thread, Handover& at) { arrive(release(thread), at); }
+
+  Released release(size_t thread) { return {thread, threads_[thread].past, threads_[thread].moment++}; }
+
+  void arrive(const Released& released, Handover& at) {
     at.brought.resize(threads_.size());
-    if (at.last_brought != self.past) {
-      for (size_t i = 0; i < at.brought.size(); ++i) at.brought[i] = std::max(at.brought[i], (*self.past)[i]);
-      at.last_brought = self.past;
+    if (!released.past) return;
+    if (at.last_brought != released.past) {
+      for (size_t i = 0; i < at.brought.size(); ++i) at.brought[i] = std::max(at.brought[i], (*released.past)[i]);
+      at.last_brought = released.past;
     }
-    at.brought[thread] = self.moment++;
+    uint32_t& moment = at.brought[released.thread];
+    moment = std::max(moment, released.moment);
+  }
+
+  // A word that is sent is stored by nobody's thread: behind all that its sender did, but told of by its own arrival alone. Each
+  // sender has a second thread for its words.
+  Access send(size_t thread) {
+    const size_t words = threads_.size() / 2 + thread;
+    auto past = std::make_shared<std::vector<uint32_t>>(*threads_[thread].past);
+    (*past)[thread] = threads_[thread].moment;
+    threads_[words].past = past;
+    return {uint32_t(words), threads_[words].moment++, true, false};
+  }
+
+  void arrive(const Access& sent, Handover& at) {
+    at.brought.resize(threads_.size());
+    at.brought[sent.thread] = std::max(at.brought[sent.thread], sent.moment);
   }
 
   void leave(size_t thread, Handover& at) {
     Past& past = threads_[thread].past;
+    if (!at.opened) return;
     if (at.taken_from != past) {
       at.taken_from = past;
       at.taken = joined(past, at.opened);

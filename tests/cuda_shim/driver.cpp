@@ -1,13 +1,14 @@
 // Runs one pass of the recurrence under the shim: a case on standard input, the results on standard output.
 //
 // In:  Header, weights and both biases of each direction, gates; backward: cells, d_output. Arrays as in csrc/lstm.h.
-// Out: status (0 or the length of a message, which follows), 14 int64 of plan and counters, then forward gates, cells and
+// Out: status (0 or the length of a message, which follows), 16 int64 of plan and counters, then forward gates, cells and
 //      output; backward d_gates.
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <iostream>
 #include <memory>
+#include <random>
 #include <vector>
 
 #include "../../csrc/lstm_launch.cuh"
@@ -22,7 +23,8 @@ struct Header {
   int64_t variant;     // -1: the planner chooses
   int64_t threads, seed, lose_store_at, resident_blocks;
   int64_t misaligned;    // weights begin one element behind a multiple of 16 bytes
-  int64_t clusters_run, deaf_barrier;  // see shim::Settings
+  int64_t workspace;     // the byte that fills it; -1: random ones
+  int64_t clusters_run, lose_fills, most_polls, deaf_barrier;  // see shim::Settings
 };
 
 // Exactly as large as asked for, so that AddressSanitizer sees the first byte behind it; full of NaN.
@@ -62,13 +64,19 @@ void run() {
   gates.read();
 
   shim::settings = {{int32_t(h.multiprocessors), h.shared_bytes, h.register_bytes, 50 << 20, 5500, 4300, 1.7, h.clusters != 0},
-                    uint64_t(h.seed), h.lose_store_at, h.resident_blocks, h.clusters_run != 0, h.deaf_barrier,
-                    std::getenv("FAULT") ? std::getenv("FAULT") : ""};
+                    uint64_t(h.seed), h.lose_store_at, h.resident_blocks, h.most_polls, h.lose_fills != 0, h.clusters_run != 0,
+                    h.deaf_barrier, std::getenv("FAULT") ? std::getenv("FAULT") : ""};
   const LstmProblem problem{h.steps, h.batch, h.hidden, h.directions, Dtype(h.dtype)};
   const LstmPass pass = LstmPass(h.pass);
-  const auto variant = h.variant < 0 ? std::nullopt : std::optional(LstmVariant(h.variant));
-  const LstmPlan plan = lstm_plan_here(problem, pass, variant, int(h.threads));
+  setenv("FUSEDPROMPT_LSTM_VARIANT", h.variant < 0 ? "" : name_of(LstmVariant(h.variant)), 1);
+  const LstmPlan plan = lstm_plan_cached(problem, pass, int(h.threads));
+  const int64_t asked_once = shim::queries;
+  for (LstmProblem again = problem; again.steps < problem.steps + 3; ++again.steps) lstm_plan_cached(again, pass, int(h.threads));
   Array workspace("workspace", lstm_workspace_bytes(problem, pass, plan));
+  std::mt19937 random;
+  for (size_t index = 0; index < workspace.bytes; ++index) {
+    workspace.data()[index] = static_cast<unsigned char>(h.workspace < 0 ? random() : h.workspace);
+  }
   const auto weight = [&](int64_t direction) { return direction < h.directions ? weights[size_t(direction)].data() : nullptr; };
   if (pass == LstmPass::kForward) {
     LstmForward call{h.steps, h.batch, h.hidden, h.directions, problem.dtype, {weight(0), weight(1)},
@@ -87,7 +95,8 @@ void run() {
   for (const int64_t value : {int64_t(plan.variant), int64_t(plan.directions_at_once), int64_t(plan.blocks),
                               int64_t(plan.units), int64_t(plan.row_groups), int64_t(plan.split), int64_t(plan.tiles),
                               int64_t(plan.tile_rows), int64_t(plan.depth), int64_t(plan.held_depth),
-                              int64_t(plan.shared_slots), plan.streamed_bytes, shim::launches, shim::barriers}) {
+                              int64_t(plan.shared_slots), plan.streamed_bytes, shim::launches, asked_once,
+                              shim::queries, shim::barriers}) {
     put(value);
   }
   if (pass == LstmPass::kForward) {

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SOURCES = ("csrc/lstm_plan.cpp", "csrc/shim/fibers.cpp", "csrc/shim/memory.cpp")
 COMPILER = shutil.which("g++")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 VARIANTS = ("S", "M", "L", "STREAM")
@@ -37,7 +38,10 @@ class Gpu:
     lose_store: int = -1
     resident: int = -1
     misaligned: bool = False
+    workspace: int = 0xFF  # the byte that it is full of, which is that of words nobody has written; -1: random ones
     clusters_run: bool = True
+    lose_fills: bool = False
+    most_polls: int = -1
     deaf_barrier: int = -1  # which barrier of each thread orders nothing
     fault: str = ""  # of a driver that was built with faults
 
@@ -57,6 +61,8 @@ class Plan:
     shared_slots: int
     streamed_bytes: int
     launches: int
+    queries_once: int  # of what fits on the device, when this was planned
+    queries: int  # and when it was planned three times more
     barriers: int
 
 
@@ -66,7 +72,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno
 
 def _build(folder: Path, root: Path, flags: Sequence[str], driver_flags: Sequence[str]) -> Path:
     objects = []
-    for source in ("csrc/lstm_plan.cpp", "csrc/shim/fibers.cpp", "tests/cuda_shim/driver.cpp"):
+    for source in (*SOURCES, "tests/cuda_shim/driver.cpp"):
         objects.append(str(folder / (Path(source).stem + ".o")))
         more = driver_flags if "driver" in source else []
         subprocess.run([str(COMPILER), *FLAGS, *flags, *more, "-c", str(root / source), "-o", objects[-1]], check=True)
@@ -82,7 +88,7 @@ def build(folder: Path) -> Path:
 
 def build_watched(folder: Path, root: Path = ROOT) -> Path:
     """The driver whose kernels report each load and store to csrc/shim/fibers.cpp, which looks for races."""
-    return _build(folder, root, [], ["-fsanitize=thread"])
+    return _build(folder, root, [], ["-fsanitize=thread", "-fno-threadsafe-statics"])
 
 
 def build_with_faults(folder: Path, faults: Mapping[str, Sequence[tuple[str, str, str]]]) -> Path:
@@ -142,7 +148,10 @@ class Machine:
             gpu.lose_store,
             gpu.resident,
             int(gpu.misaligned),
+            gpu.workspace,
             int(gpu.clusters_run),
+            int(gpu.lose_fills),
+            gpu.most_polls,
             gpu.deaf_barrier,
         ]
 
