@@ -19,7 +19,7 @@ FP_DEVICE void poll_again(int64_t step, uint32_t& polls) {
 }
 
 // Words of a 16-byte chunk that belong to a row of `words` words.
-FP_DEVICE int words_in_chunk(int64_t chunk, int64_t words) { return int(min(words - 4 * chunk, int64_t(4))); }
+FP_DEVICE int words_in_chunk(int chunk, int words) { return min(words - 4 * chunk, 4); }
 
 FP_DEVICE bool complete(const uint4& chunk, int words) {
   return chunk.x != kUnwritten && (words < 2 || chunk.y != kUnwritten) && (words < 3 || chunk.z != kUnwritten) &&
@@ -31,11 +31,11 @@ FP_DEVICE uint4 without_padding(const uint4& chunk, int words) {
 }
 
 // Waits for one row of `words` words and copies it to shared memory. All threads of the block take part.
-FP_DEVICE void gather(const unsigned char* row, int64_t words, unsigned char* vector, int64_t step) {
+FP_DEVICE void gather(const unsigned char* row, int words, unsigned char* vector, int64_t step) {
   const uint4* from = reinterpret_cast<const uint4*>(row);
   uint4* to = reinterpret_cast<uint4*>(vector);
-  const int64_t chunks = (words + 3) / 4;
-  for (int64_t first = thread(); first < chunks; first += kPollsAtOnce * threads()) {
+  const int chunks = (words + 3) / 4;
+  for (int first = thread(); first < chunks; first += kPollsAtOnce * threads()) {
     uint4 arrived[kPollsAtOnce];
     bool waiting = true;
     uint32_t polls = 0;
@@ -43,19 +43,19 @@ FP_DEVICE void gather(const unsigned char* row, int64_t words, unsigned char* ve
       waiting = false;
 #pragma unroll
       for (int k = 0; k < kPollsAtOnce; ++k) {
-        const int64_t chunk = first + k * threads();
+        const int chunk = first + k * threads();
         if (chunk < chunks) arrived[k] = load_relaxed(from + chunk);
       }
 #pragma unroll
       for (int k = 0; k < kPollsAtOnce; ++k) {
-        const int64_t chunk = first + k * threads();
+        const int chunk = first + k * threads();
         if (chunk < chunks && !complete(arrived[k], words_in_chunk(chunk, words))) waiting = true;
       }
       if (waiting) poll_again(step, polls);
     }
 #pragma unroll
     for (int k = 0; k < kPollsAtOnce; ++k) {
-      const int64_t chunk = first + k * threads();
+      const int chunk = first + k * threads();
       if (chunk < chunks) to[chunk] = without_padding(arrived[k], words_in_chunk(chunk, words));
     }
   }

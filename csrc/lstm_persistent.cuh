@@ -24,7 +24,7 @@ FP_KERNEL(kLstmThreads) lstm_persistent(const FP_PARAMETER Arguments a) {
   unsigned char* const vector = memory;
   unsigned char* const all_sums = memory + copies * vector_bytes;
   const int64_t sums_bytes = (int64_t(plan.split) * plan.rows * batch * 4 + 15) / 16 * 16;
-  for (int64_t i = thread(); i < copies * vector_bytes / 16; i += threads()) {
+  for (int i = thread(); i < int(copies * vector_bytes / 16); i += threads()) {
     reinterpret_cast<uint4*>(vector)[i] = {0, 0, 0, 0};
   }
   Slice<T, kBackward, kBatch> slice(a, direction, first_unit, all_sums + copies * sums_bytes);
@@ -34,10 +34,10 @@ FP_KERNEL(kLstmThreads) lstm_persistent(const FP_PARAMETER Arguments a) {
   const int64_t b = thread() / plan.units, unit_here = thread() % plan.units, unit = first_unit + unit_here;
   const bool in_cells = thread() / 32 * 32 < plan.units * batch;  // the same for a whole warp
   const bool has_cell = b < batch && unit < a.hidden;
-  const int64_t words = (a.hidden * kColumnsOfUnit<kBackward> * int64_t(sizeof(T)) + 3) / 4;
+  const int words = int((a.hidden * kColumnsOfUnit<kBackward> * int64_t(sizeof(T)) + 3) / 4);
   const int64_t place = unit * kColumnsOfUnit<kBackward> * int64_t(sizeof(T));  // of the cell's words in a row
   const ClusterExchange exchange{reinterpret_cast<uint64_t*>(memory + plan.shared_bytes - kLstmArrivalsBytes), plan.blocks,
-                                 uint32_t(words * 4 * batch)};
+                                 uint32_t(words) * 4 * uint32_t(batch)};
   Cell<T, kBackward> cell{};
   float state = 0.0f;
   if (has_cell) {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -84,6 +85,31 @@ def poisoned_memory() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@contextlib.contextmanager
+def bytes_hold(byte: int | None, device: str) -> Iterator[None]:
+    """Inside, bytes that C++ asks for come full of `byte`, or of random ones if None; poisoned memory is full of 0xFF.
+
+    That is how ops get a workspace. One that means something by 0xFF, as the LSTM on CUDA does, must write it itself.
+    device: "CPU" or "CUDA".
+    """
+
+    def new_empty(like: Tensor, size: list[int], **options: Any) -> Tensor:
+        given = {name: value for name, value in options.items() if value is not None}
+        out = torch.empty(size, **{"dtype": like.dtype, "device": like.device, **given})
+        if out.dtype == torch.uint8:
+            out.random_(0, 256) if byte is None else out.fill_(byte)
+        return out
+
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # says that a kernel is replaced
+        library.impl("new_empty", new_empty, device)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 def generator(seed: int) -> torch.Generator:

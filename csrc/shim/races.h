@@ -1,9 +1,10 @@
 // Finds accesses to the same memory that nothing orders: vector clocks, as in a race detector for CPU threads.
 //
-// Only barriers order anything. Two accesses to a word race if they come from different threads, one of them writes, no barrier
-// lies between them and they are not both relaxed. So a plain read of what another block wrote in the same launch is a race
-// whenever it happens to run, and so are a missing block barrier, a missing cluster barrier, and a store into another block's
-// shared memory that its owner may still be reading. A shuffle orders nothing: PTX does not promise that it does.
+// Only barriers order anything, and phases of mbarriers. Two accesses to a word race if they come from different threads, one of
+// them writes, neither lies between them and they are not both relaxed. So a plain read of what another block wrote in the same
+// launch is a race whenever it happens to run, and so are a missing barrier, a missing release, and a store into another block's
+// shared memory that its owner may still be reading. A shuffle orders nothing: PTX does not promise that it does. A release
+// tells of all memory here; the kernels' tells of shared memory alone, so do not rely on it for global memory.
 #pragma once
 
 #include <algorithm>

@@ -61,8 +61,9 @@ class Plan:
     shared_slots: int
     streamed_bytes: int
     launches: int
-    queries_once: int  # of what fits on the device, when this was planned
-    queries: int  # and when it was planned three times more
+    queries: int  # of what fits on the device, when this was planned
+    queries_again: int  # when it was planned three times more, for other lengths
+    queries_elsewhere: int  # and in another environment
     barriers: int
 
 
@@ -87,7 +88,7 @@ def build(folder: Path) -> Path:
 
 
 def build_watched(folder: Path, root: Path = ROOT) -> Path:
-    """The driver whose kernels report each load and store to csrc/shim/fibers.cpp, which looks for races."""
+    """The driver whose kernels report each load and store to csrc/shim/memory.cpp, which looks for races."""
     return _build(folder, root, [], ["-fsanitize=thread", "-fno-threadsafe-statics"])
 
 

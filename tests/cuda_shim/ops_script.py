@@ -9,7 +9,7 @@ import torch
 
 import test_ops_lstm as cases
 from fusedprompt.ops.lstm import native  # noqa: F401  (the schemas)
-from tolerance import Tensors, assert_as_accurate, assert_identical, evaluate, generator
+from tolerance import Tensors, assert_as_accurate, assert_identical, bytes_hold, evaluate, generator
 
 torch.ops.load_library(sys.argv[1])
 torch.set_num_threads(1)
@@ -29,7 +29,9 @@ for dtype, variant in ((torch.float32, "M"), (torch.bfloat16, ""), (torch.bfloat
         inputs, d_out = cases.make(shape, dtype), cases.d_output(shape, dtype)
         actual = evaluate(run(shape, []), inputs, d_out)
         assert_as_accurate(actual, cases.stock(shape), cases.exact(shape), inputs, d_out, neighbours=3)
-        assert_identical(evaluate(run(shape, []), inputs, d_out), actual)
+        for byte in (0xFF, 0x00, None):
+            with bytes_hold(byte, "CPU"):
+                assert_identical(evaluate(run(shape, []), inputs, d_out), actual)
         with torch.no_grad():
             assert torch.equal(run(shape, [])(inputs), actual["output"])
 
@@ -42,11 +44,16 @@ for dtype, variant in ((torch.float32, "M"), (torch.bfloat16, ""), (torch.bfloat
         actual, cases.stock_with_masks(shape, masks), cases.exact(shape, masks), inputs, d_out, neighbours=3
     )
 
-for variant, message in (("S", "expected one that fits this GPU, got S"), ("XL", "expected S, M, L or STREAM, got XL")):
-    os.environ["FUSEDPROMPT_LSTM_VARIANT"] = variant
+for name, value, message in (
+    ("VARIANT", "S", "expected one that fits this GPU, got S"),
+    ("VARIANT", "XL", "expected S, M, L or STREAM, got XL"),
+    ("L2_MB", "much", "FUSEDPROMPT_LSTM_L2_MB: expected a number of megabytes, got much"),
+):
+    os.environ["FUSEDPROMPT_LSTM_VARIANT"] = ""
+    os.environ[f"FUSEDPROMPT_LSTM_{name}"] = value
     try:
         run(shape, masks)(inputs)
     except Exception as error:
         assert message in str(error), error
     else:
-        raise AssertionError(f"{variant} ran")
+        raise AssertionError(f"{name}={value} ran")
