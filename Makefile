@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format types check families kernels kernels-oldest versions trl bench bench-routes bench-scaling bench-metamath \
+.PHONY: help demo test lint format types check shim families kernels kernels-oldest versions trl bench bench-routes bench-scaling bench-metamath \
         bench-apply bench-compare pictures doctor wheel sdist clean \
         gpu-first gpu-again gpu gpu-test gpu-sanitize gpu-bench gpu-steps
 
@@ -56,6 +56,10 @@ OLDEST_TRITON := build/triton-3.6.0
 kernels-oldest: $(READY)  ## the same with the oldest Triton that is supported
 	test -d $(OLDEST_TRITON) || $(BIN)/python -m pip install -q --no-deps --target $(OLDEST_TRITON) triton==3.6.0
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m benches.compile_table
+
+SEEDS ?= 30
+shim: $(READY)  ## run the LSTM's CUDA kernels on the CPU in many orders, looking for races
+	FUSEDPROMPT_SHIM_SEEDS=$(SEEDS) $(BIN)/python -m pytest -q tests/test_lstm_cuda_shim.py tests/test_lstm_cuda_memory.py $(ARGS)
 
 families: $(READY)  ## check every family of transformers, in about 25 minutes, and write docs/families.md
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m families.sweep --write docs/families.md \

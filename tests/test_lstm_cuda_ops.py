@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cuda_shim.machine import COMPILER, ROOT
+from cuda_shim.machine import COMPILER, ROOT, SOURCES
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
 
@@ -24,7 +24,7 @@ def build(folder: Path) -> Path:
     sources = [
         "-x",
         "c++",
-        *(str(ROOT / "csrc" / name) for name in ("lstm_cuda.cu", "lstm_plan.cpp", "shim/fibers.cpp")),
+        *(str(ROOT / name) for name in ("csrc/lstm_cuda.cu", *SOURCES)),
     ]
     paths = [f"-L{path}" for path in cpp_extension.library_paths()]
     command = [str(COMPILER), *flags, *includes, *sources, *paths, "-ltorch_cpu", "-o", str(library)]

@@ -1,7 +1,8 @@
 // lstm_device.cuh for g++: every CUDA thread is a fiber, all blocks are resident, and the scheduler decides who runs next.
 //
-// Checks indexing, the protocol between blocks and its freedom from deadlock. It cannot check the GPU's memory model: here every
-// store is seen at once. Only tests include this.
+// Checks indexing, the protocol between blocks, its freedom from deadlock, and with a seed that it stands relaxed stores that
+// arrive late and in any order (stores.h). Compiled with -fsanitize=thread and linked without that sanitizer's library, it also
+// finds accesses that nothing orders (races.h). Only tests include this.
 #pragma once
 
 #include <algorithm>
@@ -29,19 +30,28 @@ namespace fusedprompt::shim {
 
 struct Settings {
   GpuFigures gpu = {4, 96 << 10, 256 << 10, 50 << 20, 5500, 4300, 1.7, false};
-  uint64_t seed = 0;             // of the order in which fibers run; 0: round robin
+  uint64_t seed = 0;             // of the order in which fibers run and stores arrive; 0: round robin, at once
   int64_t lose_store_at = -1;    // a published word to lose, counted from 0: the others must then wait for ever
   int64_t resident_blocks = -1;  // how many blocks the device holds at once; -1: any number
   int64_t most_polls = -1;       // that a thread makes before it gives up, with the watchdog off; -1: the watchdog alone
   bool lose_fills = false;       // memory keeps what it held
   bool clusters_run = true;      // false: the device has clusters, but none of the size asked for
+  int64_t deaf_barrier = -1;     // a barrier of each thread, counted from 0, that all reach but that orders nothing
+  std::string fault;             // for kernels that a test made wrong in several ways
 };
 extern Settings settings;
-extern int64_t launches, fills, queries;  // queries: of what fits on the device
+extern int64_t launches, queries, barriers;  // queries: of what fits on the device; barriers: of a thread, in the last launch
 
 // Runs all threads of all blocks to their end. Throws std::runtime_error, naming kernel and step, if none can go on.
 void run(const char* name, unsigned blocks, unsigned blocks_y, unsigned threads, unsigned cluster, size_t shared_bytes,
          const std::function<void()>& thread_body);
+
+// Fills with NaN of any dtype: what nobody wrote must not be used. No word of it is all ones, which a poll takes for unwritten.
+inline void poison(unsigned char* memory, size_t bytes) {
+  for (size_t i = 0; i < bytes; ++i) memory[i] = i % 4 == 3 ? 0x7f : 0xff;
+}
+void name_memory(const void* address, size_t bytes, const char* name);  // for messages
+void fill(void* address, int byte, size_t bytes);
 
 // ---- what a thread asks ----
 
@@ -54,27 +64,19 @@ void block_barrier();
 void cluster_barrier();
 uint32_t exchange_in_warp(uint32_t value, int from_lane, int expected);  // the value of lane `from_lane`
 void wait_in_poll(int64_t step);
+uint4 load_relaxed(const uint4* address);
+void store_relaxed(uint32_t* address, uint32_t word);
 void give_up(int64_t step);
-bool store_is_lost();
-void progress();
 void copy_later(uint4* to, const uint4* from);  // null: zeros
 void end_copy_group();
 void wait_for_copies(size_t left);
-unsigned char* in_cluster(unsigned char* address, int rank);
 int rank_in_cluster();
-
-// What an mbarrier is in 8 bytes of shared memory. Bytes may come before they are expected: then `bytes` is below 0.
-struct Arrivals {
-  int32_t bytes;
-  uint8_t count, pending, parity, unused;
-
-  void end_phase() {
-    if (pending != 0 || bytes != 0) return;
-    parity ^= 1;
-    pending = count;
-    progress();
-  }
-};
+void begin_arrivals(uint64_t* arrivals, int count);
+void release_shared();
+void arrive_expecting(uint64_t* arrivals, uint32_t bytes);
+void arrive(uint64_t* arrivals, int rank);
+void send(uint32_t* address, uint32_t word, uint64_t* arrivals, int rank);
+bool arrived(const uint64_t* arrivals, uint32_t parity);
 
 }  // namespace fusedprompt::shim
 
@@ -121,43 +123,22 @@ template <int left>
 void wait_for_copies() {
   shim::wait_for_copies(left);
 }
-inline uint4 load_relaxed(const uint4* address) { return *address; }
+inline uint4 load_relaxed(const uint4* address) { return shim::load_relaxed(address); }
 template <int kWords>
 void store_relaxed(uint32_t* address, const uint32_t (&words)[kWords]) {
-  for (int word = 0; word < kWords; ++word) {
-    if (!shim::store_is_lost()) address[word] = words[word];
-  }
-  shim::progress();
+  for (int word = 0; word < kWords; ++word) shim::store_relaxed(address + word, words[word]);
 }
 
-inline int rank_in_cluster() { return shim::rank_in_cluster(); }
-inline shim::Arrivals& arrivals_of(uint64_t* address, int rank) {
-  return *reinterpret_cast<shim::Arrivals*>(shim::in_cluster(reinterpret_cast<unsigned char*>(address), rank));
-}
-inline void begin_arrivals(uint64_t* arrivals, int count) {
-  arrivals_of(arrivals, rank_in_cluster()) = {0, uint8_t(count), uint8_t(count), 0, 0};
-}
-inline void release_shared() {}
-inline void arrive(uint64_t* arrivals, int rank) {
-  --arrivals_of(arrivals, rank).pending;
-  arrivals_of(arrivals, rank).end_phase();
-}
-inline void arrive_expecting(uint64_t* arrivals, uint32_t bytes) {
-  arrivals_of(arrivals, rank_in_cluster()).bytes += int32_t(bytes);
-  arrive(arrivals, rank_in_cluster());
-}
+using shim::arrive;
+using shim::arrive_expecting;
+using shim::arrived;
+using shim::begin_arrivals;
+using shim::rank_in_cluster;
+using shim::release_shared;
 template <int kWords>
 void send(uint32_t* address, const uint32_t (&words)[kWords], uint64_t* arrivals, int rank) {
-  uint32_t* const there = reinterpret_cast<uint32_t*>(shim::in_cluster(reinterpret_cast<unsigned char*>(address), rank));
-  for (int word = 0; word < kWords; ++word) {
-    if (shim::store_is_lost()) continue;
-    there[word] = words[word];
-    arrivals_of(arrivals, rank).bytes -= 4;
-  }
-  shim::progress();
-  arrivals_of(arrivals, rank).end_phase();
+  for (int word = 0; word < kWords; ++word) shim::send(address + word, words[word], arrivals, rank);
 }
-inline bool arrived(uint64_t* arrivals, uint32_t parity) { return arrivals_of(arrivals, rank_in_cluster()).parity != parity; }
 
 // Written out, because not every compiler of the CPU has a type of 16 bits.
 inline float widen_half(uint16_t bits) {
@@ -181,10 +162,7 @@ using Stream = void*;
 inline int current_device() { return 0; }
 inline GpuFigures figures() { return shim::settings.gpu; }
 
-inline void fill(void* address, int byte, size_t bytes, Stream) {
-  if (!shim::settings.lose_fills) memset(address, byte, bytes);
-  ++shim::fills;
-}
+inline void fill(void* address, int byte, size_t bytes, Stream) { shim::fill(address, byte, bytes); }
 inline void copy_rows(void* to, size_t pitch, const void* from, size_t width, size_t rows, Stream) {
   for (size_t row = 0; row < rows; ++row) {
     memcpy(static_cast<unsigned char*>(to) + row * pitch, static_cast<const unsigned char*>(from) + row * width, width);

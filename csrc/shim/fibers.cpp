@@ -6,13 +6,10 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
-#include <deque>
-#include <memory>
 #include <random>
 #include <sstream>
-#include <vector>
 
-#include "device.h"
+#include "machine.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -21,52 +18,11 @@
 namespace fusedprompt::shim {
 
 Settings settings;
-int64_t launches = 0, fills = 0, queries = 0;
-
-namespace {
-
-constexpr size_t kStack = 128 << 10;
-
-// Threads that wait for each other. The last to arrive lets all go on.
-struct Group {
-  int members = 0, arrived = 0, left = 0;
-  int64_t generation = 0;
-  uint32_t values[2][32] = {};  // of a warp's shuffle; two, because fast lanes may be one shuffle ahead
-  int expected = 0;             // which shuffle the first lane came to
-};
-
-struct Fiber {
-  ucontext_t context;
-  Self self;
-  size_t block_index;
-  Group *warp, *block, *cluster;
-  Group* waiting_for = nullptr;
-  int64_t waiting_since = 0;  // the generation it waits to pass
-  int64_t polls_step = -1;
-  const char* where = "running";
-  bool finished = false;
-  std::deque<std::vector<std::pair<uint4*, const uint4*>>> copies{1};  // groups of those that are under way
-  void* fake_stack = nullptr;
-};
-
-struct Machine {
-  const char* name;
-  const std::function<void()>* body;
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<Group> warps, blocks, clusters;
-  std::vector<std::unique_ptr<unsigned char[]>> shared;  // exactly as large as asked for, so that ASan sees the end
-  unsigned cluster_size;
-  Fiber* running = nullptr;
-  ucontext_t scheduler;
-  void* scheduler_fake_stack = nullptr;
-  const void* scheduler_stack = nullptr;
-  size_t scheduler_stack_size = 0;
-  unsigned char* stacks = nullptr;
-  int64_t events = 0, stores = 0;
-  std::string error;
-};
+int64_t launches = 0, queries = 0, barriers = 0;
 
 Machine* machine = nullptr;
+
+namespace {
 
 unsigned char* stack_of(size_t index) { return machine->stacks + index * kStack; }
 
@@ -108,6 +64,7 @@ void run_fiber(size_t index) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(machine->scheduler_fake_stack, nullptr, nullptr);
 #endif
+  machine->running = nullptr;
 }
 
 void add_fiber(size_t index, unsigned threads, unsigned blocks) {
@@ -115,6 +72,7 @@ void add_fiber(size_t index, unsigned threads, unsigned blocks) {
   Fiber& fiber = *machine->fibers.back();
   const size_t block = index / threads;
   fiber.self = {int(index % threads), int(threads), int(block % blocks), int(block / blocks)};
+  fiber.index = index;
   fiber.block_index = block;
   fiber.warp = &machine->warps[index / 32];
   fiber.block = &machine->blocks[block];
@@ -126,21 +84,26 @@ void add_fiber(size_t index, unsigned threads, unsigned blocks) {
   makecontext(&fiber.context, fiber_main, 0);
 }
 
-void meet(Group& group, const char* where) {
+// Waits for the others of the group. A barrier also orders: what each did before it is seen by all behind it.
+void meet(Group& group, const char* where, bool barrier) {
   Fiber& fiber = *machine->running;
+  const bool orders = barrier && fiber.barriers++ != settings.deaf_barrier && watching;
   if (group.left > 0) machine->error = "a thread waits at a barrier or in a shuffle for one that has ended";
+  if (orders) races.arrive(fiber.index, group.handover);
   if (++group.arrived == group.members) {
     group.arrived = 0;
     ++group.generation;
     ++machine->events;
-    return;
+    if (orders) group.handover.open();
+  } else {
+    fiber.waiting_for = &group;
+    fiber.waiting_since = group.generation;
+    fiber.where = where;
+    to_scheduler(false);
+    fiber.waiting_for = nullptr;
+    fiber.where = "running";
   }
-  fiber.waiting_for = &group;
-  fiber.waiting_since = group.generation;
-  fiber.where = where;
-  to_scheduler(false);
-  fiber.waiting_for = nullptr;
-  fiber.where = "running";
+  if (orders) races.leave(fiber.index, group.handover);
 }
 
 std::string report() {
@@ -209,8 +172,10 @@ class Order {
 
 void schedule() {
   Order order(machine->fibers.size(), machine->blocks.size());
+  const auto happened = [] { return machine->events + machine->stores->arrived(); };
   while (!order.done()) {
-    const int64_t before = machine->events;
+    const int64_t before = happened();
+    machine->stores->drift();
     for (const size_t index : order.next_round()) {
       Fiber& fiber = *machine->fibers[index];
       if (order.sleeps(fiber)) continue;
@@ -218,7 +183,7 @@ void schedule() {
       run_fiber(index);
       if (!machine->error.empty()) throw std::runtime_error(std::string(machine->name) + ": " + machine->error);
     }
-    if (machine->events == before && !order.done() && settings.most_polls < 0) {
+    if (happened() == before && !order.done() && !machine->stores->arrive_any() && settings.most_polls < 0) {
       if (order.all_awake()) throw std::runtime_error(report());
       order.wake_all();
     }
@@ -229,11 +194,11 @@ void schedule() {
 
 const Self& self() { return machine->running->self; }
 unsigned char* shared_memory() { return machine->shared[machine->running->block_index].get(); }
-void block_barrier() { meet(*machine->running->block, "a block barrier"); }
-void cluster_barrier() { meet(*machine->running->cluster, "a cluster barrier"); }
-void progress() { ++machine->events; }
-
-bool store_is_lost() { return machine->stores++ == settings.lose_store_at; }
+void block_barrier() { meet(*machine->running->block, "a block barrier", true); }
+void cluster_barrier() {
+  machine->stores->arrive_all(machine->running->block_index);
+  meet(*machine->running->cluster, "a cluster barrier", true);
+}
 
 uint32_t exchange_in_warp(uint32_t value, int from_lane, int expected) {
   Group& warp = *machine->running->warp;
@@ -241,7 +206,7 @@ uint32_t exchange_in_warp(uint32_t value, int from_lane, int expected) {
   if (warp.expected != expected && expected < 64) machine->error = "lanes of a warp are in different shuffles";
   const int64_t side = warp.generation % 2;
   warp.values[side][self().thread % 32] = value;
-  meet(warp, "a shuffle");
+  meet(warp, "a shuffle", false);
   return warp.values[side][from_lane];
 }
 
@@ -250,28 +215,10 @@ void wait_in_poll(int64_t step) {
   to_scheduler(false);
 }
 
-// Copies are made when they are waited for, which is as late as can be.
-void copy_later(uint4* to, const uint4* from) { machine->running->copies.back().emplace_back(to, from); }
-void end_copy_group() { machine->running->copies.emplace_back(); }
-void wait_for_copies(size_t left) {
-  auto& copies = machine->running->copies;
-  while (copies.size() > left + 1) {  // the last one has not ended
-    for (const auto& [to, from] : copies.front()) *to = from ? *from : uint4{0, 0, 0, 0};
-    copies.pop_front();
-  }
-}
-
 void give_up(int64_t step) {
   std::ostringstream text;
   text << "block " << self().block << " waited in vain in step " << step;
   machine->error = text.str();
-}
-
-int rank_in_cluster() { return int(machine->running->block_index % machine->cluster_size); }
-
-unsigned char* in_cluster(unsigned char* address, int rank) {
-  const size_t own = machine->running->block_index, first = own / machine->cluster_size * machine->cluster_size;
-  return machine->shared[first + size_t(rank)].get() + (address - machine->shared[own].get());
 }
 
 void run(const char* name, unsigned blocks, unsigned blocks_y, unsigned threads, unsigned cluster, size_t shared_bytes,
@@ -280,6 +227,7 @@ void run(const char* name, unsigned blocks, unsigned blocks_y, unsigned threads,
   here.name = name;
   here.body = &thread_body;
   here.cluster_size = cluster;
+  here.shared_bytes = shared_bytes;
   const size_t block_count = size_t(blocks) * blocks_y, count = block_count * threads;
   here.warps.resize(block_count * (threads / 32));
   here.blocks.resize(block_count);
@@ -289,15 +237,22 @@ void run(const char* name, unsigned blocks, unsigned blocks_y, unsigned threads,
   for (Group& group : here.clusters) group.members = int(threads * cluster);
   for (size_t block = 0; block < block_count; ++block) {
     here.shared.emplace_back(new unsigned char[shared_bytes]);
-    memset(here.shared.back().get(), 0xff, shared_bytes);  // NaN: what nobody wrote must not be used
+    poison(here.shared.back().get(), shared_bytes);
   }
   void* stacks = mmap(nullptr, count * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stacks == MAP_FAILED) throw std::runtime_error("no memory for fibers");
   const std::unique_ptr<void, std::function<void(void*)>> owner(stacks, [=](void* s) { munmap(s, count * kStack); });
   here.stacks = static_cast<unsigned char*>(stacks);
+  here.stores = std::make_unique<Stores>(block_count, settings.seed);
+  races.begin(count);
   machine = &here;
+  const std::unique_ptr<Machine, void (*)(Machine*)> until_the_end(&here, [](Machine*) { machine = nullptr; });
   for (size_t index = 0; index < count; ++index) add_fiber(index, threads, blocks);
   schedule();
+  barriers = here.fibers[0]->barriers;
+  while (here.stores->arrive_any()) {
+  }
+  if (!here.error.empty()) throw std::runtime_error(std::string(name) + ": " + here.error);
 }
 
 }  // namespace fusedprompt::shim

@@ -1,7 +1,7 @@
 // Runs one pass of the recurrence under the shim: a case on standard input, the results on standard output.
 //
 // In:  Header, weights and both biases of each direction, gates; backward: cells, d_output. Arrays as in csrc/lstm.h.
-// Out: status (0 or the length of a message, which follows), 16 int64 of plan and counters, then forward gates, cells and
+// Out: status (0 or the length of a message, which follows), 17 int64 of plan and counters, then forward gates, cells and
 //      output; backward d_gates.
 #include <cstdio>
 #include <cstdlib>
@@ -24,7 +24,7 @@ struct Header {
   int64_t threads, seed, lose_store_at, resident_blocks;
   int64_t misaligned;    // weights begin one element behind a multiple of 16 bytes
   int64_t workspace;     // the byte that fills it; -1: random ones
-  int64_t clusters_run, lose_fills, most_polls;  // see shim::Settings
+  int64_t clusters_run, lose_fills, most_polls, deaf_barrier;  // see shim::Settings
 };
 
 // Exactly as large as asked for, so that AddressSanitizer sees the first byte behind it; full of NaN.
@@ -33,8 +33,10 @@ struct Array {
   std::unique_ptr<unsigned char[]> memory;
   size_t offset;
 
-  explicit Array(size_t size, size_t at = 0) : bytes(size), memory(new unsigned char[size + at]), offset(at) {
-    memset(memory.get(), 0xff, size + at);
+  explicit Array(const char* name, size_t size, size_t at = 0)
+      : bytes(size), memory(new unsigned char[size + at]), offset(at) {
+    shim::poison(memory.get(), size + at);
+    shim::name_memory(data(), size, name);
   }
   unsigned char* data() { return memory.get() + offset; }
   void read() { std::cin.read(reinterpret_cast<char*>(data()), std::streamsize(bytes)); }
@@ -50,18 +52,20 @@ void run() {
   const size_t cells = size_t(h.directions * h.steps * h.batch * h.hidden);
   std::vector<Array> weights, biases;
   for (int64_t direction = 0; direction < h.directions; ++direction) {
-    weights.emplace_back(size_t(4 * h.hidden * h.hidden) * size, h.misaligned ? size : 0);
+    weights.emplace_back("weights", size_t(4 * h.hidden * h.hidden) * size, h.misaligned ? size : 0);
     weights.back().read();
     for (int which = 0; which < 2; ++which) {
-      biases.emplace_back(size_t(4 * h.hidden) * size);
+      biases.emplace_back("bias", size_t(4 * h.hidden) * size);
       biases.back().read();
     }
   }
-  Array gates(4 * cells * 4), cell(cells * 4), output(cells * size), d_gates(4 * cells * size);
+  Array gates("gates", 4 * cells * 4), cell("cell", cells * 4), output("output", cells * size);
+  Array d_gates("d_gates", 4 * cells * size);
   gates.read();
 
   shim::settings = {{int32_t(h.multiprocessors), h.shared_bytes, h.register_bytes, 50 << 20, 5500, 4300, 1.7, h.clusters != 0},
-                    uint64_t(h.seed), h.lose_store_at, h.resident_blocks, h.most_polls, h.lose_fills != 0, h.clusters_run != 0};
+                    uint64_t(h.seed), h.lose_store_at, h.resident_blocks, h.most_polls, h.lose_fills != 0, h.clusters_run != 0,
+                    h.deaf_barrier, std::getenv("FAULT") ? std::getenv("FAULT") : ""};
   const LstmProblem problem{h.steps, h.batch, h.hidden, h.directions, Dtype(h.dtype)};
   const LstmPass pass = LstmPass(h.pass);
   setenv("FUSEDPROMPT_LSTM_VARIANT", h.variant < 0 ? "" : name_of(LstmVariant(h.variant)), 1);
@@ -74,7 +78,7 @@ void run() {
   const LstmPlan plan = lstm_plan_cached(problem, pass, int(h.threads));
   setenv("FUSEDPROMPT_LSTM_L2_MB", "12.5", 1);
   const int64_t elsewhere = queries_of(h.steps);
-  Array workspace(lstm_workspace_bytes(problem, pass, plan));
+  Array workspace("workspace", lstm_workspace_bytes(problem, pass, plan));
   std::mt19937 random;
   for (size_t index = 0; index < workspace.bytes; ++index) {
     workspace.data()[index] = static_cast<unsigned char>(h.workspace < 0 ? random() : h.workspace);
@@ -98,7 +102,7 @@ void run() {
                               int64_t(plan.units), int64_t(plan.row_groups), int64_t(plan.split), int64_t(plan.tiles),
                               int64_t(plan.tile_rows), int64_t(plan.depth), int64_t(plan.held_depth),
                               int64_t(plan.shared_slots), plan.streamed_bytes, shim::launches, first,
-                              again, elsewhere}) {
+                              again, elsewhere, shim::barriers}) {
     put(value);
   }
   if (pass == LstmPass::kForward) {

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from triton_programs import shuffled_and_accounted_for
+
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 
 
@@ -20,3 +22,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def any_order_and_each_element_once() -> Iterator[None]:
+    """See tests/triton_programs.py."""
+    with shuffled_and_accounted_for():
+        yield
