@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format types check shim families kernels kernels-oldest versions trl bench bench-routes bench-scaling bench-metamath \
+.PHONY: help demo test lint format types check shim families kernels kernels-oldest triton-oldest versions trl bench bench-routes bench-scaling bench-metamath \
         bench-apply bench-compare pictures doctor wheel sdist clean \
         gpu-first gpu-again gpu gpu-test gpu-sanitize gpu-bench gpu-steps
 
@@ -53,9 +53,15 @@ kernels: $(READY)  ## compile every Triton kernel for every chip, without a GPU,
 	$(BIN)/python -m benches.compile_table --write docs/kernels-compiled.md
 
 OLDEST_TRITON := build/triton-3.6.0
-kernels-oldest: $(READY)  ## the same with the oldest Triton that is supported
-	test -d $(OLDEST_TRITON) || $(BIN)/python -m pip install -q --no-deps --target $(OLDEST_TRITON) triton==3.6.0
+$(OLDEST_TRITON)/triton:
+	$(PIP) --no-deps --target $(OLDEST_TRITON) triton==3.6.0
+
+kernels-oldest: $(READY) $(OLDEST_TRITON)/triton  ## the same with the oldest Triton that is supported
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m benches.compile_table
+
+triton-oldest: $(READY) $(OLDEST_TRITON)/triton  ## launch every kernel with the oldest Triton on a stub driver, and compile some
+	PYTHONPATH=$(OLDEST_TRITON) FUSEDPROMPT_STUB_DRIVER=1 $(BIN)/python -m pytest -q tests/stub_driver
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m benches.compile_table --chips 90 --every 9
 
 SEEDS ?= 30
 shim: $(READY)  ## run the LSTM's CUDA kernels on the CPU in many orders, looking for races

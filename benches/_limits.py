@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,15 @@ def floor_seconds(work: Work, dtype: str) -> float:
     Data that a cache holds can be moved faster than a copy of 256 MB moves it, so small work may beat this floor.
     """
     return max(work.bytes / copy_bandwidth(), work.flops / matrix_rate(dtype) if work.flops else 0.0)
+
+
+# Between two kernels of a CUDA graph, a guess until benches/gpu/probe.cu has measured it.
+LAUNCH_SECONDS = 1.5e-6
+
+
+def predicted_seconds(kernels: Sequence[Work], dtype: str) -> float:
+    """The time of kernels that run one after another on a GPU: the floor of each, and its launch."""
+    return sum(floor_seconds(kernel, dtype) + LAUNCH_SECONDS for kernel in kernels)
 
 
 def limits() -> dict[str, Any]:

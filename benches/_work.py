@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fusedprompt.ops.head_loss._op import part_size
+
 FORWARD, BACKWARD, STEP = "forward", "forward+backward", "training step"
 PREFILL, GENERATE = "prefill", "generate"
 
@@ -75,3 +77,36 @@ def head_loss(rows: int, width: int, vocabulary: int, itemsize: int) -> dict[str
     read = (vocabulary * width + rows * width) * itemsize + 8 * rows
     product = 2.0 * rows * width * vocabulary
     return {FORWARD: Work(read, product), BACKWARD: Work(read + rows * width * itemsize, 2 * product)}
+
+
+def mlp_kernels(rows: int, width: int, hidden: int, itemsize: int) -> dict[str, list[Work]]:
+    """What each Triton kernel of `mlp` does: one a layer in either direction."""
+    forward, backward = [], []
+    for inputs, outputs in ((width, hidden), (hidden, hidden), (hidden, width)):
+        weights, ends = inputs * outputs, rows * (inputs + outputs)
+        forward.append(Work((weights + outputs + ends) * itemsize, 2.0 * rows * weights))
+        backward.append(Work((2 * weights + outputs + ends + rows * inputs) * itemsize, 4.0 * rows * weights))
+    return {FORWARD: forward, BACKWARD: forward + backward}
+
+
+def splice_kernels(
+    batch: int, length: int, rows: int, width: int, itemsize: int, prompt_itemsize: int, fields: int = 2
+) -> dict[str, list[Work]]:
+    """What each Triton kernel of a prefix does: one in either direction."""
+    least = splice(batch, length, rows, width, itemsize, prompt_itemsize, fields)
+    forward = least[FORWARD]
+    return {FORWARD: [forward], BACKWARD: [forward, Work(least[BACKWARD].bytes - forward.bytes, 0.0)]}
+
+
+def head_loss_kernels(rows: int, width: int, vocabulary: int, itemsize: int) -> dict[str, list[Work]]:
+    """What each kernel of `head_loss` does on a GPU: of each part a product, the loss, and the gradient's product.
+
+    Of several parts the forward pass makes the gradient too.
+    """
+    size = part_size(rows, vocabulary, is_host=False)
+    forward, backward = [], []
+    for part in (min(size, rows - start) for start in range(0, rows, size)):
+        product = Work((vocabulary * (width + part) + part * width) * itemsize, 2.0 * part * width * vocabulary)
+        forward += [product, Work(3 * part * vocabulary * itemsize, 0.0)]
+        (backward if size >= rows else forward).append(product)
+    return {FORWARD: forward, BACKWARD: forward + backward}

@@ -34,6 +34,7 @@ from benches._interleave import (
     order,
     summary,
 )
+from benches._limits import LAUNCH_SECONDS, floor_seconds, predicted_seconds
 from benches._memory import peak_bytes
 from benches.gpu._cases import matmul_precision
 
@@ -275,6 +276,30 @@ def test_measure_counts_memory_and_compares_with_the_machines_limit(monkeypatch:
     for figures in info["contenders"].values():
         assert figures["share"] == 5e3 / figures["median_ms"]
         assert figures["peak_mb"] == 28e-6  # four numbers of 4 bytes, and the factor as a tensor of 8 and of 4
+
+
+@pytest.mark.parametrize("mode", [FORWARD, BACKWARD])
+def test_predictions_are_the_floors_of_all_kernels_and_their_launches(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benches._limits.copy_bandwidth", lambda: 3e12)
+    monkeypatch.setattr("benches._limits.matrix_rate", lambda dtype: 8e14)
+    forward = mode == FORWARD
+    for least, kernels, number in (
+        (_work.mlp(20, 4096, 4096, 2), _work.mlp_kernels(20, 4096, 4096, 2), 3 if forward else 6),
+        (_work.splice(8, 512, 20, 4096, 2, 4), _work.splice_kernels(8, 512, 20, 4096, 2, 4), 1 if forward else 2),
+        (_work.head_loss(100, 64, 1000, 2), _work.head_loss_kernels(100, 64, 1000, 2), 2 if forward else 3),
+        (_work.head_loss(840, 3072, 128256, 2), _work.head_loss_kernels(840, 3072, 128256, 2), 6),
+    ):
+        work, parts = least[mode], kernels[mode]
+        assert len(parts) == number
+        assert sum(part.bytes for part in parts) >= work.bytes * (1 - 1e-12)
+        # A loss of several parts makes its gradient in the forward pass.
+        assert sum(part.flops for part in parts) == (least[BACKWARD] if number == 6 else work).flops
+        assert predicted_seconds(parts, "bf16") >= floor_seconds(work, "bf16") + number * LAUNCH_SECONDS
+    rows, vocabulary = 420, 128256
+    (_, loss, _) = _work.head_loss_kernels(840, 3072, vocabulary, 2)[BACKWARD][:3]
+    assert loss.bytes == 6 * rows * vocabulary  # a logit is read twice and written once
 
 
 def test_peak_memory_is_what_is_held_at_once() -> None:

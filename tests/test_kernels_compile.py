@@ -23,8 +23,59 @@ COMPILE = """
 import dataclasses, json
 from benches import compile_table
 if __name__ == "__main__":
-    rows = compile_table.compile_all(list(compile_table.CHIPS), disassembled=[90])
+    rows = compile_table.compile_all(list(compile_table.CHIPS), disassembled=[90, 100])
     print(json.dumps([dataclasses.asdict(row) for row in rows]))
+"""
+# Kernels that break the rule, each in its own way.
+TOO_EARLY = """
+import dataclasses, json
+import triton
+import triton.language as tl
+from benches import compile_table
+from benches.compile_table import Configuration
+
+@triton.jit
+def right(x_ptr, out_ptr, PDL: tl.constexpr):
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.store(out_ptr, tl.load(x_ptr))
+
+@triton.jit
+def loads(x_ptr, out_ptr, PDL: tl.constexpr):
+    x = tl.load(x_ptr)
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.store(out_ptr, x)
+
+@triton.jit
+def stores(x_ptr, out_ptr, PDL: tl.constexpr):
+    tl.store(out_ptr, 1.0)
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+@triton.jit
+def lets_start(x_ptr, out_ptr, PDL: tl.constexpr):
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+    tl.store(out_ptr, tl.load(x_ptr))
+
+@triton.jit
+def never_waits(x_ptr, out_ptr, PDL: tl.constexpr):
+    tl.store(out_ptr, tl.load(x_ptr))
+
+@triton.jit
+def waits_at_times(x_ptr, out_ptr, PDL: tl.constexpr):
+    if tl.program_id(0) == 1:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    tl.store(out_ptr, tl.load(x_ptr))
+
+types = {"x_ptr": "*fp32", "out_ptr": "*fp32", "PDL": "constexpr"}
+found = {}
+for kernel in (right, loads, stores, lets_start, never_waits, waits_at_times):
+    configuration = Configuration(kernel, types, {"PDL": True}, (), 4, 3, "")
+    found[configuration.name] = compile_table.compile_for(configuration, 90).objection
+print(json.dumps(found))
 """
 ADDRESSES = """
 import json
@@ -38,13 +89,18 @@ print(json.dumps(texts))
 """
 
 
+POLICIES = """
+from benches import compile_table
+(splice,) = (c for c in compile_table.configurations(90) if c.label == "prefix, table bf16, D=4096")
+print(compile_table.compile_with_triton(splice, 90).asm["ptx"].count("evict_last"))
+"""
 LINE = r"^\| `(\w+)` \| ([^|]+) \|"
 
 
-def run(script: Path | str) -> str:
+def run(script: Path | str, **settings: str) -> str:
     """In a process of its own: kernels cannot be compiled where they are interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **settings}
     command = [sys.executable, str(script)] if isinstance(script, Path) else [sys.executable, "-c", script]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
@@ -58,8 +114,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
     return [Compiled(**row) for row in json.loads(run(script))]
 
 
-def test_every_configuration_fits_every_chip_and_spills_nothing(compiled: list[Compiled]) -> None:
+def test_every_configuration_fits_spills_nothing_and_waits_before_it_touches_memory(compiled: list[Compiled]) -> None:
     names = {"splice_forward", "splice_prefix_backward", "segment_sum", "linear_forward", "linear_backward"}
+    names |= {"loss_in_place"}
     for chip in compile_table.CHIPS:
         assert {row.kernel for row in compiled if row.capability == chip} == names
     assert [(row.kernel, row.label, row.capability, row.objection) for row in compiled if row.objection] == []
@@ -71,10 +128,23 @@ def disassembled(compiled: list[Compiled]) -> list[Compiled]:
     return [row for row in compiled if row.capability == 90]
 
 
+def test_kernels_that_touch_memory_too_early_are_found(tmp_path: Path) -> None:
+    script = tmp_path / "too_early.py"
+    script.write_text(TOO_EARLY)
+    assert json.loads(run(script)) == {
+        "right": None,
+        "loads": "LDG.E before the wait",
+        "stores": "STG.E before the wait",
+        "lets_start": "PREEXIT before the wait",
+        "never_waits": "never waits",
+        "waits_at_times": "BRA around the wait",
+    }
+
+
 def test_rows_are_moved_in_128_bit_accesses_where_widths_allow(disassembled: list[Compiled]) -> None:
     for row in disassembled:
         assert row.wide_accesses is not None
-        is_odd = "odd widths" in row.label or "D=4097" in row.label
+        is_odd = "odd widths" in row.label or row.label.endswith(("D=4097", "V=50257", "V=67"))
         assert is_odd or row.wide_accesses > 0, row
 
 
@@ -108,8 +178,15 @@ def test_splice_adds_64_bit_offsets_to_every_row(compiled: list[Compiled]) -> No
             assert width == "i64" or along or shape.split("x")[-1] == str(block), (name, label, shape, width)
 
 
+def test_rows_of_the_table_may_be_loaded_without_a_hint() -> None:
+    """The prompt's keep theirs."""
+    hints = {policy: int(run(POLICIES, FUSEDPROMPT_SPLICE_TABLE=policy)) for policy in ("evict_last", "")}
+    assert hints["evict_last"] > hints[""] > 0
+
+
 def test_a_spill_and_too_much_shared_memory_are_objected_to() -> None:
-    fine = Compiled("k", "l", 4, 3, 80, 32, 0, 163 * 1024, 1, "none")
+    fine = Compiled("k", "l", 4, 3, 80, 32, 0, 99 * 1024, 1, "none")
     assert fine.objection is None
     assert dataclasses.replace(fine, stack=8).objection == "8 bytes of stack a thread"
-    assert dataclasses.replace(fine, shared=163 * 1024 + 1).objection == "166913 bytes of shared memory, of 166912"
+    assert dataclasses.replace(fine, too_early="STG before the wait").objection == "STG before the wait"
+    assert dataclasses.replace(fine, shared=99 * 1024 + 1).objection == "101377 bytes of shared memory, of 101376"

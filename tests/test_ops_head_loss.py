@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedprompt import ops
-from fusedprompt.ops.head_loss import reference
+from fusedprompt.ops.head_loss import _op, reference
 from models import Largest
 from tolerance import Tensors, assert_as_accurate, dtypes, evaluate, generator, largest, normal, one_thread
 
@@ -25,8 +25,8 @@ SMALL_PARTS = {"one part": (1 << 24, 256), "parts of 4 rows": (1, 4), "one row e
 def test_loss_and_gradient_are_as_accurate_as_pytorchs(
     parts: tuple[int, int], rows: int, vocabulary: int, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "_PART_ON_CPU", parts[0])
-    monkeypatch.setattr(reference, "_FEWEST_ROWS", parts[1])
+    monkeypatch.setattr(_op, "_PART_ON_CPU", parts[0])
+    monkeypatch.setattr(_op, "_FEWEST_ROWS", parts[1])
     source = generator(rows)
     labels = torch.randint(0, vocabulary, (rows,), generator=source, device="cpu")
     labels[1::3] = -100
@@ -90,8 +90,8 @@ def test_autocast_rounds_as_it_does_for_the_head(bias: bool) -> None:
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_no_more_logits_exist_at_a_time_than_a_part(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "_PART_ON_CPU", 1)
-    monkeypatch.setattr(reference, "_FEWEST_ROWS", 8)
+    monkeypatch.setattr(_op, "_PART_ON_CPU", 1)
+    monkeypatch.setattr(_op, "_FEWEST_ROWS", 8)
     hidden, weight = torch.randn(80, 16, requires_grad=trains), torch.randn(500, 16)
     with Largest() as largest_result:
         loss = ops.head_loss(hidden, weight, torch.zeros(80, dtype=torch.int64))
@@ -133,6 +133,30 @@ def test_factors_weigh_each_row() -> None:
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.parametrize("scaling", [{"soft_cap": 2.0}, {"scale": 0.25}, {"soft_cap": 3.0, "scale": -1.5}], ids=str)
+@pytest.mark.parametrize("rows", [9, 600])
+@dtypes
+def test_soft_caps_and_scales_are_as_accurate_as_pytorchs(
+    rows: int, scaling: dict[str, float], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_op, "_PART_ON_CPU", 1)
+    source = generator(rows)
+    labels = torch.randint(0, 33, (rows,), generator=source)
+    labels[1::3] = -100
+    weight, inputs = normal((33, 24), dtype, source), {"hidden": normal((rows, 24), dtype, source)}
+
+    def plain(x: Tensors) -> Tensor:
+        logits = linear(x["hidden"], weight.to(x["hidden"].dtype))
+        logits = (logits if logits.dtype == torch.float64 else logits.float()) * scaling.get("scale", 1)
+        if cap := scaling.get("soft_cap"):
+            logits = torch.tanh(logits / cap) * cap
+        return cross_entropy(logits, labels, reduction="sum")
+
+    d_out = torch.tensor(0.37)
+    found = evaluate(lambda x: ops.head_loss(x["hidden"], weight, labels, **scaling), inputs, d_out)
+    assert_as_accurate(found, plain, plain, inputs, d_out)
+
+
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "hidden of three dimensions": ({"hidden": torch.zeros(2, 3, 4)}, ValueError, r"hidden: expected shape \(R, D\)"),
     "whole numbers": ({"hidden": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "hidden: expected a floating"),
@@ -145,6 +169,10 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "whole factors": ({"factors": torch.ones(3, dtype=torch.int64)}, TypeError, "factors: expected a floating"),
     "mixed dtypes": ({"weight": torch.zeros(5, 4).half()}, TypeError, "weight: expected the dtype of hidden"),
     "another device": ({"weight": torch.zeros(5, 4, device="meta")}, ValueError, "weight: expected the device of"),
+    "a soft cap of nothing": ({"soft_cap": 0.0}, ValueError, "soft_cap: expected a positive number or None, got 0.0"),
+    "a soft cap that is none": ({"soft_cap": float("nan")}, ValueError, "soft_cap: expected a positive number"),
+    "a scale of nothing": ({"scale": 0}, ValueError, "scale: expected a number other than 0, got 0"),
+    "a scale without end": ({"scale": float("inf")}, ValueError, "scale: expected a number other than 0, got inf"),
     "no such backend": ({"backend": "cuda"}, ValueError, "backend"),
 }
 
@@ -168,13 +196,15 @@ def test_on_other_devices_the_host_waits_for_nothing(rows: int) -> None:
             names.append(func.name())
             if func.name() == "fusedprompt::head_loss":
                 with self:
-                    return reference._head_loss(*args)
+                    return reference.IMPLEMENTATION.run(*args)
             return func(*args, **(kwargs or {}))
 
     hidden = torch.empty(rows, 8, device="meta", requires_grad=True)
     weight, labels = torch.empty(300_000, 8, device="meta"), torch.empty(rows, device="meta", dtype=torch.int64)
     with Names():
-        reference.head_loss(hidden, weight, None, labels, None).backward()  # autocast knows no meta device
+        reference.IMPLEMENTATION.head_loss(
+            hidden, weight, None, labels, None
+        ).backward()  # autocast knows no meta device
     assert hidden.grad is not None and hidden.grad.shape == hidden.shape
     waits = ("nonzero", "_local_scalar_dense", "is_nonzero", "masked_select", "equal", "unique")
     assert names and not any(name.removeprefix("aten::").split(".")[0] in waits for name in names)

@@ -112,10 +112,10 @@ def cpt_samples() -> Iterator[Arguments]:
 
 def head_loss_samples() -> Iterator[Arguments]:
     labels, factors = torch.tensor([3, -100, 0, 10]), torch.rand(4)
-    yield grad(4, 5), rand(11, 5), None, labels, None, True
-    yield grad(4, 5, layout="transposed"), rand(11, 5), rand(11), labels, factors, True
-    yield rand(4, 5), rand(11, 5, layout="transposed"), rand(11), labels, factors, False
-    yield grad(4, 5, dtype=torch.bfloat16), rand(11, 5, dtype=torch.bfloat16), None, labels, factors, True
+    yield grad(4, 5), rand(11, 5), None, labels, None, 0.0, 1.0, True
+    yield grad(4, 5, layout="transposed"), rand(11, 5), rand(11), labels, factors, 0.0, 1.0, True
+    yield rand(4, 5), rand(11, 5, layout="transposed"), rand(11), labels, factors, 2.0, 0.5, False
+    yield grad(4, 5, dtype=torch.bfloat16), rand(11, 5, dtype=torch.bfloat16), None, labels, factors, 2.0, 0.5, True
 
 
 SAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {

@@ -22,9 +22,9 @@ def draw(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def run_triton() -> None:
-    """Forward and backward of the MLP and of the splice, in each dtype and kind of layout."""
+    """Forward and backward of the MLP, of the splice and of the head's loss, in each dtype and kind of layout."""
     for dtype in DTYPES:
-        for rows, width, hidden in ((1, 1, 1), (7, 33, 17), (20, 64, 96), (130, 16, 48)):
+        for rows, width, hidden in ((1, 1, 1), (7, 33, 17), (20, 64, 96), (32, 16, 48)):
             x, table = draw(rows, width, dtype=dtype), draw(11, width, dtype=dtype)
             weights = [draw(hidden, width, dtype=dtype), draw(width, hidden, dtype=dtype)]
             biases = [draw(hidden, dtype=dtype), draw(width, dtype=dtype)]
@@ -35,6 +35,13 @@ def run_triton() -> None:
                     prompt, Layout(rows, slots), input_ids=ids, table=table, labels=ids, backend="triton"
                 )
                 batch.inputs_embeds.nan_to_num().sum().backward(retain_graph=True)
+            labels = torch.randint(-1, 12, (rows,), device="cuda")  # the last is out of range
+            head = table.detach()
+            ops.head_loss(prompt, head, labels, soft_cap=2.0, backend="triton").backward(retain_graph=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        for rows, width in ((63, 48), (128, 33)):
+            x, weight, bias = (draw(*shape, dtype=torch.float32) for shape in ((rows, width), (width, width), (width,)))
+            ops.mlp(x, [weight, weight], [bias, bias], backend="triton").sum().backward()
 
 
 def run_lstm(variant: str) -> None:

@@ -33,6 +33,15 @@ def _why_not_gpu(index: int) -> str | None:
 _why_not_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def multiplies_exactly() -> bool:
+    """Whether products of fp32 numbers are IEEE's on a GPU, and not TF32's."""
+    # torch.get_float32_matmul_precision() raises once anyone, such as transformers' Trainer, used the newer setting.
+    return str(torch.backends.cuda.matmul.fp32_precision) != "tf32"
+
+
+multiplies_exactly._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def why_not_triton(*tensors: Tensor) -> str | None:
     """None, or one clause that says why Triton kernels cannot run on these floating-point tensors of one device."""
     if not _HAS_TRITON:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,10 @@ from torch import Tensor
 
 import fusedprompt
 from fusedprompt import Layout, ops
+from tolerance import generator, normal
+
+pytest.importorskip("triton")
+from fusedprompt.ops._triton import Launch
 
 
 def make_step(device: torch.device, backend: str | None = "triton") -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
@@ -40,11 +46,12 @@ def gradients(step: Callable[[Tensor], Tensor], parameters: list[Tensor], ids: T
     return [out.detach(), *torch.autograd.grad(out.square().sum(), parameters)]
 
 
+OPS = ("mlp", "splice", "head_loss")
+
+
 def test_triton_is_the_default_on_cuda(cuda: torch.device) -> None:
     rows = torch.zeros(20, 64, device=cuda)
-    assert {op: fusedprompt.explain(op, rows)["triton"] for op in ("mlp", "splice")} == dict.fromkeys(
-        ("mlp", "splice"), "runs"
-    )
+    assert {op: fusedprompt.explain(op, rows)["triton"] for op in OPS} == dict.fromkeys(OPS, "runs")
 
 
 def test_nothing_here_is_compared_with_products_in_tf32() -> None:
@@ -139,6 +146,50 @@ def test_weights_written_just_before_are_seen_by_the_next_encode(cuda: torch.dev
                 torch.mul(value, factor / 16, out=parameter)
             actual.append(step(ids))
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def train(device: torch.device, width: int, dtype: torch.dtype, steps: int) -> list[Tensor]:
+    """What the encoder gives at each step of Adam, which moves every weight by half of its size, in place. The weights
+    of the first layer come last: the kernel in front of the next encoding is still writing what that reads first."""
+    source = generator(0)
+    x = normal((20, width), dtype, source).to(device)
+    weights = [(normal((width, width), torch.float32, source) / width**0.5).to(device, dtype) for _ in range(3)]
+    biases = [normal((width,), dtype, source).to(device) for _ in range(3)]
+    parameters = [tensor.requires_grad_() for tensor in (*biases, *reversed(weights))]
+    optimizer = torch.optim.Adam(parameters, lr=0.5 / width**0.5, foreach=False)
+    outputs = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        out = ops.mlp(x, weights, biases, backend="triton")
+        outputs.append(out.detach())
+        out.square().mean().backward()
+        optimizer.step()
+    return outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_gives_the_bits_of_kernels_that_each_ran_alone(
+    device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With weights of 38 MB in fp32, which take tens of microseconds to be written."""
+    on_gpu = device.type == "cuda"
+    width, steps = (3072, 16) if on_gpu else (48, 3)
+    found = train(device, width, dtype, steps)
+    launch, alone = Launch.__call__, []
+
+    def launch_alone(self: Launch, *args: Any) -> None:
+        for work in (lambda: None, lambda: launch(self, *args)):
+            work()
+            if on_gpu:
+                torch.cuda.synchronize()
+        alone.append(self.name)
+
+    monkeypatch.setattr(Launch, "__call__", launch_alone)
+    expected = train(device, width, dtype, steps)
+    assert alone == steps * (["linear_forward"] * 3 + ["linear_backward"] * 3)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    # Weights of the step before would give something else.
+    assert all(a.isfinite().all() and not torch.equal(a, b) for a, b in itertools.pairwise(found))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -17,6 +17,7 @@ STUB = stub_driver.install()
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from fusedprompt.ops import _triton  # noqa: E402
+from fusedprompt.ops.head_loss import triton as head_loss  # noqa: E402
 from fusedprompt.ops.mlp import triton as mlp  # noqa: E402
 from fusedprompt.ops.splice import triton as splice  # noqa: E402
 
@@ -26,7 +27,8 @@ SIZES = {"i32": 4, "i64": 8}
 def training_step(
     dtype: torch.dtype = torch.float32, width: int = 48, batch: int = 2, length: int = 5, slots: Tensor | None = None
 ) -> None:
-    """P-tuning's MLP of three layers, the splice, and back. The stub computes nothing: all values are garbage."""
+    """P-tuning's MLP of three layers, the splice, the head with its loss, and back. The stub computes nothing: all
+    values are garbage."""
     rows = 4
     x = torch.zeros(rows, width, dtype=dtype, requires_grad=True)
     weights = [torch.zeros(width, width, dtype=dtype, requires_grad=True) for _ in range(3)]
@@ -35,7 +37,7 @@ def training_step(
     table = torch.zeros(10, width, dtype=dtype)
     prompt = mlp.mlp(x, weights, biases, [])
     embeds, _ = splice.splice(prompt, slots, ids, table, None, [ids, ids], [1, -100])
-    embeds.backward(torch.zeros_like(embeds))
+    head_loss.IMPLEMENTATION.head_loss(embeds.flatten(0, 1)[:4], table, None, ids.new_zeros(4), None).backward()
 
 
 @pytest.fixture
@@ -91,6 +93,7 @@ def test_driver_gets_what_triton_dispatch_gives_it(compared: list[str], dtype: t
         "splice_forward",
         "splice_prefix_backward",
         "segment_sum",
+        "loss_in_place",
     }
 
 
@@ -117,9 +120,9 @@ def test_tensors_that_are_not_16_byte_aligned_get_code_of_their_own() -> None:
     assert aligned.asm["ptx"] != unaligned.asm["ptx"]
 
 
-def test_training_step_launches_four_kernels_forward_and_four_backward(request: pytest.FixtureRequest) -> None:
+def test_training_step_launches_five_kernels_forward_and_four_backward(request: pytest.FixtureRequest) -> None:
     training_step()
     request.getfixturevalue("without_dispatch")
     before = STUB.num_launches
     training_step()
-    assert STUB.num_launches - before == 3 + 1 + 1 + 3
+    assert STUB.num_launches - before == 3 + 1 + 1 + 1 + 3

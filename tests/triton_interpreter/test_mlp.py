@@ -41,13 +41,12 @@ SHAPES = [
     (1, [1, 1, 1, 1]),
     (7, [33, 7, 33]),
     (33, [130, 97]),
-    (97, [33, 97, 7, 1, 33]),
-    (130, [7, 33, 130, 7]),
+    (63, [33, 97, 7, 1, 33]),
+    (63, [7, 33, 130, 7]),
     (20, [64, 96, 272, 64]),
     (7, [16, 16, 32]),
     (33, [16, 144, 16, 48]),
-    (97, [48, 32, 80, 16, 16]),
-    (255, [16, 80]),
+    (63, [48, 32, 80, 16, 16]),
 ]
 shapes = pytest.mark.parametrize("rows, sizes", SHAPES, ids=lambda value: str(value).replace(" ", ""))
 
@@ -160,8 +159,8 @@ def test_mlp_of_wide_layers_matches_fp64_oracle(width: int) -> None:
 @dtypes
 def test_mlp_with_dropout_and_all_gradients_match_fp64_oracle(dtype: torch.dtype) -> None:
     torch.manual_seed(4)
-    masks = [F.dropout(torch.ones(33, width, dtype=dtype), 0.3) for width in (97, 65)]
-    inputs, d_out = make(33, [17, 97, 65, 9], dtype), normal((33, 9), dtype, generator(9))
+    masks = [F.dropout(torch.ones(29, width, dtype=dtype), 0.3) for width in (97, 65)]
+    inputs, d_out = make(29, [17, 97, 65, 9], dtype), normal((29, 9), dtype, generator(9))
     check(inputs, d_out, masks)
     torch.manual_seed(4)
     drawn = evaluate(
@@ -173,18 +172,21 @@ def test_mlp_with_dropout_and_all_gradients_match_fp64_oracle(dtype: torch.dtype
 @pytest.mark.parametrize("parameters", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=["x-float32", "x-bfloat16"])
 @pytest.mark.parametrize("dropout", [False, True], ids=["no-dropout", "dropout"])
-def test_mlp_under_autocast_matches_fp64_oracle(parameters: torch.dtype, x_dtype: torch.dtype, dropout: bool) -> None:
-    inputs = make(33, [17, 97, 40, 9], parameters)
+@pytest.mark.parametrize("rows, sizes", [(33, [17, 97, 40, 9]), (128, [32, 48, 16])], ids=str)
+def test_mlp_under_autocast_matches_fp64_oracle(
+    parameters: torch.dtype, x_dtype: torch.dtype, dropout: bool, rows: int, sizes: list[int]
+) -> None:
+    inputs = make(rows, sizes, parameters)
     inputs["x"] = inputs["x"].to(x_dtype)
-    masks = [F.dropout(torch.ones(33, width, dtype=x_dtype), 0.3) for width in (97, 40)] if dropout else []
-    d_out = normal((33, 9), torch.bfloat16, generator(9))
+    masks = [F.dropout(torch.ones(rows, width, dtype=x_dtype), 0.3) for width in sizes[1:-1]] if dropout else []
+    d_out = normal((rows, sizes[-1]), torch.bfloat16, generator(9))
     # The products' operands are rounded to bf16 by definition, so the oracle starts from rounded ones.
     rounded = {name: value.bfloat16() for name, value in inputs.items() if not name.startswith("bias")}
     with torch.autocast("cpu", torch.bfloat16), _triton.recorded_launches() as launches:
         actual = check(inputs, d_out, masks, {**inputs, **rounded})
     assert actual["output"].dtype == torch.bfloat16
     assert {actual[f"d_{name}"].dtype for name in inputs if name != "x"} == {parameters}
-    assert len(launches) == 3 + 6  # nothing was cast by a kernel of its own
+    assert len(launches) == 3 * (len(sizes) - 1)  # nothing was cast by a kernel of its own
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
@@ -200,7 +202,7 @@ def test_mlp_launches_one_kernel_a_layer_in_each_direction(depth: int, dropout: 
 
 
 def test_mlp_twice_gives_the_same_bits() -> None:
-    inputs, d_out = make(33, [96, 130, 97], torch.float32), normal((33, 97), torch.float32, generator(9))
+    inputs, d_out = make(29, [96, 130, 97], torch.float32), normal((29, 97), torch.float32, generator(9))
     assert_identical(evaluate(fused, inputs, d_out), evaluate(fused, inputs, d_out))
 
 
@@ -215,14 +217,14 @@ def test_mlp_of_no_rows_launches_nothing_and_gives_zero_gradients() -> None:
 
 @pytest.mark.parametrize("layout", ["transposed", "strided"])
 def test_mlp_of_noncontiguous_rows_and_biases_gives_the_bits_of_contiguous_ones(layout: str) -> None:
-    inputs, d_out = make(33, [7, 97, 33], torch.float32), normal((33, 33), torch.float32, generator(9))
+    inputs, d_out = make(29, [7, 97, 33], torch.float32), normal((29, 33), torch.float32, generator(9))
     strange = dict(inputs)
     for name, value in inputs.items():
         if not name.startswith("weight"):
             other = normal(tuple(value.shape), value.dtype, generator(0), layout)
             strange[name] = other.copy_(value)
     assert not strange["x"].is_contiguous()
-    d_strange = normal((33, 33), torch.float32, generator(9), layout)
+    d_strange = normal((29, 33), torch.float32, generator(9), layout)
     assert torch.equal(d_strange, d_out) and not d_strange.is_contiguous()
     assert_identical(evaluate(fused, strange, d_strange), evaluate(fused, inputs, d_out))
 
@@ -252,14 +254,15 @@ def test_mlp_refuses_double_backward() -> None:
 
 
 def refusals() -> list[Any]:
-    few, many = make(3, [4, 5], torch.float32), make(256, [4, 5], torch.float32)
+    few, many, half = make(3, [4, 5], torch.float32), make(33, [4, 5], torch.float32), make(64, [4, 5], torch.bfloat16)
     turned = {**few, "weight0": few["weight0"].t().contiguous().t()}
     wide = {name: value.double() for name, value in few.items()}
     long = {"x": torch.ones(1, 1), "weight0": torch.ones(2**23 + 1, 1), "bias0": torch.ones(2**23 + 1)}
     empty = make(3, [4, 1, 2], torch.float32)
     empty["weight0"], empty["bias0"], empty["weight1"] = torch.zeros(0, 4), torch.zeros(0), torch.zeros(2, 0)
     return [
-        pytest.param(many, r"at most 255 rows, where cuBLAS is faster, got 256", id="rows"),
+        pytest.param(many, "leaves exact products in fp32 of more than 32 rows to cuBLAS, got 33", id="exact rows"),
+        pytest.param(half, "leaves products in torch.bfloat16 of more than 63 rows to cuBLAS, got 64", id="rows"),
         pytest.param(turned, r"contiguous weights, got weights\[0\] with strides \(1, 5\)", id="contiguous"),
         pytest.param(wide, r"needs float32, bfloat16 or float16, got torch.float64", id="dtype"),
         pytest.param(long, r"at most 8388608 units, got weights\[0\] \(8388609, 1\)", id="width"),
@@ -276,8 +279,27 @@ def test_mlp_that_triton_refuses_runs_on_the_reference(inputs: Tensors, reason: 
     assert launches == [] and torch.equal(actual, plain(inputs))
 
 
+def test_mlp_takes_as_many_rows_as_its_products_allow(request: pytest.FixtureRequest) -> None:
+    x, weights, biases = parts(make(200, [4, 5], torch.float32))
+
+    def most(dtype: torch.dtype = torch.float32) -> int:
+        """The most rows that run, counted one by one."""
+        taken = [n for n in range(201) if ops.explain("mlp", x[:n].to(dtype), weights, biases)["triton"] == "runs"]
+        return len(taken) - 1
+
+    assert most() == 32
+    request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
+    torch.set_float32_matmul_precision("high")
+    assert most() == 63
+    with torch.autocast("cpu", torch.bfloat16):
+        assert most() == most(torch.bfloat16) == 128
+        weights[0] = weights[0].bfloat16()
+        assert most(torch.bfloat16) == 63
+    assert ops.explain("mlp", x.half())["triton"].startswith("leaves products in torch.float16 of more than 63 rows")
+
+
 def test_mlp_runs_on_triton_by_default_and_elsewhere_if_told_to() -> None:
-    arguments = parts(make(255, [4, 5], torch.float32))
+    arguments = parts(make(32, [4, 5], torch.float32))
     with _triton.recorded_launches() as launches:
         with ops.use_backend("reference"):
             ops.mlp(*arguments)
@@ -312,11 +334,57 @@ def test_mlp_compiles_in_one_graph_with_the_bits_of_eager(autocast: bool) -> Non
         assert_identical(evaluate(compiled, inputs, d_out), evaluate(fused, inputs, d_out))
 
 
+# Of an H100. A load takes about 0.8 us to arrive, so that 3.35 TB/s need this much under way. Backward writes as much
+# as it reads, and needs half of it.
+MULTIPROCESSORS, IN_FLIGHT = 132, 2.7e6
+# x again for each program, from L2, which gives 5.5 TB/s.
+L2_BY_MEMORY = 5.5 / 3.35
+
+
+@pytest.mark.parametrize("width", [768, 1024, 2048, 3072, 4096, 8192])
+@pytest.mark.parametrize("rows", [20, 50, 64, 100, 128, 200, 255])
+@pytest.mark.parametrize("cast", [False, True], ids=["bfloat16", "autocast"])
+def test_large_layers_keep_the_chip_busy_or_are_left_to_cublas(rows: int, width: int, cast: bool) -> None:
+    """Counted, not timed. Smaller layers than D=3072 stay in L2, and wait for the launch and for each other."""
+    parameters = torch.float32 if cast else torch.bfloat16
+    x, weight = torch.empty(rows, width, dtype=parameters), torch.empty(width, width, dtype=parameters)
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        runs = ops.explain("mlp", x, [weight])["triton"] == "runs"
+    assert runs == (rows <= (128 if cast else 63))
+    if not runs:
+        return
+    itemsize = parameters.itemsize
+    forward = forward_config(rows, width, width, (2, itemsize), "tf32")
+    first = forward_config(rows, width, width, (itemsize, itemsize), "tf32")  # x is not yet what autocast makes
+    backward = backward_config(rows, width, width, itemsize, torch.bfloat16, "tf32")
+    for tile, strip, needed in (
+        (forward, "BLOCK_N", 1.0),
+        (first, "BLOCK_N", 0.4),  # it moves half of what casting the weights would
+        (backward, "BLOCK_K", 0.5),
+    ):
+        programs = -(-width // tile[strip])
+        ahead = programs * tile["BLOCK_N"] * tile["BLOCK_K"] * itemsize * (tile["num_stages"] - 1)
+        read_again, weights = programs * rows * width * 2, width * width * itemsize
+        if width >= 3072:
+            assert programs >= 0.7 * MULTIPROCESSORS
+            assert ahead >= needed * IN_FLIGHT
+            assert read_again + weights <= 2 * L2_BY_MEMORY * weights
+        else:
+            assert programs >= min(width // 32, 0.4 * MULTIPROCESSORS)
+            assert ahead >= needed * weights / 10  # so that they arrive in at most ten times 0.8 us
+
+
 def test_mlp_tiles_cover_their_rows_and_are_few() -> None:
-    for precision, compute in (("ieee", torch.float32), ("tf32", torch.float32), ("tf32", torch.bfloat16)):
-        for rows in (1, 16, 17, 32, 33, 64, 65, 128, 129, 255):
+    for precision, compute, most in (
+        ("ieee", torch.float32, 63),
+        ("tf32", torch.float32, 63),
+        ("tf32", torch.bfloat16, 128),
+    ):
+        for rows in (1, 16, 17, 32, 33, 63, 64, 65, 128):
             for width in (1, 768, 2112, 2128, 4224, 4240, 16384):
-                forward = forward_config(rows, width, width, compute.itemsize, precision)
+                if rows > most:
+                    continue
+                forward = forward_config(rows, width, width, (compute.itemsize,) * 2, precision)
                 backward = backward_config(rows, width, width, compute.itemsize, compute, precision)
                 assert forward["BLOCK_P"] == backward["BLOCK_P"] >= rows
                 assert min(value for name, value in {**forward, **backward}.items() if "BLOCK" in name) >= 16

@@ -10,11 +10,16 @@ from torch import Tensor
 
 from ...base import check
 from .._backend import Op, never_objects
-from .._requirements import why_not_triton
+from .._requirements import multiplies_exactly, why_not_triton
 from . import reference
 
-# Above this many rows the products are limited by arithmetic, which cuBLAS does best.
-_MOST_TRITON_ROWS = 255
+# The most rows, by what is multiplied; above, cuBLAS does it until a GPU has shown otherwise. Every program reads all
+# rows, from L2: at 64 rows of 16 bits and D=4096 that is 67 MB, twice what the weights are.
+_MOST_ROWS = 63
+# cuBLAS would cast the weights first: 8 bytes moved a weight, where the kernels move 4.
+_MOST_CAST_ROWS = 128
+# Without tensor cores 32 rows take as long as their weights take to arrive.
+_MOST_EXACT_ROWS = 32
 # Its kernels reckon places in activations in 32 bits.
 _MOST_TRITON_WIDTH = 2**31 // 256
 
@@ -32,8 +37,9 @@ def _why_not_triton(
     reason = why_not_triton(x, *weights)
     if reason is not None:
         return reason
-    if x.shape[0] > _MOST_TRITON_ROWS:
-        return f"takes at most {_MOST_TRITON_ROWS} rows, where cuBLAS is faster, got {x.shape[0]}"
+    most, products = _most_rows(x, weights)
+    if x.shape[0] > most:
+        return f"leaves {products} of more than {most} rows to cuBLAS, got {x.shape[0]}"
     for layer, weight in enumerate(weights):
         if max(weight.shape) > _MOST_TRITON_WIDTH:
             return f"takes layers of at most {_MOST_TRITON_WIDTH} units, got weights[{layer}] {tuple(weight.shape)}"
@@ -43,6 +49,17 @@ def _why_not_triton(
         if not weight.is_contiguous():
             return f"needs contiguous weights, got weights[{layer}] with strides {weight.stride()}"
     return None
+
+
+def _most_rows(x: Tensor, weights: Sequence[Tensor]) -> tuple[int, str]:
+    """And what has so many at most."""
+    device = x.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if compute == torch.float32 and multiplies_exactly():
+        return _MOST_EXACT_ROWS, "exact products in fp32"
+    if compute.itemsize < (weights[0] if weights else x).itemsize:
+        return _MOST_CAST_ROWS, f"products in {compute} with weights in fp32"
+    return _MOST_ROWS, f"products in {'TF32' if compute == torch.float32 else compute}"
 
 
 OP = Op("mlp")
@@ -70,7 +87,8 @@ def mlp(
         dropout: probability of zeroing a hidden activation after each ReLU, in [0, 1). The masks are drawn by torch
             in the order `F.dropout` would draw them, so a seed gives the same result on every backend.
         training: apply dropout.
-        backend: "auto", "reference" or "triton" (CUDA; up to 255 rows).
+        backend: "auto", "reference" or "triton" (CUDA; up to 63 rows, 128 where autocast casts the weights, 32 where
+            products are exact in fp32).
 
     Returns:
         (P, D_out) in x's dtype (under autocast, in the autocast dtype).

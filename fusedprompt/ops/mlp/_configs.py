@@ -31,25 +31,26 @@ def _is_aligned(inputs: int, outputs: int) -> bool:
     return inputs % 16 == 0 and outputs % 16 == 0
 
 
-def forward_config(rows: int, inputs: int, outputs: int, itemsize: int, precision: str) -> dict[str, int]:
-    """Tile of `linear_forward`: enough programs to fill ~132 SMs, and 16 to 48 KB of weights in flight in each.
+def forward_config(rows: int, inputs: int, outputs: int, itemsizes: tuple[int, int], precision: str) -> dict[str, int]:
+    """Tile of `linear_forward`: from D=3072 up, enough programs for ~132 SMs and 2.7 MB of weights in flight in all,
+    which is what arrives in the time that a load takes. More, narrower programs would all read x again, from L2.
 
-    itemsize: bytes of the wider of the kernel's two operands in memory.
+    itemsizes: bytes of a number of x and of the weight in memory.
     """
-    block_p = block_rows(rows, precision)
+    block_p, widest = block_rows(rows, precision), max(itemsizes)
     if not _is_aligned(inputs, outputs):
-        return _tile(block_p, 16, 64 // itemsize, 8 if block_p >= 128 else 4, 2)
-    block_n = 16 if outputs <= 132 * 16 else 32 if outputs <= 132 * 32 else 64
-    num_stages = 4
+        return _tile(block_p, 16, 64 // widest, 8 if block_p >= 128 else 4, 2)
     if block_p <= 32:
+        block_n = 16 if outputs <= 132 * 16 else 32 if outputs <= 132 * 32 else 64
         # Fused multiply-adds hold operands in registers.
         row_bytes = 512 if block_n == 16 else 128 if block_n == 64 and precision == "ieee" else 256
+        num_stages = 5 if block_n == 32 else 4
     else:
-        row_bytes = 128 if block_p <= 128 else 64
-        block_n = max(block_n, 32) if block_p == 64 else 64
-        num_stages = 6 if block_n == 32 else 4
+        block_n, row_bytes = 32 if outputs <= 132 * 32 else 64, 128
+        stage_bytes = row_bytes // widest * (block_p * itemsizes[0] + block_n * itemsizes[1])
+        num_stages = min(8, 99 * 1024 // stage_bytes)
     num_warps = 8 if block_p >= 128 or (precision == "ieee" and block_p * block_n >= 4096) else 4
-    return _tile(block_p, block_n, row_bytes // itemsize, num_warps, num_stages)
+    return _tile(block_p, block_n, row_bytes // widest, num_warps, num_stages)
 
 
 # BLOCK_N, num_warps and num_stages by BLOCK_P and BLOCK_K, for products of 16-bit numbers, in TF32 and in IEEE fp32:
@@ -57,18 +58,15 @@ def forward_config(rows: int, inputs: int, outputs: int, itemsize: int, precisio
 _BACKWARD_HALF = {
     (32, 16): (128, 4, 4),
     (32, 32): (128, 4, 4),
-    (64, 16): (64, 8, 3),
-    (64, 32): (64, 8, 3),
+    (64, 16): (64, 8, 5),
+    (64, 32): (64, 8, 5),
     (128, 32): (64, 8, 3),
-    (256, 32): (32, 8, 3),
 }
 _BACKWARD_TF32 = {
     (32, 16): (64, 4, 4),
     (32, 32): (64, 4, 4),
     (64, 16): (64, 8, 3),
     (64, 32): (64, 8, 3),
-    (128, 32): (32, 8, 3),
-    (256, 16): (16, 8, 3),
 }
 _BACKWARD_IEEE = {
     (16, 16): (64, 8, 4),
@@ -77,15 +75,7 @@ _BACKWARD_IEEE = {
     (32, 32): (32, 8, 4),
     (64, 16): (32, 8, 4),
     (64, 32): (32, 8, 4),
-    (128, 32): (16, 8, 3),
-    (256, 32): (16, 8, 3),
 }
-
-
-def backward_precision(rows: int, inputs: int, outputs: int, compute: torch.dtype, precision: str) -> str:
-    """Of products in `linear_backward`. In TF32, tiles of 256 rows at unaligned widths would spill 190 bytes."""
-    is_exact = compute == torch.float32 and rows > 128 and not _is_aligned(inputs, outputs)
-    return "ieee" if is_exact else precision
 
 
 def backward_config(
@@ -97,14 +87,13 @@ def backward_config(
     """
     block_p = block_rows(rows, precision)
     if not _is_aligned(inputs, outputs):
-        num_warps = 4 if block_p < (32 if precision == "ieee" else 128) else 8
-        return _tile(block_p, 16, 16, 16 if block_p == 256 and precision == "ieee" else num_warps, 2)
+        return _tile(block_p, 16, 16, 4 if block_p < (32 if precision == "ieee" else 128) else 8, 2)
     is_half = compute != torch.float32
     table = _BACKWARD_HALF if is_half else _BACKWARD_IEEE if precision == "ieee" else _BACKWARD_TF32
-    block_k = 16 if (inputs <= 132 * 16 and (block_p, 16) in table) or (block_p, 32) not in table else 32
+    block_k = 16 if inputs <= 132 * 16 and (block_p, 16) in table else 32
     block_n, num_warps, num_stages = table[block_p, block_k]
     if is_half and itemsize == 4:
-        block_n, num_warps = min(block_n, 64), 8
+        block_n, num_warps, num_stages = min(block_n, 64), 8, 4 if block_p <= 32 else 3
     return _tile(block_p, block_n, block_k, num_warps, num_stages)
 
 
@@ -150,15 +139,15 @@ def configurations(pdl: bool) -> Iterator[dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for (inputs, parameters, compute, exact), aligned, rows, width in itertools.product(
-        _PRODUCTS, (True, False), (16, 32, 64, 128, 255), (768, 4096, 8192)
+        _PRODUCTS, (True, False), (16, 32, 64, 128), (768, 4096, 8192)
     ):
-        sizes = (rows, width, width) if aligned else (rows, width + 1, width + 1)
-        itemsize = _DTYPES[parameters].itemsize
-        precision = "ieee" if exact else "tf32"
-        tile = forward_config(*sizes, itemsize, precision)
         dtypes = (inputs, parameters, compute)
+        if rows == 128 and parameters == compute:
+            continue  # left to cuBLAS
+        sizes = (rows, width, width) if aligned else (rows, width + 1, width + 1)
+        itemsize, precision = _DTYPES[parameters].itemsize, "ieee" if exact else "tf32"
+        tile = forward_config(*sizes, (_DTYPES[inputs].itemsize, itemsize), precision)
         forward = _configuration(linear_forward, dtypes, precision, aligned, tile, pdl)
-        precision = backward_precision(*sizes, _DTYPES[compute], precision)
         tile = backward_config(*sizes, itemsize, _DTYPES[compute], precision)
         backward = _configuration(linear_backward, dtypes, precision, aligned, tile, pdl)
         found |= {f"{one['kernel'].__name__} {one['label']}": one for one in (forward, backward)}

@@ -3,7 +3,7 @@
 With P prompt rows the products are matrix-vector-like: the weights are all the traffic. So the weights are the large
 operand, a program owns a strip of them over the whole inner dimension, and bias, ReLU and dropout mask are applied
 before the result leaves registers. Sums run in a fixed order, without atomics. Offsets into weights are 64-bit; those
-into activations fit 32 bits with at most 255 rows, and halve the registers that addresses take.
+into activations fit 32 bits with at most 128 rows, and halve the registers that addresses take.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

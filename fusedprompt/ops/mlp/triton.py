@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 
 from .._library import Tensors, below_autograd, define, is_traced
+from .._requirements import multiplies_exactly
 from .._triton import INTERPRETED, Launch, cdiv, supports_pdl
-from ._configs import backward_config, backward_precision, configurations, constants, forward_config
+from ._configs import backward_config, configurations, constants, forward_config
 from ._kernels import linear_backward, linear_forward
 
 
 def _precision(compute: torch.dtype) -> str:
-    # torch.get_float32_matmul_precision() raises once anyone, such as transformers' Trainer, used the newer setting.
-    is_exact = compute == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-    return "ieee" if is_exact else "tf32"
+    return "ieee" if compute == torch.float32 and multiplies_exactly() else "tf32"
 
 
 # Made once for all that the kernels are compiled for: see `Launch`. sizes: rows, inputs and outputs. flags: whether
@@ -39,7 +38,7 @@ def _forward_launch(
 ) -> tuple[tuple[int, int, int], Launch]:
     """The grid, and the launch. dtypes: of input, weight and mask."""
     rows, _, outputs = sizes
-    config = forward_config(*sizes, max(dtypes[0].itemsize, dtypes[1].itemsize), precision)
+    config = forward_config(*sizes, (dtypes[0].itemsize, dtypes[1].itemsize), precision)
     grid = (cdiv(outputs, config["BLOCK_N"]), cdiv(rows, config["BLOCK_P"]), 1)
     return grid, _launch(linear_forward, config, compute, precision, flags)
 
@@ -49,7 +48,6 @@ def _backward_launch(
     sizes: tuple[int, int, int], dtypes: tuple[torch.dtype, ...], compute: torch.dtype, precision: str, *flags: bool
 ) -> tuple[tuple[int, int, int], Launch]:
     """The grid, and the launch. dtypes: of output, input, weight and mask."""
-    precision = backward_precision(*sizes, compute, precision)
     config = backward_config(*sizes, dtypes[2].itemsize, compute, precision)
     grid = (cdiv(sizes[1], config["BLOCK_K"]), 1, 1)
     return grid, _launch(linear_backward, config, compute, precision, flags)

@@ -5,11 +5,18 @@ Compiled ahead of time for sm_80, sm_90 and sm_100, none of them spills.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from .._triton import next_power_of_2
 from ._kernels import segment_sum, splice_forward, splice_prefix_backward
+
+_POLICIES = ("evict_last", "evict_first", "")
+# "evict_last" serves ids that repeat; a table of hundreds of MB may drive out of L2 what others need. Not measured yet.
+TABLE_POLICY = os.environ.get("FUSEDPROMPT_SPLICE_TABLE", _POLICIES[0])
+if TABLE_POLICY not in _POLICIES:
+    raise ValueError(f"FUSEDPROMPT_SPLICE_TABLE: expected one of {_POLICIES}, got {TABLE_POLICY!r}")
 
 
 def forward_config(width: int, itemsize: int) -> dict[str, int]:
@@ -38,7 +45,7 @@ def configurations(pdl: bool) -> Iterator[dict[str, Any]]:
                 pointers = dict.fromkeys(("slots_ptr", "ids_ptr", "filled_ptr"), "*i64")
                 pointers |= dict.fromkeys(("field0_ptr", "field1_ptr", "field2_ptr"), "*i64")
                 pointers |= {"prompt_ptr": "*fp32", "rows_ptr": f"*{rows}", "out_ptr": f"*{rows}"}
-                constants = {"PREFIX": prefix, "FROM_TABLE": from_table, "NUM_FIELDS": 3}
+                constants = {"PREFIX": prefix, "FROM_TABLE": from_table, "NUM_FIELDS": 3, "TABLE_POLICY": TABLE_POLICY}
                 constants |= forward_config(width, 4 if rows == "fp32" else 2)
                 origin = "table" if from_table else "inputs_embeds"
                 label = f"{'prefix' if prefix else 'slots'}, {origin} {rows}, D={width}"

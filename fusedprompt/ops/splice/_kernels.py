@@ -69,6 +69,7 @@ def splice_forward(
     PREFIX: tl.constexpr,
     FROM_TABLE: tl.constexpr,
     NUM_FIELDS: tl.constexpr,
+    TABLE_POLICY: tl.constexpr,  # what L2 shall do with the table's rows
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
@@ -95,12 +96,12 @@ def splice_forward(
     for start in range(0, D, BLOCK_D):
         d = (start + tl.arange(0, BLOCK_D))[None, :]
         in_row = d < D
-        # A vocabulary is read many times, ready-made rows once.
+        # A vocabulary may be read many times, ready-made rows are read once.
         taken = tl.load(
             rows_ptr + row[:, None] * D + d,
             mask=from_rows[:, None] & in_row,
             other=0.0,
-            eviction_policy="evict_last" if FROM_TABLE else "evict_first",
+            eviction_policy=TABLE_POLICY if FROM_TABLE else "evict_first",
         )
         prompt = tl.load(
             prompt_ptr + prompt_row[:, None] * D + d,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._library import define
 from .._triton import Launch, cdiv, supports_pdl
-from ._configs import backward_config, configurations, forward_config
+from ._configs import TABLE_POLICY, backward_config, configurations, forward_config
 from ._kernels import segment_sum, splice_forward, splice_prefix_backward
 from ._op import CHECK_IDS, POSITIONS, Arguments, filled_dtype, out_of_range, register
 
@@ -27,7 +27,7 @@ def _forward_launch(
 ) -> tuple[int, Launch]:
     """Rows of a program, and the launch. dtypes: of the rows, the prompt, the tokens and the fields."""
     config = forward_config(width, dtypes[0].itemsize)
-    constants = {"PREFIX": prefix, "FROM_TABLE": from_table, "NUM_FIELDS": num_fields}
+    constants = {"PREFIX": prefix, "FROM_TABLE": from_table, "NUM_FIELDS": num_fields, "TABLE_POLICY": TABLE_POLICY}
     return config["ROWS"], _launch(splice_forward, config, pdl, **constants)
 
 
