@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,21 +58,27 @@ def matrix_rate(dtype: str) -> float:
         torch.set_float32_matmul_precision(before)
 
 
-def floor_seconds(work: Work, dtype: str) -> float:
+def floor_seconds(work: Work, dtype: str, of: Mapping[str, Any] | None = None) -> float:
     """The time that the least work takes at these limits, if moving and computing overlap fully.
 
     Data that a cache holds can be moved faster than a copy of 256 MB moves it, so small work may beat this floor.
+
+    of: limits of another machine, as of `limits`.
     """
-    return max(work.bytes / copy_bandwidth(), work.flops / matrix_rate(dtype) if work.flops else 0.0)
+    if of is None:
+        rates = copy_bandwidth(), matrix_rate(dtype) if work.flops else 1.0
+    else:
+        rates = 1e9 * of["copy_gb_per_s"], 1e9 * of["matrix_gflop_per_s"][dtype]
+    return max(work.bytes / rates[0], work.flops / rates[1])
 
 
 # Between two kernels of a CUDA graph, a guess until benches/gpu/probe.cu has measured it.
 LAUNCH_SECONDS = 1.5e-6
 
 
-def predicted_seconds(kernels: Sequence[Work], dtype: str) -> float:
+def predicted_seconds(kernels: Sequence[Work], dtype: str, of: Mapping[str, Any] | None = None) -> float:
     """The time of kernels that run one after another on a GPU: the floor of each, and its launch."""
-    return sum(floor_seconds(kernel, dtype) + LAUNCH_SECONDS for kernel in kernels)
+    return sum(floor_seconds(kernel, dtype, of) + LAUNCH_SECONDS for kernel in kernels)
 
 
 def limits() -> dict[str, Any]:

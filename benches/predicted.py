@@ -35,6 +35,7 @@ H200 = {
     "clock_ghz": 1.755,
     "clusters": True,
 }
+H100 = {**H200, "memory_gb_per_s": 3350.0}
 
 
 def figures(probe: dict[str, Any]) -> dict[str, Any]:

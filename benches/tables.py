@@ -5,6 +5,7 @@ A table stands between `<!-- table NAME -->` and `<!-- end -->`; `TABLES` says w
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 
 from ._interleave import OURS, PEFT
 from ._models import LORA, NO_PROMPT
+from .gpu import page
 from .pictures import MACHINE, load
 from .report import rows_of
 
 ROOT = Path(__file__).parents[1]
-FILES = ("README.md", "docs/peft.md", "docs/routes.md")
+FILES = ("README.md", "docs/peft.md", "docs/routes.md", "docs/gpu.md")
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
@@ -161,6 +163,8 @@ TABLES: dict[str, Callable[[], list[list[str]]]] = {
     "patched": patched,
     "routes": routes,
     "cost": cost,
+    **{f"gpu_kernels_{key}": functools.partial(page.kernels, key) for key in page.ASSUMED},
+    **{f"gpu_steps_{key}": functools.partial(page.steps, key) for key in page.ASSUMED},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benches import pictures, tables
+from benches.gpu import page
 
 
 def test_every_committed_picture_is_drawn_again_from_the_committed_results(
@@ -38,6 +40,8 @@ def test_a_caption_names_baseline_and_machine() -> None:
 
 @pytest.mark.parametrize("name", tables.FILES)
 def test_every_table_of_figures_is_that_of_the_committed_results(name: str) -> None:
+    if name == "docs/gpu.md":
+        pytest.importorskip("fusedprompt._C", reason="the planner of the LSTM is in the compiled extension")
     text = (tables.ROOT / name).read_text()
     assert "<!-- table" in text
     assert tables.filled(text) == text, "run: make pictures"
@@ -46,3 +50,27 @@ def test_every_table_of_figures_is_that_of_the_committed_results(name: str) -> N
 def test_a_table_names_rows_that_are_there_once() -> None:
     with pytest.raises(LookupError, match=r"step 'prompt tuning'.*expected one row of part '', got 2"):
         tables.find("", "step", "prompt tuning")
+
+
+def test_the_page_of_a_gpu_fills_itself_from_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fusedprompt._C", reason="the planner of the LSTM is in the compiled extension")
+    measured = {"median_ms": 0.4, "ratio": 1.0}
+    row = {"group": "splice", "case": "B=32 T=2048 D=4096", "dtype": "bf16", "mode": "forward", "state": "cold"}
+    others = {"PEFT": {"median_ms": 0.8, "ratio": 2.0}}
+    step = {"group": "metamath", "case": "prompt tuning N=200 B=4", "dtype": "bf16", "mode": "training step"}
+    times = {"fusedprompt": {"median_ms": 90.0}, "PEFT": {"median_ms": 180.0}, "PEFT LoRA 32": {"median_ms": 100.0}}
+    rows = [{**row, "contenders": {"fusedprompt": measured, **others}}, {**step, "contenders": times}]
+    limits = {"copy_gb_per_s": 2000.0, "matrix_gflop_per_s": {"fp32": 1e4, "tf32": 1e5, "bf16": 5e5}}
+    machine = {"gpu": "NVIDIA H100 80GB HBM3", "limits": limits}
+    result = {"machine_info": machine, "benchmarks": [{"extra_info": each} for each in rows]}
+    (tmp_path / "nvidia-h100-80gb-hbm3.json").write_text(json.dumps(result))
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    header, *lines = page.kernels("h100")
+    assert header[0].startswith("NVIDIA H100 80GB HBM3")
+    line = next(line for line in lines if "B=32, T=2048" in line[0])
+    floor = float(line[1].split(" / ")[0])  # of the limits that were measured: 1.08 GB at 2 TB/s
+    assert floor == pytest.approx(1080 / 2, rel=0.01)
+    assert line[3:] == ["400 / ", f"{floor / 4:.0f} % / ", "PEFT 2.00 / "]
+    assert [line[3] for line in lines].count("") == len(lines) - 1
+    assert page.steps("h100")[1] == ["prompt tuning N=200", "90.0", "180.0", "100.0", "0.90"]
+    assert page.steps("h200")[1][1:] == [""] * 4

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import fusedprompt
 from fusedprompt import Layout, ops
 
-from .. import _work
 from .._models import encoder_config
+from . import shapes
+from .shapes import Shape
 
 OURS, ATEN, PEFT, COMPILED = "fusedprompt", "ATen", "PEFT", "PEFT compiled"
 
@@ -36,24 +37,20 @@ class Work:
 
 @dataclass
 class Case:
-    """What is computed, by whom, and the least work that it takes.
+    """What is computed, and by whom.
 
     contenders: name to a function that makes its work on a set of inputs.
     truth: output and gradients in fp64, or exact, for set 0.
     tolerance: largest relative error in the Frobenius norm, of the output and of gradients.
     set_bytes: size of one set of inputs.
-    work: the least that must be done, by mode.
     precision: for `matmul_precision`.
     """
 
-    group: str
-    name: str
-    dtype: str
+    shape: Shape
     contenders: dict[str, Callable[[int], Work]]
     truth: Callable[[], tuple[Tensor, Sequence[Tensor]]]
     tolerance: tuple[float, float]
     set_bytes: int
-    work: dict[str, _work.Work]
     precision: str = "highest"
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -78,7 +75,7 @@ class Case:
                 right[name] = work
                 continue
             message = f"{errors[0]:.2g} (output) and {errors[1]:.2g} (gradients) away from the truth"
-            assert name != OURS, f"{self.group} {self.name} {self.dtype}: {message}"
+            assert name != OURS, f"{self.shape.group} {self.shape.name} {self.shape.dtype}: {message}"
             self.left_out[name] = message
         return right
 
@@ -164,9 +161,7 @@ def mlp_case(rows: int, width: int, kind: str, device: torch.device) -> Case:
     weights = 3 * width * width + 3 * width
     itemsize, rows_bytes = dtype.itemsize, rows * width * dtype.itemsize
     return Case(
-        group="mlp",
-        name=f"P={rows} D=H={width}",
-        dtype=kind,
+        shape=shapes.mlp(rows, width, kind),
         contenders={
             OURS: lambda index: make_ours(index, "auto"),  # cuBLAS's products, where there are many rows
             ATEN: lambda index: make_ours(index, "reference"),
@@ -176,7 +171,6 @@ def mlp_case(rows: int, width: int, kind: str, device: torch.device) -> Case:
         truth=truth,
         tolerance=tolerance,
         set_bytes=weights * itemsize + rows_bytes,
-        work=_work.mlp(rows, width, width, itemsize),
         precision=precision,
     )
 
@@ -216,20 +210,17 @@ def lstm_case(rows: int, width: int, hidden: int, kind: str, device: torch.devic
     weights = 2 * (4 * hidden * (width + hidden) + 4 * hidden * (2 * hidden + hidden)) + 4 * 2 * 4 * hidden
     rows_bytes = rows * (width + 4 * hidden) * dtype.itemsize
     return Case(
-        group="lstm",
-        name=f"P={rows} D={width} H={hidden}",
-        dtype=kind,
+        shape=shapes.lstm(rows, width, hidden, kind),
         contenders={OURS: make_ours, ATEN: make_theirs},
         truth=truth,
         # A rounded state is rounded again at every step.
         tolerance=(3 * tolerance[0], 3 * tolerance[1]),
         set_bytes=weights * dtype.itemsize + rows_bytes,
-        work=_work.lstm(rows, width, hidden, dtype.itemsize),
         precision=precision,
     )
 
 
-def splice_case(batch: int, length: int, width: int, device: torch.device, rows: int = 20) -> Case:
+def splice_case(batch: int, length: int, width: int, device: torch.device, rows: int = shapes.PROMPT_ROWS) -> Case:
     """The prompt in front of a batch, with mask and labels, as PEFT's forward does it; a bf16 model, an fp32 prompt."""
     vocabulary, dtype = 32000 if device.type == "cuda" else 50, torch.bfloat16
     source = _seeded(0)
@@ -278,9 +269,7 @@ def splice_case(batch: int, length: int, width: int, device: torch.device, rows:
     out_bytes = batch * total * width * itemsize
     in_bytes = batch * length * (width * itemsize + 8 * 3) + rows * width * 4
     return Case(
-        group="splice",
-        name=f"B={batch} T={length} D={width}",
-        dtype="bf16",
+        shape=shapes.splice(batch, length, width, rows),
         contenders={
             OURS: lambda index: make_ours(index, "triton"),
             ATEN: lambda index: make_ours(index, "reference"),
@@ -290,7 +279,6 @@ def splice_case(batch: int, length: int, width: int, device: torch.device, rows:
         truth=truth,
         tolerance=(0.0, 0.01),  # PEFT sums the prompt's gradient in bf16
         set_bytes=in_bytes + out_bytes,
-        work=_work.splice(batch, length, rows, width, itemsize, prompt_itemsize=4),
     )
 
 
@@ -324,9 +312,7 @@ def head_case(rows: int, width: int, vocabulary: int, kind: str, device: torch.d
         return loss, torch.autograd.grad(loss, hidden)
 
     return Case(
-        group="head loss",
-        name=f"R={rows} D={width} V={vocabulary}",
-        dtype=kind,
+        shape=shapes.head(rows, width, vocabulary, kind),
         contenders={
             OURS: make_ours,
             ATEN: lambda index: make_theirs(index, is_compiled=False),
@@ -335,7 +321,6 @@ def head_case(rows: int, width: int, vocabulary: int, kind: str, device: torch.d
         truth=truth,
         tolerance=tolerance,
         set_bytes=(vocabulary + rows) * width * dtype.itemsize,
-        work=_work.head_loss(rows, width, vocabulary, dtype.itemsize),
         precision=precision,
     )
 
@@ -357,14 +342,14 @@ def cases(device: torch.device) -> Iterator[Planned]:
     PEFT is compiled in the first of each op only, for that takes longer than all the rest of a case.
     """
     on_gpu = device.type == "cuda"
-    splices = ((32, 2048, 4096), (8, 512, 4096)) if on_gpu else ((2, 6, 32),)
-    lstms = ((100, 1024, 1024), (20, 768, 256), (50, 3072, 3072), (20, 768, 768), (100, 4096, 4096))
-    heads = ((840, 3072, 128256), (8192, 4096, 32000)) if on_gpu else ((9, 16, 40),)
-    mlps = ((20, 4096), (50, 3072), (20, 768), (100, 4096), (20, 3072), (100, 8192)) if on_gpu else ((5, 16),)
+    splices = shapes.SPLICES if on_gpu else ((2, 6, 32),)
+    lstms = shapes.LSTMS if on_gpu else ((5, 16, 24),)
+    heads = shapes.HEADS if on_gpu else ((9, 16, 40),)
+    mlps = shapes.MLPS if on_gpu else ((5, 16),)
     half, others = ("bf16", "fp32"), ("bf16 autocast", "tf32")
     in_turns = itertools.zip_longest(
         ((splice_case, *sizes) for sizes in splices),
-        ((lstm_case, *sizes, kind) for sizes in (lstms if on_gpu else ((5, 16, 24),)) for kind in half),
+        ((lstm_case, *sizes, kind) for sizes in lstms for kind in half),
         ((head_case, *sizes, kind) for sizes in heads for kind in half),
         ((mlp_case, *sizes, kind) for kind in (*half, *others) for sizes in mlps),
     )

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from .._limits import floor_seconds
 from .._work import BACKWARD, FORWARD
 from ._cases import OURS, Case, Planned, Work, cases, matmul_precision
 from ._timing import Figures, capture, time_calls, time_graphs
@@ -89,15 +88,15 @@ def measure(benchmark: Any, prepared: Prepared, mode: str, state: str) -> None:
     else:
         found, left_out = device_times(prepared, mode, state)
     figures: dict[str, dict[str, float]] = {name: value.as_dict() for name, value in found.items()}
-    work = case.work[mode]
-    floor = floor_seconds(work, case.dtype.split()[0]) * 1e3
+    shape = case.shape
+    work, floor = shape.work[mode], shape.floor(None)[mode] * 1e3
     for figure in figures.values():
         figure["ratio"] = figure["median_ms"] / figures[OURS]["median_ms"]
         figure["share"] = floor / figure["median_ms"]
     benchmark.extra_info.update(
-        group=case.group,
-        case=case.name,
-        dtype=case.dtype,
+        group=shape.group,
+        case=shape.name,
+        dtype=shape.dtype,
         mode=mode,
         state=state,
         bytes=work.bytes,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -100,7 +101,7 @@ def pair(case: Case, question: str, **switches: Callable[[], AbstractContextMana
             return Switched(work.forward, work.parameters, work.d_out, switch)
 
         case.contenders[name.replace("_", " ")] = make
-    case.group = f"pairs: {question}"
+    case.shape = dataclasses.replace(case.shape, group=f"pairs: {question}")
     return case
 
 

@@ -1,0 +1,91 @@
+"""What is measured on a GPU: of each shape its name, the least work, and what the kernels should take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .. import _work, predicted
+from .._limits import floor_seconds, predicted_seconds
+from .._work import Work
+
+# Bytes of a parameter. In fp32 and tf32 they are the same, and products differ; under autocast parameters are fp32.
+ITEMSIZE = {"fp32": 4, "tf32": 4, "bf16": 2, "bf16 autocast": 4}
+PROMPT_ROWS = 20  # of splice
+
+
+@dataclass(frozen=True)
+class Shape:
+    """group, name, dtype: as in a result's row. work: the least, by mode.
+
+    seconds: (limits as of `_limits.limits`, figures as of `predicted.figures`) to what the kernels should take, by
+        mode.
+    """
+
+    group: str
+    name: str
+    dtype: str
+    work: Mapping[str, Work]
+    seconds: Callable[[Any, Any], Mapping[str, float]]
+
+    def floor(self, limits: Any) -> dict[str, float]:
+        """Seconds that the least work takes, by mode."""
+        return {mode: floor_seconds(work, _products(self.dtype), limits) for mode, work in self.work.items()}
+
+
+def _products(dtype: str) -> str:
+    return dtype.split()[0]
+
+
+def _by_kernels(group: str, name: str, dtype: str, work: Any, kernels: Mapping[str, list[Work]]) -> Shape:
+    def seconds(limits: Any, _: Any) -> dict[str, float]:
+        return {mode: predicted_seconds(each, _products(dtype), limits) for mode, each in kernels.items()}
+
+    return Shape(group, name, dtype, work, seconds)
+
+
+def mlp(rows: int, width: int, kind: str) -> Shape:
+    """P-tuning's encoder: three layers, D = H = width."""
+    sizes = (rows, width, width, ITEMSIZE[kind])
+    return _by_kernels("mlp", f"P={rows} D=H={width}", kind, _work.mlp(*sizes), _work.mlp_kernels(*sizes))
+
+
+def lstm(rows: int, width: int, hidden: int, kind: str) -> Shape:
+    """P-tuning's LSTM: two layers, bidirectional, batch 1."""
+    dtype = "bfloat16" if kind == "bf16" else "float32"
+
+    def seconds(_: Any, gpu: Any) -> dict[str, float]:
+        return predicted.lstm(rows, width, hidden, dtype, gpu)
+
+    work = _work.lstm(rows, width, hidden, ITEMSIZE[kind])
+    return Shape("lstm", f"P={rows} D={width} H={hidden}", kind, work, seconds)
+
+
+def splice(batch: int, length: int, width: int, rows: int = PROMPT_ROWS) -> Shape:
+    """The prompt in front of a batch, with mask and labels; a bf16 model, an fp32 prompt."""
+    sizes = (batch, length, rows, width, ITEMSIZE["bf16"], ITEMSIZE["fp32"])
+    name = f"B={batch} T={length} D={width}"
+    return _by_kernels("splice", name, "bf16", _work.splice(*sizes), _work.splice_kernels(*sizes))
+
+
+def head(rows: int, width: int, vocabulary: int, kind: str) -> Shape:
+    """A language model's head and loss."""
+    sizes, name = (rows, width, vocabulary, ITEMSIZE[kind]), f"R={rows} D={width} V={vocabulary}"
+    return _by_kernels("head loss", name, kind, _work.head_loss(*sizes), _work.head_loss_kernels(*sizes))
+
+
+SPLICES = ((32, 2048, 4096), (8, 512, 4096))
+LSTMS = ((100, 1024, 1024), (20, 768, 256), (50, 3072, 3072), (20, 768, 768), (100, 4096, 4096))
+HEADS = ((840, 3072, 128256), (8192, 4096, 32000))
+MLPS = ((20, 4096), (50, 3072), (20, 768), (100, 4096), (20, 3072), (100, 8192))
+
+
+def shown() -> Iterator[Shape]:
+    """Those of docs/gpu.md."""
+    for sizes in SPLICES:
+        yield splice(*sizes)
+    for function, all_sizes in ((mlp, MLPS), (lstm, LSTMS), (head, HEADS)):
+        for sizes in sorted(all_sizes):
+            for kind in ("fp32", "bf16"):
+                yield function(*sizes, kind)
