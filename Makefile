@@ -33,8 +33,9 @@ demo: $(READY)  ## P-tune a small language model on real words, from nothing, in
 
 # A process for each core, and a file for each process: WORKERS=0 runs all in one.
 WORKERS ?= auto
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
 test: $(READY)  ## run all tests
-	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(READY)  ## check style
 	$(BIN)/ruff check .
@@ -79,7 +80,7 @@ PAIR = build/peft-$(PEFT)-transformers-$(TRANSFORMERS)
 versions: $(READY)  ## run the tests of `apply` with the oldest PEFT and transformers
 	test -d $(PAIR)/peft || { $(BIN)/python -m pip install -q --target $(PAIR) transformers==$(TRANSFORMERS) \
 	  && $(BIN)/python -m pip install -q --no-deps --target $(PAIR) peft==$(PEFT); }
-	PYTHONPATH=$(PAIR) $(BIN)/python -m pytest -q tests/test_apply_patch.py tests/test_apply_results.py \
+	PYTHONPATH=$(PAIR) $(PYTEST) -q tests/test_apply_patch.py tests/test_apply_results.py \
 	  tests/test_apply_training.py tests/test_lm_head.py tests/test_tools_attributes.py tests/test_tools_files.py \
 	  tests/test_tools_parallel.py tests/test_tools_trainer.py $(ARGS)
 
