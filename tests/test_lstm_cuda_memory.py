@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cuda_shim.machine import COMPILER, Gpu, KernelFailed, Machine, build_watched, build_with_faults
 from test_lstm_cuda_shim import GPUS, Shape, check, make, name, on_machine
-from tolerance import LOW, Tensors, examples, generator, normal, one_thread  # noqa: F401
+from tolerance import LOW, Tensors, dtypes, examples, generator, normal, one_thread  # noqa: F401
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
 
@@ -26,10 +26,23 @@ SMALL: Shape = (4, 3, 11, 1)
 
 # What is wrong: in which file, what stands there, what stands there instead.
 PERSISTENT, EXCHANGE = "lstm_persistent.cuh", "lstm_exchange.cuh"
+BEGINS = "begin_arrivals(arrivals + thread(), blocks)"
+SENDS = "exchange.publish(next + b * plan.staged_bytes + place, published, step)"
 FAULTS = {
     "plain load": [(EXCHANGE, "load_relaxed(from + chunk)", "from[chunk]")],
     "no wait": [(EXCHANGE, "!arrived(arrivals + before % 2, uint32_t(before / 2 % 2))", "false")],
     "no release": [(EXCHANGE, "release_shared()", "void()")],
+    "an arrival before the barrier": [
+        (
+            PERSISTENT,
+            "slice.multiply(now, batch, sums)",
+            "(cluster && !last ? exchange.have_read(step) : void(), slice.multiply(now, batch, sums))",
+        ),
+        (PERSISTENT, "(cluster && !last)", "(cluster && !last && step == 0)"),
+    ],
+    "nobody begins": [(EXCHANGE, "(thread() < 2)", "false")],
+    "one arrival too many": [(EXCHANGE, BEGINS, BEGINS.replace("blocks", "blocks - 1"))],
+    "a word twice": [(PERSISTENT, SENDS, f"({SENDS}, {SENDS})")],
     "one vector": [
         (PERSISTENT, "(second ? vector_bytes : 0)", "0"),
         (PERSISTENT, "(second ? 0 : vector_bytes)", "0"),
@@ -59,7 +72,7 @@ def results(machine: Machine, gpu: Gpu, shape: Shape, dtype: torch.dtype = torch
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@dtypes
 @pytest.mark.parametrize("variant", list(GPUS))
 @pytest.mark.parametrize("shape", [(5, 1, 45, 2), (4, 3, 37, 1)], ids=name)
 def test_kernels_have_no_races_and_stand_late_stores(
@@ -97,7 +110,7 @@ def test_each_barrier_is_missed(watched: Machine, variant: str) -> None:
 RACE = r"race at {0}, byte \d+: {1} by block \d+ thread \d+.* orders it behind the {1} by block \d+ thread"
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     ("fault", "variant", "message"),
     [
@@ -105,9 +118,14 @@ RACE = r"race at {0}, byte \d+: {1} by block \d+ thread \d+.* orders it behind t
         ("plain load", "L", RACE.format("workspace", "(plain load|relaxed store)")),
         ("no wait", "S", RACE.format(r"shared memory of block \d", "(plain load|sent store)")),
         ("no release", "S", RACE.format(r"shared memory of block \d", "(plain load|sent store)")),
+        ("an arrival before the barrier", "S", RACE.format(r"shared memory of block \d", "(plain load|sent store)")),
+        ("nobody begins", "S", "(an mbarrier is used that nobody began|poll of what was not set at shared memory)"),
+        ("one arrival too many", "S", "(race at shared memory of block|more threads arrive in a phase of an mbarrier)"),
+        ("a word twice", "S", RACE.format(r"shared memory of block \d", "sent store")),
         ("one vector", "S", RACE.format(r"shared memory of block \d", "(plain load|sent store)")),
         ("one place for sums", "S", RACE.format(r"shared memory of block \d", "plain (load|store)")),
         ("no memset", "M", r"poll of what was not set at workspace, byte \d+: relaxed load by block \d+ thread"),
+        ("no memset", "L", r"poll of what was not set at workspace, byte \d+: relaxed load by block \d+ thread"),
     ],
 )
 def test_a_fault_is_found_in_any_order(faulty: Machine, fault: str, variant: str, message: str, seed: int) -> None:
@@ -123,7 +141,7 @@ def test_a_store_into_a_block_that_has_ended_is_found(faulty: Machine) -> None:
             results(faulty, dataclasses.replace(gpu, seed=seed), SMALL)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", range(4))
 def test_streamed_weights_that_nobody_waits_for_are_missed(faulty: Machine, seed: int) -> None:
     gpu = dataclasses.replace(GPUS["L"], seed=seed)
     right = results(faulty, gpu, SMALL)["output"]

@@ -173,21 +173,28 @@ class Order {
 void schedule() {
   Order order(machine->fibers.size(), machine->blocks.size());
   const auto happened = [] { return machine->events + machine->stores->arrived(); };
+  const auto stop_if_wrong = [] {
+    if (!machine->error.empty()) throw std::runtime_error(std::string(machine->name) + ": " + machine->error);
+  };
   while (!order.done()) {
     const int64_t before = happened();
     machine->stores->drift();
+    stop_if_wrong();
     for (const size_t index : order.next_round()) {
       Fiber& fiber = *machine->fibers[index];
       if (order.sleeps(fiber)) continue;
       if (fiber.waiting_for && fiber.waiting_for->generation == fiber.waiting_since) continue;
       run_fiber(index);
-      if (!machine->error.empty()) throw std::runtime_error(std::string(machine->name) + ": " + machine->error);
+      stop_if_wrong();
     }
     if (happened() == before && !order.done() && !machine->stores->arrive_any() && settings.most_polls < 0) {
       if (order.all_awake()) throw std::runtime_error(report());
       order.wake_all();
     }
   }
+  while (machine->stores->arrive_any()) {
+  }
+  stop_if_wrong();
 }
 
 }  // namespace
@@ -250,9 +257,6 @@ void run(const char* name, unsigned blocks, unsigned blocks_y, unsigned threads,
   for (size_t index = 0; index < count; ++index) add_fiber(index, threads, blocks);
   schedule();
   barriers = here.fibers[0]->barriers;
-  while (here.stores->arrive_any()) {
-  }
-  if (!here.error.empty()) throw std::runtime_error(std::string(name) + ": " + here.error);
 }
 
 }  // namespace fusedprompt::shim

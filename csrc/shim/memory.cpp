@@ -105,7 +105,18 @@ struct Arrivals {
   uint8_t count, pending, parity, unused;
 };
 
+void fail(const char* what) {
+  if (machine->error.empty()) machine->error = what;
+}
+
+Handover& handover_of(const uint64_t* address) {
+  const auto [found, is_new] = machine->arrivals.try_emplace(address);
+  if (is_new) fail("an mbarrier is used that nobody began");
+  return found->second;
+}
+
 Arrivals arrivals_at(const uint64_t* address) {
+  handover_of(address);
   Arrivals arrivals;
   memcpy(&arrivals, address, sizeof arrivals);
   return arrivals;
@@ -113,13 +124,14 @@ Arrivals arrivals_at(const uint64_t* address) {
 
 void change(uint64_t* address, int arrived, int bytes) {
   Arrivals arrivals = arrivals_at(address);
+  if (arrived > arrivals.pending) fail("more threads arrive in a phase of an mbarrier than it counts");
   arrivals.pending = uint8_t(arrivals.pending - arrived);
   arrivals.bytes += bytes;
   if (arrivals.pending == 0 && arrivals.bytes == 0) {
     arrivals.parity ^= 1;
     arrivals.pending = arrivals.count;
     ++machine->events;
-    if (watching) machine->arrivals[address].open();
+    if (watching) handover_of(address).open();
   }
   memcpy(address, &arrivals, sizeof arrivals);
 }
@@ -188,6 +200,7 @@ void begin_arrivals(uint64_t* arrivals, int count) {
   access(arrivals, sizeof *arrivals, true, false);
   const Arrivals start{0, uint8_t(count), uint8_t(count), 0, 0};
   memcpy(arrivals, &start, sizeof start);
+  if (!machine->arrivals.try_emplace(arrivals).second) fail("an mbarrier is begun twice");
 }
 
 void release_shared() {
@@ -196,7 +209,7 @@ void release_shared() {
 
 void arrive_expecting(uint64_t* arrivals, uint32_t bytes) {
   access(arrivals, sizeof *arrivals, true, true);
-  if (watching) races.arrive(machine->running->released, machine->arrivals[arrivals]);
+  if (watching) races.arrive(machine->running->released, handover_of(arrivals));
   change(arrivals, 1, int(bytes));
 }
 void arrive(uint64_t* arrivals, int rank) { arrive_expecting(in_cluster(arrivals, rank), 0); }
@@ -206,11 +219,14 @@ void send(uint32_t* address, uint32_t word, uint64_t* arrivals, int rank) {
   uint64_t* const at = in_cluster(arrivals, rank);
   const size_t block = size_t(machine->running->block_index / machine->cluster_size * machine->cluster_size + size_t(rank));
   const Access now = races.send(machine->running->index);
-  if (watching) check(now, uintptr_t(to), sizeof *to);
+  if (watching) {
+    check(now, uintptr_t(to), sizeof *to);
+    check({now.thread, now.moment, true, true}, uintptr_t(at), sizeof *at);
+  }
   if (machine->published++ == settings.lose_store_at) return;
   machine->stores->put(machine->running->block_index, to, word, [=] {
     if (has_ended(block)) complain("word sent to a block that has ended", uintptr_t(to), now, nullptr);
-    if (watching) races.arrive(now, machine->arrivals[at]);
+    if (watching) races.arrive(now, handover_of(at));
     change(at, 0, -4);
   });
   if (settings.seed == 0) machine->stores->arrive_sent(machine->running->block_index);
@@ -220,7 +236,7 @@ void send(uint32_t* address, uint32_t word, uint64_t* arrivals, int rank) {
 bool arrived(const uint64_t* arrivals, uint32_t parity) {
   access(arrivals, sizeof *arrivals, false, true);
   if (arrivals_at(arrivals).parity == parity) return false;
-  if (watching) races.leave(machine->running->index, machine->arrivals[arrivals]);
+  if (watching) races.leave(machine->running->index, handover_of(arrivals));
   return true;
 }
 
