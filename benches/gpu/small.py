@@ -35,10 +35,10 @@ def run_triton() -> None:
                     prompt, Layout(rows, slots), input_ids=ids, table=table, labels=ids, backend="triton"
                 )
                 batch.inputs_embeds.nan_to_num().sum().backward(retain_graph=True)
-            labels = torch.randint(-1, 12, (rows,), device="cuda")  # the last is out of range
+            labels = torch.randint(-1, 12, (rows,), device=DEVICE)  # the last is out of range
             head = table.detach()
             ops.head_loss(prompt, head, labels, soft_cap=2.0, backend="triton").backward(retain_graph=True)
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         for rows, width in ((63, 48), (128, 33)):
             x, weight, bias = (draw(*shape, dtype=torch.float32) for shape in ((rows, width), (width, width), (width,)))
             ops.mlp(x, [weight, weight], [bias, bias], backend="triton").sum().backward()

@@ -8,15 +8,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import os
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -24,7 +19,6 @@ import pytest
 from torch import Tensor
 
 from fusedprompt.ops.mlp import triton as mlp
-from fusedprompt.ops.splice import _kernels as splice_kernels
 from fusedprompt.ops.splice import triton as splice
 
 from .._work import BACKWARD, FORWARD
@@ -42,25 +36,11 @@ def no_early_launch() -> Iterator[None]:
         yield
 
 
-def with_other_text(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
-    """The module, from its source with `old` replaced. Triton reads its kernels' source in a file."""
-    source = Path(str(module.__file__)).read_text()
-    assert old in source, f"{module.__name__} has no {old!r}"
-    path = folder / f"{module.__name__.rpartition('.')[2]}_other.py"
-    path.write_text(source.replace(old, new))
-    name = f"{module.__package__}.{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = other = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(other)
-    return other
-
-
 @contextlib.contextmanager
-def table_rows_evicted(kernels: ModuleType) -> Iterator[None]:
+def table_rows_evicted() -> Iterator[None]:
     launches = functools.cache(splice._forward_launch.__wrapped__)
     with (
-        mock.patch.object(splice, "splice_forward", kernels.splice_forward),
+        mock.patch.object(splice, "TABLE_POLICY", "evict_first"),
         mock.patch.object(splice, "_forward_launch", launches),
     ):
         yield
@@ -105,7 +85,7 @@ def pair(case: Case, question: str, **switches: Callable[[], AbstractContextMana
     return case
 
 
-def pairs(folder: Path) -> Iterator[Planned]:
+def pairs() -> Iterator[Planned]:
     """At full size on a GPU, else at toy sizes."""
     on_gpu = DEVICE.type == "cuda"
 
@@ -116,13 +96,10 @@ def pairs(folder: Path) -> Iterator[Planned]:
         )
 
     def table_rows(*arguments: int) -> Planned:
-        def build() -> Case:
-            old, new = '"evict_last" if FROM_TABLE', '"evict_first" if FROM_TABLE'
-            kernels = with_other_text(splice_kernels, old, new, folder)
-            case = splice_case(*arguments, DEVICE)
-            return pair(case, "table rows kept in L2", evicted_first=lambda: table_rows_evicted(kernels))
-
-        return Planned("-".join(map(str, ("table-rows", *arguments))), build)
+        return Planned(
+            "-".join(map(str, ("table-rows", *arguments))),
+            lambda: pair(splice_case(*arguments, DEVICE), "table rows kept in L2", evicted_first=table_rows_evicted),
+        )
 
     def variants(*arguments: Any) -> Planned:
         switches = {name: functools.partial(variant, name) for name in ("S", "M", "L", "STREAM")}
@@ -142,10 +119,7 @@ def pairs(folder: Path) -> Iterator[Planned]:
         yield variants(50, 3072, 3072, "bf16")
 
 
-FOLDER = tempfile.TemporaryDirectory()
-
-
-@pytest.fixture(scope="module", params=pairs(Path(FOLDER.name)), ids=str)
+@pytest.fixture(scope="module", params=pairs(), ids=str)
 def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
     yield from prepare(request.param)
 

@@ -75,9 +75,7 @@ def splice_forward(
     PDL: tl.constexpr,
 ):
     """out[b, s] = prompt[~slot] if slot < 0 else token row `slot`; NaN for an id or a slot outside its table.
-
-    Grid (B * cdiv(S, ROWS),): a program writes ROWS rows of one b, BLOCK_D columns at a time.
-    """
+    Grid (B * cdiv(S, ROWS),): a program writes ROWS rows of one b, BLOCK_D columns at a time."""
     if PDL:
         _wait_for_kernel_before()
     tiles = tl.cdiv(S, ROWS)
