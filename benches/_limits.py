@@ -49,7 +49,8 @@ def copy_bandwidth() -> float:
 def matrix_rate(dtype: str) -> float:
     """Floating-point operations a second of torch's product of two square matrices."""
     size = 64 if TOY else 8192 if torch.get_default_device().type == "cuda" else 2048
-    a, b = (torch.ones(size, size, dtype=DTYPES[dtype]) for _ in range(2))
+    # Random: a chip that multiplies equal numbers needs less power, and runs faster.
+    a, b = (torch.randn(size, size).to(DTYPES[dtype]) for _ in range(2))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     try:

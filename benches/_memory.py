@@ -38,7 +38,8 @@ def counted_flops(work: Callable[[], object]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     own: Any = torch.ops.fusedprompt
-    formulas: dict[Any, Any] = {own.head_loss: _head_loss}
+    ops = (getattr(own, name, None) for name in ("head_loss", "head_loss_triton"))  # the second: where Triton is
+    formulas: dict[Any, Any] = {op: _head_loss for op in ops if op is not None}
     if hasattr(own, "lstm_native_forward"):
         formulas |= {own.lstm_native_forward: _lstm_forward, own.lstm_native_backward: _lstm_backward}
     for formula in formulas.values():

@@ -65,6 +65,8 @@ def build(method: str) -> Case:
     ours.prompt_encoder["default"].load_state_dict(theirs.prompt_encoder["default"].state_dict())
     with_lora = peft.get_peft_model(base_model(), peft.LoraConfig(r=32, task_type="CAUSAL_LM"))
     truth = copy.copy(theirs)
+    # In bf16 the order of summation differs between the routes, and each layer rounds again: errors add up as a walk's.
+    depth = max(1.0, LAYERS / 2) ** 0.5
     contenders = [
         contender(OURS, ours, ours, batch),
         contender(PEFT, theirs, theirs, batch),
@@ -76,7 +78,7 @@ def build(method: str) -> Case:
         contenders,
         contender("PEFT", truth, truth, batch),
         dtype="bf16",
-        tolerance=(0.02, 0.1),  # bf16: the order of summation differs between the routes
+        tolerance=(0.02 * depth, 0.1 * depth),
         rounds=(4, 4),
     )
 

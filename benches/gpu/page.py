@@ -38,12 +38,13 @@ ASSUMED = {
 def card(key: str) -> Card:
     """As measured, where benches/results has a file of such a GPU, else as assumed."""
     assumed = ASSUMED[key]
-    for path in sorted(RESULTS.glob(f"nvidia-{key}*.json")):
-        result = json.loads(path.read_text())
-        machine = result["machine_info"]
-        limits = machine.get("limits") or assumed.limits
-        return Card(machine["gpu"], limits, assumed.lstm, tuple(rows_of(result)))
-    return assumed
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"nvidia-{key}*.json"))]
+    if not results:
+        return assumed
+    rows = tuple(row for result in results for row in rows_of(result))
+    machines = [result["machine_info"] for result in results]
+    limits = next((found for machine in machines if (found := machine.get("limits"))), assumed.limits)
+    return Card(machines[0]["gpu"], limits, assumed.lstm, rows)
 
 
 def _measured(of: Card, shape: Shape, mode: str) -> dict[str, Any] | None:

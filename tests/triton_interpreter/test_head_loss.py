@@ -23,6 +23,7 @@ from tolerance import Tensors, assert_as_accurate, dtypes, evaluate, generator, 
 
 PLAIN = Scaling(0.0, 1.0)
 SCALINGS = {"plain": PLAIN, "soft cap": Scaling(3.0, 1.0), "scale": Scaling(0.0, 0.25), "both": Scaling(2.0, -1.5)}
+SCALINGS["negative scale"] = Scaling(0.0, -0.5)
 scalings = pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
 # One block of the kernel; more than two with a last one that is not full; whole ones.
 VOCABULARIES = (1, 67, 1040, 2500)
@@ -86,7 +87,7 @@ def test_head_loss_and_its_gradient_are_as_accurate_as_pytorchs(
         monkeypatch.setattr(_op, "_FEWEST_ROWS", 4)
     source, labels = generator(3), some_labels(9, 67)
     weight, shift = normal((67, 24), dtype, source), normal((67,), dtype, source) if bias else None
-    factors = torch.rand(9, generator=source, dtype=torch.float64)
+    factors = torch.rand(9, generator=source, dtype=torch.float64, device="cpu")
     inputs = {"hidden": normal((9, 24), dtype, source)}
 
     def plain(x: Tensors) -> Tensor:

@@ -25,6 +25,8 @@ def _capped(logits_ptr, at, inside, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr)
     value = tl.load(logits_ptr + at, mask=inside, other=float("-inf")).to(tl.float32) * SCALE
     if SOFT_CAP > 0:
         value = tl.where(inside, SOFT_CAP * _tanh(value / SOFT_CAP), float("-inf"))
+    elif SCALE <= 0:
+        value = tl.where(inside, value, float("-inf"))
     return value
 
 
