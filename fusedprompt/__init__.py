@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .layouts.collator import TemplateCollator as TemplateCollator
     from .layouts.layout import Layout as Layout
     from .layouts.template import Template as Template
+    from .methods.cartridge import CartridgeConfig as CartridgeConfig
+    from .methods.cartridge import CartridgeEncoder as CartridgeEncoder
     from .methods.config import PeftType as PeftType
     from .methods.config import PromptLearningConfig as PromptLearningConfig
     from .methods.cpt import CPTConfig as CPTConfig
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from .methods.p_tuning import PromptEncoder as PromptEncoder
     from .methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
     from .methods.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+    from .methods.prefix_tuning import PrefixEncoder as PrefixEncoder
+    from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
     from .methods.prompt_tuning import PromptEmbedding as PromptEmbedding
     from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from .methods.prompt_tuning import PromptTuningInit as PromptTuningInit
@@ -43,9 +47,11 @@ _NAMES_IN = {
     "layouts.collator": ("TemplateCollator",),
     "layouts.layout": ("Layout",),
     "layouts.template": ("Template",),
+    "methods.cartridge": ("CartridgeConfig", "CartridgeEncoder"),
     "methods.config": ("PeftType", "PromptLearningConfig"),
     "methods.cpt": ("CPTConfig", "CPTEmbedding"),
     "methods.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
+    "methods.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
     "methods.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
     "model.prompt_model": ("PromptModel", "get_prompt_model"),
     "ops": ("BackendUnavailable", "explain", "use_backend"),

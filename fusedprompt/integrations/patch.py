@@ -198,7 +198,7 @@ class Patch(Record):
         config = self.model.peft_config.get(adapter_name)
         trained = config is not None and not config.inference_mode and why_not_adapter(config) is None
         result = original(model_id, adapter_name, **kwargs)
-        if trained and method_of(config).saves_encoder:
+        if trained and method_of(config).keeps_encoder(config):
             config.inference_mode = True  # PEFT's word for: the table is the prompt
         return result
 

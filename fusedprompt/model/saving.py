@@ -35,7 +35,7 @@ def save(
     state_dict: values of the model's parameters instead of its own.
     """
     config, place = copy.copy(model.peft_config[adapter_name]), model.prompts[adapter_name]
-    saves_encoder = not config.inference_mode and method_of(config).saves_encoder
+    saves_encoder = not config.inference_mode and method_of(config).keeps_encoder(config)
     config.inference_mode = True  # PEFT's files always say so
     fields = config.to_dict()
     if place.start:
@@ -93,14 +93,14 @@ def load(model: PromptAdapters, adapter_name: str, folder: Path, is_trainable: b
     tensors, _ = checkpoint.read_tensors(file)
     encoder = method_of(config).module(config.blank(), model.word_embeddings)
     expected = {
-        checkpoint.PROMPT_KEY: encoder.embedding.weight,
+        checkpoint.PROMPT_KEY: torch.empty(encoder.total_virtual_tokens, encoder.product_width, device="meta"),
         **saved_modules.expected_tensors(model.base_model, config.modules_to_save or []),
     }
     checkpoint.check_tensors(file, tensors, expected)
     prompt = tensors.pop(checkpoint.PROMPT_KEY)
     with torch.no_grad():
         if not is_trainable:
-            encoder.embedding.weight.copy_(prompt)
+            encoder.load_prompt_embeddings(prompt)
         else:
             _load_encoder(encoder, config, folder, prompt)
     before = _parameters(model, adapter_name)
@@ -154,7 +154,7 @@ def _load_template(
 
 def _load_encoder(encoder: PromptModule, config: PromptLearningConfig, folder: Path, prompt: Tensor) -> None:
     method = method_of(config)
-    stored = checkpoint.read_encoder(folder, prompt) if method.saves_encoder else None
+    stored = checkpoint.read_encoder(folder, prompt) if method.keeps_encoder(config) else None
     if stored is not None:
         file, tensors = stored
         checkpoint.check_tensors(file, tensors, encoder.state_dict())
