@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from .methods.prompt_tuning import PromptTuningInit as PromptTuningInit
     from .model.prompt_model import PromptModel as PromptModel
     from .model.prompt_model import get_prompt_model as get_prompt_model
+    from .model.starting import compose_cartridge_adapters as compose_cartridge_adapters
+    from .model.starting import initialize_kv_prefix_from_adapter as initialize_kv_prefix_from_adapter
+    from .model.starting import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values
+    from .model.starting import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
+    from .model.starting import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
     from .ops import BackendUnavailable as BackendUnavailable
     from .ops import explain as explain
     from .ops import use_backend as use_backend
@@ -54,6 +59,13 @@ _NAMES_IN = {
     "methods.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
     "methods.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
     "model.prompt_model": ("PromptModel", "get_prompt_model"),
+    "model.starting": (
+        "compose_cartridge_adapters",
+        "initialize_kv_prefix_from_adapter",
+        "initialize_kv_prefix_from_past_key_values",
+        "initialize_kv_prefix_from_text",
+        "prompt_embeddings_from_past_key_values",
+    ),
     "ops": ("BackendUnavailable", "explain", "use_backend"),
     "routes.choice": ("RouteUnavailable",),
     "routes.packing": ("PackingCollator", "pack"),

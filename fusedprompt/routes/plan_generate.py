@@ -25,6 +25,7 @@ from ..layouts.mixture import BASE, Mixture, refuse_cache
 from ..layouts.padding import Turn, choose_layout, may_be_padded
 from ..layouts.prompt import Prompt
 from ..ops._backend import AUTO
+from .call import BASE as BASE_ROUTE
 from .call import CONTINUE, FULL, PEFT, PREFIX, SHARED, SPLICE, Call, Plan, refuse, refuse_fields, with_cache
 from .choice import RouteUnavailable, why_not_as_peft, why_not_length, why_not_now, why_not_prompts
 from .host import Host
@@ -113,6 +114,9 @@ def _in_front(host: Host, active: Prompt, call: Call) -> Plan:
         raise ValueError(f"inputs_embeds: expected the length of input_ids, {ids.shape[1]}, got {embeds.shape[1]}")
     prompts, rows = ((active,), active.rows) if mixture is None else (mixture.prompts, mixture.longest)
     table, in_cache = tuple(prompt.name for prompt in prompts), (*prompts, active)[0].in_cache
+    if in_cache and not prompts:
+        others = dict(with_cache(others, cache))
+        return Plan(BASE_ROUTE, call, batch, "no row has a prompt", task=active.task, mixture=mixture, others=others)
     if in_cache:
         _check_behind(host, replace(call, others=others), prompts or (active,), rows)
     if in_cache and facts.encoder_decoder:
