@@ -41,6 +41,7 @@ class PromptAdapters(ReadsThrough):
     """
 
     backend = AUTO  # ops follow `use_backend`
+    ties_layers = False
 
     def __init__(self, base_model: nn.Module) -> None:
         super().__init__()

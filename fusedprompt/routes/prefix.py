@@ -96,7 +96,7 @@ def _parts(host: Host, name: str, kept: bool) -> Tensor:
 def _cache(host: Host, name: str, parts: Tensor) -> Any:
     """A cache whose layers hold the parts."""
     cache, pieces = new_cache(host.base_model), parts.unbind(0)
-    order = layer_order(len(pieces) // 2, host.facts.encoder_decoder)
+    order = layer_order(len(pieces) // 2, host.facts.encoder_decoder, host.ties_layers)
     for layer, index in zip(cache.layers, order):
         keys, values = pieces[2 * index], pieces[2 * index + 1]
         window = getattr(layer, "sliding_window", None)
@@ -109,17 +109,17 @@ def _cache(host: Host, name: str, parts: Tensor) -> Any:
     return cache
 
 
-def layer_order(count: int, encoder_decoder: bool) -> list[int]:
+def layer_order(count: int, encoder_decoder: bool, ties: bool = False) -> list[int]:
     """Which pair of keys and values each of `count` layers reads.
 
     In an encoder-decoder PEFT reads them twice over, with two pairs a layer: layer l has number 2 l modulo their count.
     Where that is odd each has its own, and the order is PEFT's. Where it is even, PEFT gives layers l and l + count / 2
-    the same; here the second half has the pairs that nobody reads there.
+    the same; here the second half has the pairs that nobody reads there. ties: it is as in PEFT.
     """
     if not encoder_decoder:
         return list(range(count))
-    tied = count % 2 == 0
-    return [2 * index % count + (tied and 2 * index >= count) for index in range(count)]
+    apart = count % 2 == 0 and not ties
+    return [2 * index % count + (apart and 2 * index >= count) for index in range(count)]
 
 
 # Deciding
