@@ -1,4 +1,4 @@
-"""fusedprompt: fused kernels for soft prompts (P-tuning, prompt tuning, CPT) on Hugging Face transformers.
+"""fusedprompt: fused kernels for soft prompts (P-tuning, prompt tuning, prefixes, CPT) on transformers.
 
 Names are imported when they are first used, so that `python -m fusedprompt doctor` can report on an installation whose
 torch does not import. Importing the package, and all of it but models, needs torch alone.
