@@ -51,6 +51,8 @@ def test_a_training_step_is_that_of_peft(family: str, task: str, method: str) ->
     found, expected = step(mine, **inputs), step(theirs, **inputs)
     assert any("prompt_encoder" in name and value.any() for name, value in found.items())
     assert_close(found, expected)
+    del inputs["attention_mask"]
+    assert_close(step(mine, **inputs), step(theirs, **inputs))
     assert {n: p.requires_grad for n, p in mine.prompt_encoder.named_parameters()} == {
         n: p.requires_grad for n, p in theirs.prompt_encoder.named_parameters()
     }
@@ -334,6 +336,25 @@ def test_padding_that_would_count_is_refused_and_other_padding_is_not() -> None:
             else:
                 found = model(input_ids=ids, attention_mask=mask).logits[:, :5]
                 assert_close({"logits": found}, {"logits": model(input_ids=ids[:, :5]).logits})
+
+
+def test_what_is_pooled_behind_a_window_may_have_no_padding_at_all() -> None:
+    base = build("Mistral", "SEQ_CLS", sliding_window=8)
+    config = fusedprompt.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    model = fusedprompt.get_prompt_model(base, config).eval()
+    ids, mask = pad(tokens(2, 5), 0, 2)
+    with pytest.raises(ValueError, match="expected rows without padding, because of the base model: 11 positions"):
+        model(input_ids=ids, attention_mask=mask)
+    model(input_ids=ids[:, :5], attention_mask=mask[:, :5])
+
+
+def test_a_cache_of_the_callers_takes_no_prefix_that_a_window_cuts() -> None:
+    model = ours("Gemma2", method="PREFIX", rows=12, sliding_window=8)
+    own = transformers.DynamicCache(config=model.base_model.config)
+    with pytest.raises(
+        ValueError, match="past_key_values: expected None for 12 virtual tokens, of which a layer with a"
+    ):
+        model(input_ids=tokens(), past_key_values=own)
 
 
 # Counts

@@ -119,8 +119,8 @@ def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any)
 
 
 def key_shapes(base: nn.Module, facts: BaseFacts) -> tuple[tuple[int, int], ...] | str | None:
-    """(heads, width) of the keys that each of a base model's first layers puts into a cache; or why none are put there.
-    None where it cannot be run."""
+    """(heads, width) of the keys and of the values that each of a base model's first layers puts into a cache; or why
+    none are put there. None where it cannot be run."""
     found: tuple[tuple[int, int], ...] | str | None
     found = _found(base, "keys", lambda model: _Trial(model, facts).key_shapes(), None)
     return found
@@ -226,10 +226,11 @@ class _Trial:
             given = {"past_key_values": EncoderDecoderCache(cache, other), "decoder_inputs_embeds": row}
         if isinstance(self._run(inputs_embeds=row, **given), str):
             return None  # the call itself will say why
-        filled = [layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None]
-        if not filled or any(keys.dim() != 4 for keys in filled):
+        layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+        filled = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        if not filled or any(tensor.dim() != 4 for tensor in filled):
             return "the base model does not fill the cache that it is given"
-        return tuple((keys.shape[1], keys.shape[3]) for keys in filled)
+        return tuple((tensor.shape[1], tensor.shape[3]) for tensor in filled)
 
     def why_not_embeddings(self) -> str | None:
         """The error of a padded row, or None."""

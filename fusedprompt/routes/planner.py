@@ -147,8 +147,9 @@ class Planner:
             return {"route": PREFIX, "fields": batch, "others": widened(facts, others, self.rows, mixture)}
         ours = self.placement == OURS
         if ours:
+            batch.checked(facts)
             uneven = mixture is not None and not mixture.even
-            check_padding(host, batch.attention_mask, self.rows, batch.shape[1], uneven)
+            check_padding(host, batch.attention_mask, self.rows, batch.shape[1], uneven, task.pools)
             if self._is_of_next_tokens() and may_be_padded(batch.attention_mask, 0):
                 # Nothing predicts a row's first token, as without padding.
                 unseen = unpredicted(batch.attention_mask)

@@ -154,8 +154,10 @@ def check_served(host: Host, prompts: Sequence[Prompt], route: str) -> None:
             )
 
 
-def check_padding(host: Host, mask: Any, rows: int, length: int, uneven: bool = False) -> None:
-    """Refuse padding between a prefix and a row's text where it changes the row.
+def check_padding(
+    host: Host, mask: Tensor | None, rows: int, length: int, uneven: bool = False, pools: bool = False
+) -> None:
+    """Refuse padding between a prefix and a row's text where it changes the row. pools: all padding goes there.
 
     Raises:
         ValueError: with the reason.
@@ -168,9 +170,11 @@ def check_padding(host: Host, mask: Any, rows: int, length: int, uneven: bool = 
     window, reason = host.sharing.window, found.gap
     if window is not None and rows + length > window:
         reason = f"{rows + length} positions are more than its window of {window}, in which padding counts"
-    if reason is None or not (uneven or (may_be_padded(mask, 0) and bool((mask[:, 0] == 0).any()))):
-        return
-    raise ValueError(f"attention_mask: expected rows without padding at the left, because of the base model: {reason}")
+    # Looking makes the host wait for a device; most base models have no such reason.
+    padded = (may_be_padded(mask, side) and bool((mask[:, side] == 0).any()) for side in ((0, -1) if pools else (0,)))
+    if reason is not None and (uneven or any(padded)):
+        where = "padding" if pools else "padding at the left"
+        raise ValueError(f"attention_mask: expected rows without {where}, because of the base model: {reason}")
 
 
 def behind_prefix(
@@ -184,7 +188,6 @@ def behind_prefix(
         wide = None if mask is None else F.pad(mask, (rows, 0), value=1)
         return replace(batch, attention_mask=wide, position_ids=None if positions is None else positions + rows), False
     check_length(facts, rows, batch.shape[1])
-    batch.checked(facts)
     size, length = batch.shape
     looks_up = pools and facts.pools_last and mask is not None
     padding: Tensor | None = None

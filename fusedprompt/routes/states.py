@@ -105,7 +105,17 @@ def prompt_first(cache: Any) -> bool:
 
 
 def fill(cache: Any, source: Any) -> None:
-    """Put all keys and values of one cache into another, empty one."""
+    """Put all keys and values of one cache into another, empty one.
+
+    Raises:
+        ValueError: a layer with a window holds but the last of them.
+    """
     for index, layer in enumerate(source.layers):
+        length = layer.keys.shape[-2]
+        if getattr(layer, "cumulative_length", length) != length:
+            raise ValueError(
+                f"past_key_values: expected None for {layer.cumulative_length} virtual tokens, of which a layer with a "
+                f"window keeps {length}"
+            )
         positions = torch.arange(layer.keys.shape[-2], device=layer.keys.device)
         cache.update(layer.keys, layer.values, index, {"cache_position": positions})
