@@ -46,6 +46,13 @@ FIELDS: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("CPTConfig", {"task_type": "CAUSAL_LM"}),
+    ("PrefixTuningConfig", {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}),
+    (
+        "PrefixTuningConfig",
+        {"num_virtual_tokens": 4, "init_weights": "zero", "prefix_projection": True, "encoder_hidden_size": 9},
+    ),
+    ("CartridgeConfig", {"task_type": "SEQ_CLS", "num_virtual_tokens": 4}),
+    ("CartridgeConfig", {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4, "num_frozen_tokens": 0}),
     ("CPTConfig", {"task_type": "CAUSAL_LM", **CPT_FIELDS, "opt_weighted_loss_type": "decay", "token_dim": 64}),
 ]
 
@@ -107,7 +114,7 @@ def test_unknown_keys_are_listed_in_a_warning(tmp_path: Path) -> None:
         ("{", ValueError, "adapter_config.json: expected a JSON object, but it cannot be read"),
         ("[1]", ValueError, "adapter_config.json: expected a JSON object, got list"),
         ("{}", ValueError, "adapter_config.json: expected the key 'peft_type'"),
-        ('{"peft_type": "LORA"}', ValueError, "peft_type in PROMPT_TUNING, P_TUNING, CPT, got 'LORA'"),
+        ('{"peft_type": "LORA"}', ValueError, "peft_type in PROMPT_TUNING, P_TUNING, CPT, .*, got 'LORA'"),
     ],
 )
 def test_unreadable_files_are_named(content: str | None, error: type[Exception], message: str, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ BLOCKS = {
     "docs/layouts.md": 7,
     "docs/numerics.md": 5,
     "docs/peft.md": 2,
+    "docs/prefixes.md": 1,
     "docs/quickstart.md": 9,
     "docs/routes.md": 1,
 }
@@ -79,6 +80,12 @@ def given_routes() -> dict[str, Any]:
     return {"fp": fp, "base": small_model(), "config": config, "batch": batch()}
 
 
+def given_prefixes() -> dict[str, Any]:
+    inputs = batch()
+    names = {"fp": fp, "base": small_model(), "tokenizer": byte_tokenizer(), "manual": "How to begin. " * 40}
+    return {**names, "batch": {**inputs, "labels": inputs["input_ids"]}, "inputs": inputs}
+
+
 def given_peft() -> dict[str, Any]:
     import peft
 
@@ -101,6 +108,7 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/faq.md": given_faq,
     "docs/numerics.md": given_numerics,
     "docs/peft.md": given_peft,
+    "docs/prefixes.md": given_prefixes,
     "docs/routes.md": given_routes,
 }
 

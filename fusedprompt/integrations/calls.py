@@ -1,6 +1,6 @@
 """PEFT's `forward` with the prompt put in by our routes: PEFT's own layout, shapes and outputs, task by task.
 
-What PEFT does otherwise (warnings, prefix tuning, arguments that it rewrites) is not repeated here: they go there.
+What PEFT does otherwise (warnings, arguments that it rewrites) is not repeated here: they go there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from ..base.tasks import Task, task_of
 from ..methods import method_of
+from ..methods.method import CACHE
 from ..ops._backend import AUTO
 from ..routes.call import OURS, PEFT, Call
 from ..routes.plan import plan
@@ -75,7 +76,8 @@ def why_not_call(model: Any, task: PeftTask, given: dict[str, Any]) -> str | Non
             continue
         if value.shape != tokens[0].shape[:2] or value.device != tokens[0].device:
             return f"{name} is not (B, T) on the tokens' device"
-    if "position_ids" in given and "position_ids" not in task.dropped:
+    in_cache = method_of(config).product == CACHE
+    if "position_ids" in given and "position_ids" not in task.dropped and not in_cache:
         return "PEFT ignores position_ids, with a warning"
     if "token_type_ids" in given and not task.token_types and "token_type_ids" not in task.dropped:
         return "PEFT ignores token_type_ids, with a warning"

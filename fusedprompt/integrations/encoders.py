@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..base.facts import device_of
 from ..methods import find_method, method_of
-from ..methods.method import name_of
+from ..methods.method import CACHE, name_of
 
 
 def why_not_adapter(config: Any) -> str | None:
@@ -17,8 +17,6 @@ def why_not_adapter(config: Any) -> str | None:
     name = name_of(config.peft_type)
     if find_method(name) is not None:
         return None
-    if name in ("PREFIX_TUNING", "CARTRIDGE"):
-        return f"{name} trains keys and values of every layer, not input embeddings"
     if name == "MULTITASK_PROMPT_TUNING":
         return f"{name} makes another prompt for each row, by its task_ids"
     return f"{name} is unknown here"
@@ -31,6 +29,9 @@ def why_not_encoder(encoder: Any, config: Any) -> str | None:
     method = method_of(config)
     if config.inference_mode:
         return "inference mode: the prompt is the table itself"
+    if method.product == CACHE:
+        made = "are what two layers of PyTorch's make" if hasattr(encoder, "transform") else "are the parameters"
+        return f"keys and values {made}"
     if method.peft is None:
         return f"{method.name.lower().replace('_', ' ')} has no encoder: the prompt is the table itself"
     expected = getattr(peft, method.peft.class_name)
@@ -70,7 +71,12 @@ def prompt_rows(model: Any, adapter_name: str | None = None) -> Tensor:
     name = adapter_name or model.active_adapter
     config, encoder = model.peft_config[name], model.prompt_encoder[name]
     table = encoder.embedding
-    indices = model.prompt_tokens[name].unsqueeze(0).to(device_of(table))
+    tokens = model.prompt_tokens[name]
+    if method_of(config).product == CACHE:
+        tokens = tokens[: config.num_virtual_tokens]
+    indices = tokens.unsqueeze(0).to(device_of(table))
+    # A cartridge's embedding stands for its parameters, and cannot be called.
+    is_table = config.inference_mode and isinstance(table, nn.Embedding)
     # A shard of ZeRO-3 is there only while its module runs: even a table that is the prompt is called.
-    rows: Tensor = table(indices)[0] if config.inference_mode else encode(encoder, config, indices)
+    rows: Tensor = table(indices)[0] if is_table else encode(encoder, config, indices)
     return rows

@@ -15,7 +15,7 @@ from ..base.saved_modules import for_rows
 from ..base.state import BaseState
 from ..base.tasks import Task, task_of
 from ..layouts.prompt import Prompt
-from ..methods.method import name_of
+from ..methods.method import CACHE, find_method, name_of
 from ..ops._backend import using
 from ..routes.head import TextHead
 from ..routes.host import joined
@@ -24,10 +24,12 @@ from .encoders import prompt_rows
 
 
 class PeftHost:
-    """The `Host` of a PeftModel. It owns no weights.
+    """The `Host` of a PeftModel. It owns no weights. Its adapters were trained with layers that PEFT ties.
 
     task: of the model's class; None where that has none, and each adapter's configuration says it.
     """
+
+    ties_layers = True
 
     def __init__(self, model: Any, backend: str, route: str, task: Task | None) -> None:
         self.model, self.backend, self.route, self.task = model, backend, route, task
@@ -76,7 +78,9 @@ class PeftHost:
         for name, config in self.peft_config.items():
             task = self.task or (Task("none") if config.task_type is None else task_of(config.task_type))
             rows = int(getattr(config, "num_virtual_tokens", 0))
-            found[name] = Prompt(name, name_of(config.peft_type), task, rows)
+            method = find_method(config.peft_type)
+            in_cache = method is not None and method.product == CACHE
+            found[name] = Prompt(name, name_of(config.peft_type), task, rows, in_cache=in_cache)
         return found
 
     @property

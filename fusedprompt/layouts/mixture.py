@@ -59,6 +59,11 @@ class Mixture:
         tasks = {prompt.name: prompt.task.name for prompt in own}
         if len(set(tasks.values())) > 1:
             raise ValueError(f"adapter_names: expected adapters of one task type, got {tasks}")
+        if len({prompt.in_cache for prompt in own}) > 1:
+            kinds = {prompt.name: prompt.method for prompt in own}
+            raise ValueError(
+                f"adapter_names: expected prompts of input embeddings, or prefixes of keys and values, got {kinds}"
+            )
         first, of_adapter = 0, {BASE: (0, 0, 0, 0)}
         for index, prompt in enumerate(own):
             of_adapter[prompt.name] = (index, prompt.rows, first, prompt.start)

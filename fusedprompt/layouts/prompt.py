@@ -17,6 +17,7 @@ class Prompt:
     task: what its adapter is for.
     rows: P. start: tokens of each row that stay before it.
     template: where its rows stand, and what stands between them; None for all in front.
+    in_cache: it is keys and values, in front of all text, and no rows among the text's.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Prompt:
     rows: int
     start: int = 0
     template: Template | None = None
+    in_cache: bool = False
 
     @property
     def pattern(self) -> Template | None:

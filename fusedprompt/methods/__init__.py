@@ -1,5 +1,7 @@
 """Prompt-learning methods: one file a method. Importing this package registers them."""
 
+from .cartridge import CartridgeConfig as CartridgeConfig
+from .cartridge import CartridgeEncoder as CartridgeEncoder
 from .cpt import CPTConfig as CPTConfig
 from .cpt import CPTEmbedding as CPTEmbedding
 from .method import Method as Method
@@ -11,6 +13,8 @@ from .module import PromptModule as PromptModule
 from .p_tuning import PromptEncoder as PromptEncoder
 from .p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from .p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+from .prefix_tuning import PrefixEncoder as PrefixEncoder
+from .prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .prompt_tuning import PromptEmbedding as PromptEmbedding
 from .prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .prompt_tuning import PromptTuningInit as PromptTuningInit

@@ -31,6 +31,8 @@ class PeftType(str, enum.Enum):
     PROMPT_TUNING = "PROMPT_TUNING"
     P_TUNING = "P_TUNING"
     CPT = "CPT"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    CARTRIDGE = "CARTRIDGE"
 
 
 EnumType = TypeVar("EnumType", bound=enum.Enum)
@@ -212,8 +214,12 @@ class PromptLearningConfig:
             if getattr(filled, field) is None:
                 setattr(filled, field, _first_attribute(text_config, field, names))
         filled.num_transformer_submodules = filled._submodules
+        filled.derive(text_config)
         filled.validate()
         return filled
+
+    def derive(self, base_config: Any) -> None:
+        """Fill or correct fields by rules of a method's own; all that the base configuration tells is there."""
 
     def blank(self: ConfigType) -> ConfigType:
         """A configuration whose module may begin with any values, because they are about to be replaced."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import saved_modules
-from ..base.cache import SharingFacts
+from ..base.cache import SharingFacts, new_cache, why_no_prefix
 from ..base.facts import BaseFacts, check_base_model, device_of
 from ..base.state import BaseState, evaluating
 from ..base.tasks import task_names, task_of
@@ -19,6 +19,7 @@ from ..layouts.prompt import Prompt
 from ..layouts.template import Template
 from ..methods import PromptModule, method_of
 from ..methods.config import PromptLearningConfig, as_config
+from ..methods.method import CACHE
 from ..ops._backend import AUTO
 from ..routes.head import TextHead
 from ..routes.host import joined
@@ -40,6 +41,7 @@ class PromptAdapters(ReadsThrough):
     """
 
     backend = AUTO  # ops follow `use_backend`
+    ties_layers = False
 
     def __init__(self, base_model: nn.Module) -> None:
         super().__init__()
@@ -183,9 +185,21 @@ class PromptAdapters(ReadsThrough):
         saved = [*(config.modules_to_save or []), *task_of(config.task_type).heads]
         # The table's width, where it is not the hidden size (OPT-350m projects between them).
         width = getattr(self.word_embeddings, "embedding_dim", None)
+        layers = config.num_layers
+        if method_of(config).product == CACHE:
+            objection = why_no_prefix(self.base_model, self.facts)
+            if objection is not None:
+                method = method_of(config).name
+                raise ValueError(
+                    f"base_model: expected one whose attention reads a prefix of {method}, but {objection}"
+                )
+            width = None
+            if self.facts.encoder_decoder:  # the prefix is its decoder's
+                layers = layers or len(new_cache(self.base_model).layers)
         resolved = config.resolved(
             self.base_model.config,
             token_dim=config.token_dim or width,
+            num_layers=layers,
             base_model_name_or_path=name,
             modules_to_save=list(dict.fromkeys(saved)) or None,
         )
@@ -216,6 +230,8 @@ class PromptAdapters(ReadsThrough):
             raise ValueError(f"adapter_name: expected a non-empty name without dots, got {adapter_name!r}")
         task, method = task_of(config.task_type), method_of(config)
         assert config.num_virtual_tokens is not None
+        if method.product == CACHE:
+            self._check_prefix(config, prompt_start, template)
         try:
             encoder = encoder or method.module(config, self.word_embeddings)
             for frozen in method.frozen:
@@ -224,7 +240,9 @@ class PromptAdapters(ReadsThrough):
             self.prompt_encoder[adapter_name] = encoder.to(self.prompt_device)
             self.peft_config[adapter_name] = config
             rows = config.num_virtual_tokens
-            self.prompts[adapter_name] = Prompt(adapter_name, method.name, task, rows, prompt_start, template)
+            in_cache = method.product == CACHE
+            place = Prompt(adapter_name, method.name, task, rows, prompt_start, template, in_cache)
+            self.prompts[adapter_name] = place
             names = config.modules_to_save or []
             required = [name for name in names if name not in task.heads]
             saved_modules.add_copies(self.base_model, adapter_name, names, required)
@@ -233,6 +251,19 @@ class PromptAdapters(ReadsThrough):
             raise
         if len(self.peft_config) == 1:
             self.base_model.requires_grad_(False)
+
+    def _check_prefix(self, config: PromptLearningConfig, prompt_start: int, template: Template | None) -> None:
+        method = method_of(config).name
+        layers = len(new_cache(self.base_model).layers)
+        if config.num_layers != layers:
+            raise ValueError(
+                f"num_layers: expected the {layers} layers of the base model's cache, got {config.num_layers}"
+            )
+        rule = f"with {method}, whose keys and values stand in front of all text"
+        if prompt_start:
+            raise ValueError(f"prompt_start: expected 0 {rule}, got {prompt_start}")
+        if template is not None and not template.is_plain_prefix:
+            raise ValueError(f"template: expected none {rule}, got {str(template)!r}")
 
     def _remove(self, adapter_name: str) -> None:
         self.prompt_cache.clear(adapter_name)

@@ -15,8 +15,9 @@ from ..layouts.mixture import Mixture
 from ..ops._backend import AUTO
 from .loss import Loss
 
-# Routes. The first two put no prompt in: for a base model alone, and for one whose cache holds the prompt.
-BASE, CONTINUE, SPLICE, SHARED = "base", "continue", "splice", "shared"
+# Routes. The first two put no prompt in: for a base model alone, and for one whose cache holds the prompt. The last is
+# of prompts that are keys and values themselves.
+BASE, CONTINUE, SPLICE, SHARED, PREFIX = "base", "continue", "splice", "shared", "prefix"
 FULL, TEXT = "full", "text"  # logits of prompt and text, or of text alone
 # Placements of a prompt in front of a text: ours moves padding out of the way, PEFT's leaves it where it is.
 OURS, PEFT = "ours", "peft"
@@ -68,7 +69,7 @@ _OWN = tuple(one.name for one in fields(Call) if one.name not in ("batch", "othe
 class Plan:
     """What will be done with a call, and why.
 
-    route: "base", "continue", "splice" or "shared".
+    route: "base", "continue", "splice", "shared" or "prefix".
     call: what was asked.
     why: why the prompt is not shared; None where it is, or could not be meant to.
     pays: whether sharing would pay, if it could.

@@ -13,7 +13,7 @@ from ..layouts.picture import PADDING, join_symbols, row_symbols
 from ..layouts.pieces import anchor_slots
 from ..layouts.prompt import Prompt
 from ..methods import method_of
-from .call import BASE, CONTINUE, SHARED, SPLICE, Call, Plan
+from .call import BASE, CONTINUE, PREFIX, SHARED, SPLICE, Call, Plan
 from .choice import RouteUnavailable, why_not_head_loss, why_not_model
 from .host import Host
 from .plan import plan
@@ -52,17 +52,17 @@ def first_use_line(host: Host) -> list[str]:
 def describe_adapter(host: Host, name: str) -> str:
     """An adapter: its method, route and backends."""
     active, config = ", active" if name == host.in_use else "", host.peft_config[name]
-    return (
-        f"{name}{active}: {method_of(config).name}, {config.num_virtual_tokens} virtual tokens, "
-        f"{_route_of_model(host, host.prompts[name])}, "
-        f"{backends(host, name, operations(host, name, encodes=not config.inference_mode))}"
-    )
+    runs = backends(host, name, operations(host, name, encodes=not config.inference_mode))
+    said = f"{config.num_virtual_tokens} virtual tokens, {_route_of_model(host, host.prompts[name])}"
+    return f"{name}{active}: {method_of(config).name}, {said}{', ' if runs else ''}{runs}"
 
 
 def operations(host: Host, name: str, encodes: bool) -> list[str]:
     """The ops that serve an adapter, in the order they run in. encodes: its encoder runs on ops."""
     method, task = method_of(host.peft_config[name]), host.prompts[name].task
-    used = [*(method.ops(host.prompt_encoder[name]) if encodes else ()), "splice"]
+    used = [*(method.ops(host.prompt_encoder[name]) if encodes else ())]
+    if not host.prompts[name].in_cache:
+        used.append("splice")
     makes_loss = task.predicts_next and host.facts.causal and (host.route != SPLICE or method.targets is not None)
     return [*used, "head_loss"] if makes_loss and why_not_head_loss(host) is None else used
 
@@ -78,6 +78,8 @@ def backends(host: Host, name: str, used: Sequence[str]) -> str:
 
 
 def _route_of_model(host: Host, prompt: Prompt) -> str:
+    if prompt.in_cache:
+        return "route prefix: its keys and values stand in the cache"
     if host.route == SPLICE:
         return "route splice (asked for)"
     objection = why_not_model(host, prompt.name)
@@ -114,7 +116,13 @@ def _pictures(host: Host, planned: Plan) -> list[str]:
     for name in dict.fromkeys(mixture.names):
         row, number = mixture.names.index(name), mixture.names.count(name)
         real = None if mask is None else mask[row].tolist()
-        picture = join_symbols(row_symbols(layout.given_slots[row].tolist(), real, letter=letter))
+        if planned.route == PREFIX:  # each row's own, at the end of the columns of the longest
+            slots = [*range(-layout.num_prompt_rows, 0), *range(batch.shape[1])]
+            symbols = row_symbols(slots, real)
+            symbols = [letters.get(name, PADDING) if symbol == "P" else symbol for symbol in symbols]
+        else:
+            symbols = row_symbols(layout.given_slots[row].tolist(), real, letter=letter)
+        picture = join_symbols(symbols)
         lines.append(f"{name}, {number} row{'s' * (number > 1)}, row {row}: {picture}")
     return lines
 

@@ -24,10 +24,13 @@ from ..base.virtual_ids import answered, check_known, vocabulary
 from ..layouts.layout import Layout
 from .call import Plan
 from .host import Host
+from .prefix import PrefixStates
 from .states import PromptStates, fill
 
 
-def generate_by_ids(host: Host, plan: Plan, states: PromptStates | None, others: Mapping[str, Any]) -> Any:
+def generate_by_ids(
+    host: Host, plan: Plan, states: PromptStates | PrefixStates | None, others: Mapping[str, Any]
+) -> Any:
     """What the base model's `generate` gives, without the prompt's columns."""
     if plan.fields.input_ids is None:
         raise ValueError("input_ids: expected ids, because the prompt must occupy columns of them here, got embeddings")
@@ -59,7 +62,7 @@ class _Wide:
     ids, mask, slots: (B, S). columns: (B, T), where each token of the text stands.
     """
 
-    def __init__(self, host: Host, plan: Plan, states: PromptStates | None) -> None:
+    def __init__(self, host: Host, plan: Plan, states: PromptStates | PrefixStates | None) -> None:
         ids, layout, mask = plan.fields.input_ids, plan.layout, plan.fields.attention_mask
         assert ids is not None and layout is not None
         self.host, self.states, self.thread = host, states, threading.get_ident()

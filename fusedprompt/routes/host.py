@@ -27,11 +27,13 @@ class Host(Protocol):
     prompts, peft_config, prompt_encoder: each adapter's prompt and its place, its configuration, ours or PEFT's, and
         its module, in an `nn.ModuleDict`.
     prompt_cache: prompts' keys and values for calls that train nothing.
+    ties_layers: in an encoder-decoder two layers may have the same keys and values of a prefix; see `layer_order`.
     route: "auto", "shared" or "splice", for calls that name none. backend: of the ops.
     """
 
     sharing: SharingFacts
     text_head: TextHead
+    ties_layers: bool
 
     @property
     def base_model(self) -> Any: ...

@@ -20,6 +20,7 @@ from .host import Host
 from .packing import slots_of
 from .plan_generate import plan_generate
 from .planner import Planner
+from .prefix import widened
 from .states import prompt_first
 
 __all__ = ["Call", "Plan", "plan"]
@@ -43,6 +44,8 @@ def plan(host: Host, call: Call, placement: str = OURS) -> Plan:
     if call.generates:
         return plan_generate(host, call, placement)
     active = host.prompts[host.in_use]
+    if not (call.slots is None and call.pool_index is None and call.fields is None):
+        _check_places(host, active, call)
     call, given, table = _slots(host, active, call)
     mixture = None
     if given is None and call.adapter_names is not None:
@@ -54,6 +57,8 @@ def plan(host: Host, call: Call, placement: str = OURS) -> Plan:
     if call.past_key_values is not None:
         if placement == OURS and not host.facts.encoder_decoder and cache_length(call.past_key_values) > 0:
             return _continued(host, active, call)
+        if host.facts.encoder_decoder and active.in_cache and cache_length(call.past_key_values) > 0:
+            return _decoded(host, active, call)
         call = replace(call, others=with_cache(call.others, call.past_key_values))
     call = _of_task(task, call, placement)
     if given is None and mixture is None and active.pattern is not None:
@@ -70,10 +75,28 @@ def plan(host: Host, call: Call, placement: str = OURS) -> Plan:
         task.token_types == "never" or (task.token_types == "placed" and (given is None or host.facts.causal))
     ):
         call = replace(call, batch=replace(batch, token_type_ids=None))
-    if placement == OURS and host.facts.encoder_decoder and call.others.get("encoder_outputs") is not None:
+    encoded = placement == OURS and host.facts.encoder_decoder and call.others.get("encoder_outputs") is not None
+    if encoded and not active.in_cache:
         return _encoded(host, active, call, mixture, given)
     begun = Plan(SPLICE, call, call.batch, placement=placement, task=task, table=table, mixture=mixture)
     return Planner(host, begun, active, given).plan()
+
+
+def _check_places(host: Host, active: Prompt, call: Call) -> None:
+    """Refuse arguments that say where prompt rows go, for prefixes, which have none."""
+    named = call.adapter_names if isinstance(call.adapter_names, (list, tuple)) else [active.name]
+    prefix = next((one for name in named if (one := host.prompts.get(name)) is not None and one.in_cache), None)
+    if prefix is not None:
+        case = f"with {prefix.method}, whose keys and values stand in front of all text"
+        refuse("slots", call.slots, case)
+        refuse("pool_index", call.pool_index, case)
+        refuse_fields(call, case)
+
+
+def _decoded(host: Host, active: Prompt, call: Call) -> Plan:
+    """A decoder's tokens after its cache, in which the prefix stands."""
+    others = with_cache(widened(host.facts, call.others, active.rows), call.past_key_values)
+    return Plan(CONTINUE, call, call.batch, "the cache holds the prompt", task=active.task, others=others)
 
 
 def _slots(host: Host, active: Prompt, call: Call) -> tuple[Call, Layout | None, tuple[str, ...]]:

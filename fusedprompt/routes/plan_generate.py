@@ -25,9 +25,11 @@ from ..layouts.mixture import BASE, Mixture, refuse_cache
 from ..layouts.padding import Turn, choose_layout, may_be_padded
 from ..layouts.prompt import Prompt
 from ..ops._backend import AUTO
-from .call import CONTINUE, FULL, PEFT, SHARED, SPLICE, Call, Plan, refuse, refuse_fields, with_cache
+from .call import BASE as BASE_ROUTE
+from .call import CONTINUE, FULL, PEFT, PREFIX, SHARED, SPLICE, Call, Plan, refuse, refuse_fields, with_cache
 from .choice import RouteUnavailable, why_not_as_peft, why_not_length, why_not_now, why_not_prompts
 from .host import Host
+from .prefix import check_padding, check_served, widened
 from .states import prompt_first
 
 # Options that cover the virtual tokens, and such with other steps than one token at a time.
@@ -93,7 +95,7 @@ def _to_splice(batch: Batch) -> Batch:
 def _in_front(host: Host, active: Prompt, call: Call) -> Plan:
     """Behind a prompt in front of all text, or each row behind its own adapter's."""
     base, facts = host.base_model, host.facts
-    if facts.encoder_decoder and call.others.get("encoder_outputs") is not None:
+    if facts.encoder_decoder and not active.in_cache and call.others.get("encoder_outputs") is not None:
         raise ValueError(
             "encoder_outputs: expected None, because the prompt goes through the encoder; pass input_ids instead"
         )
@@ -111,7 +113,16 @@ def _in_front(host: Host, active: Prompt, call: Call) -> Plan:
     if embeds is not None and ids is not None and embeds.shape[1] != ids.shape[1]:
         raise ValueError(f"inputs_embeds: expected the length of input_ids, {ids.shape[1]}, got {embeds.shape[1]}")
     prompts, rows = ((active,), active.rows) if mixture is None else (mixture.prompts, mixture.longest)
-    why = _choice(host, replace(call, others=others), prompts, rows)
+    table, in_cache = tuple(prompt.name for prompt in prompts), (*prompts, active)[0].in_cache
+    if in_cache and not prompts:
+        others = dict(with_cache(others, cache))
+        return Plan(BASE_ROUTE, call, batch, "no row has a prompt", task=active.task, mixture=mixture, others=others)
+    if in_cache:
+        _check_behind(host, replace(call, others=others), prompts or (active,), rows)
+    if in_cache and facts.encoder_decoder:
+        others = dict(with_cache(widened(facts, others, rows, mixture), cache))
+        return Plan(PREFIX, call, batch, task=active.task, table=table, mixture=mixture, others=others)
+    why = None if in_cache else _choice(host, replace(call, others=others), prompts, rows)
     tokens = _to_splice(batch)
     if why is None:
         check_length(facts, rows, tokens.shape[1])
@@ -128,7 +139,7 @@ def _in_front(host: Host, active: Prompt, call: Call) -> Plan:
         placed = replace(placed, batch=replace(placed.batch, attention_mask=mask))
     else:
         placed = put_in_front(facts, rows, tokens, start=active.start)
-    found = {"route": SPLICE if why else SHARED, "table": tuple(prompt.name for prompt in prompts), "mixture": mixture}
+    found = {"route": PREFIX if in_cache else SPLICE if why else SHARED, "table": table, "mixture": mixture}
     return _planned(host, call, active, _counted(facts, placed, call), others, why=why, **found)
 
 
@@ -223,6 +234,37 @@ def _choice(host: Host, call: Call, prompts: tuple[Prompt, ...], rows: int) -> s
     return objection
 
 
+def _check_behind(host: Host, call: Call, prompts: tuple[Prompt, ...], rows: int) -> None:
+    """Refuse a call whose prompts are prefixes, if they cannot be put into its cache.
+
+    Raises:
+        RouteUnavailable, ValueError: with the reason.
+    """
+    check_served(host, prompts, call.route)
+    if cache_length(call.past_key_values):
+        return  # the prefix is in it
+    base, others, own = host.base_model, call.others, call.past_key_values is not None
+    objection = None if own else why_not_own_cache(host, others)
+    if objection is None and call.batch.position_ids is not None:
+        objection = "transformers counts position_ids behind a prefix by itself"
+    if host.facts.encoder_decoder:
+        if objection is None and not own and option(base, others, "cache_implementation") == "static":
+            objection = "an encoder-decoder's prefix stands in a cache that grows"
+        if objection is None and option(base, others, "use_cache") is False:
+            objection = "a decoder without a cache has no place for a prefix"
+    elif objection is None and own and reads_ids(host, others):
+        objection = "ids of the prompt go through a cache of transformers' own making"
+    length = 0 if host.facts.encoder_decoder else call.batch.shape[1] + most_new_tokens(base, others)
+    if objection is None and _is_static(host, call):
+        objection = why_not_length(host, rows + length)
+    if objection is not None:
+        raise RouteUnavailable(objection, PREFIX)
+    uneven = call.adapter_names is not None and (
+        len({prompt.rows for prompt in prompts}) > 1 or BASE in call.adapter_names
+    )
+    check_padding(host, call.batch.attention_mask, rows, length, uneven or _is_static(host, call))
+
+
 def _is_static(host: Host, call: Call) -> bool:
     return bool(option(host.base_model, call.others, "cache_implementation") == "static")
 
@@ -246,17 +288,26 @@ def _why_not_arguments(host: Host, call: Call) -> str | None:
         return "transformers counts position_ids of a cached prompt by itself"
     if call.past_key_values is not None:
         return "the caller's own cache is to be filled"
-    kind, own = option(base, others, "cache_implementation"), base.generation_config.cache_implementation
-    if kind not in (None, "dynamic", "static") or (own is not None and others.get("generation_config") is None):
-        return f"transformers makes the cache of kind '{kind}' by itself"
-    if reads_ids(host, others) and (kind == "static" or option(base, others, "use_cache") is False):
-        return "ids of the prompt go through the base model's own cache, if any"
+    objection = why_not_own_cache(host, others)
+    if objection is not None:
+        return objection
     known = {*vars(base.generation_config), *inspect.signature(base.generate).parameters, *_OF_GENERATE}
     of_forward = next((name for name, value in others.items() if value is not None and name not in known), None)
     if of_forward is not None:
         return f"{of_forward} is an argument of the base model that would have to cover the virtual tokens"
     covering = next((name for name in _COVERING if option(base, others, name)), None)
     return None if covering is None else f"{covering} covers the virtual tokens"
+
+
+def why_not_own_cache(host: Host, others: Mapping[str, Any]) -> str | None:
+    """An objection to beginning `generate` with a cache that is made here, or None."""
+    base = host.base_model
+    kind, own = option(base, others, "cache_implementation"), base.generation_config.cache_implementation
+    if kind not in (None, "dynamic", "static") or (own is not None and others.get("generation_config") is None):
+        return f"transformers makes the cache of kind '{kind}' by itself"
+    if reads_ids(host, others) and (kind == "static" or option(base, others, "use_cache") is False):
+        return "ids of the prompt go through the base model's own cache, if any"
+    return None
 
 
 def _why_not_peft(host: Host, active: Prompt, call: Call) -> str | None:

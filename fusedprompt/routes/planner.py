@@ -21,9 +21,10 @@ from ..layouts.prompt import Prompt
 from ..methods import Targets, find_method
 from ..ops._backend import AUTO
 from . import choice
-from .call import FULL, OURS, PEFT, SHARED, SPLICE, TEXT, Plan
+from .call import FULL, OURS, PEFT, PREFIX, SHARED, SPLICE, TEXT, Plan
 from .host import Host
 from .loss import Answers, Loss, NextToken, OwnFunction, Weighted, has_transformers_loss
+from .prefix import behind_prefix, check_padding, check_served, widened
 
 
 class Planner:
@@ -36,7 +37,8 @@ class Planner:
         self.mixture, self.table = begun.mixture, begun.table
         self.batch, self.facts = begun.fields, host.facts
         self.rows = active.rows if self.mixture is None else self.mixture.longest
-        if self.placement == OURS and self._has_gaps():
+        self.in_cache = (active if self.mixture is None else (*self.mixture.prompts, active)[0]).in_cache
+        if self.placement == OURS and not self.in_cache and self._has_gaps():
             self.facts = replace(self.facts, padding_last=self._wants_padding_last())
         self.targets_of = self._own_targets()
         self.labelled = self.batch.labels is not None and self.task.predicts_next
@@ -44,6 +46,8 @@ class Planner:
     def plan(self) -> Plan:
         """The route, and what becomes of the call on it: the cheapest question first."""
         host, batch, route = self.host, self.batch, self.call.route
+        if self.in_cache:
+            return replace(self.begun, **self._prefixed())
         if (
             self.facts.needs_layer_inputs
             and batch.input_ids is None
@@ -131,6 +135,33 @@ class Planner:
         """What else the base model gets; PEFT asks CPT's base model for an output with names."""
         named = self.placement == PEFT and self.targets_of is not None and self.labelled
         return {**self.call.others, **({"return_dict": True} if named else {})}
+
+    # Route prefix
+
+    def _prefixed(self) -> dict[str, Any]:
+        """Text behind an adapter's keys and values. Its labels and all that comes out are the text's alone."""
+        host, facts, task, mixture, batch = self.host, self.facts, self.task, self.mixture, self.batch
+        prompts, others = tuple(host.prompts[name] for name in self.table), self._others()
+        check_served(host, prompts or (self.active,), self.call.route)
+        if facts.encoder_decoder:  # the prefix is its decoder's
+            return {"route": PREFIX, "fields": batch, "others": widened(facts, others, self.rows, mixture)}
+        ours = self.placement == OURS
+        if ours:
+            batch.checked(facts)
+            uneven = mixture is not None and not mixture.even
+            check_padding(host, batch.attention_mask, self.rows, batch.shape[1], uneven, task.pools)
+            if self._is_of_next_tokens() and may_be_padded(batch.attention_mask, 0):
+                # Nothing predicts a row's first token, as without padding.
+                unseen = unpredicted(batch.attention_mask)
+                batch = replace(batch, labels=batch.labels.masked_fill(unseen, IGNORE_INDEX))
+        fields, looks_up = behind_prefix(facts, batch, self.rows, mixture, task.pools, not ours)
+        fields, layout = replace(fields, input_type_mask=None), Layout.prefix(self.rows)
+        found = {"route": PREFIX, "fields": fields, "others": others, "looks_up": looks_up, "layout": layout}
+        if not (self.labelled and self._withholds(others)):
+            return found
+        waits = not host.text_head.read
+        loss = NextToken(counted=others.get("num_items_in_batch")) if waits else None
+        return {**found, "loss": loss, "waits": waits, "reads": not waits}
 
     # Route splice
 

@@ -6,27 +6,23 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ..base.stamp import Stamp, stamp
-from .states import PromptStates
+
+Kept = TypeVar("Kept", bound=Any)
 
 
 @dataclass
 class _Entry:
     base: Stamp
     own: Stamp
-    states: PromptStates
+    states: Any
     all_logits: bool
     bytes: int
-
-
-def _size(states: PromptStates) -> int:
-    tensors = [states.logits, *(part for layer in states.cache.layers for part in (layer.keys, layer.values))]
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 class PromptCache:
@@ -64,14 +60,15 @@ class PromptCache:
         base: nn.Module,
         encoders: Mapping[str, nn.Module],
         all_logits: bool,
-        make: Callable[[str], PromptStates],
-    ) -> list[PromptStates]:
+        make: Callable[[str], Kept],
+    ) -> list[Kept]:
         """The entries of adapters, made by `make(name)` without gradients where there is none that still holds.
 
+        base: what the states depend on beside an adapter's encoder.
         all_logits: the entries must have every virtual token's logits.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            now, found = stamp(base), []
+            now, found = stamp(base), list[Any]()
             unchanged: list[Stamp] = []  # stamps of the base model that hold: entries made in one call have the same
             for name, encoder in encoders.items():
                 own, entry = stamp(encoder), self._entries.pop(name, None)
@@ -88,7 +85,7 @@ class PromptCache:
                     if now is None or own is None:
                         found.append(states)
                         continue
-                    entry = _Entry(now, own, states, all_logits, _size(states))
+                    entry = _Entry(now, own, states, all_logits, states.nbytes)
                 unchanged.append(entry.base)
                 found.append(entry.states)
                 self._entries[name] = entry

@@ -161,11 +161,11 @@ def run_spliced(host: Host, plan: Plan) -> Any:
         if loss is None or isinstance(loss, Answers):
             output = cut(plan, call(), mask, loss, base)
         else:
-            output = cut(plan, _with_loss(host, call, loss.of, plan.waits), mask)
+            output = cut(plan, with_loss(host, call, loss.of, plan.waits), mask)
     return output.to_tuple() if as_dict is False else output
 
 
-def _with_loss(host: Host, call: Callable[[], Any], loss_of: Callable[[Source], Tensor], wait: bool) -> Any:
+def with_loss(host: Host, call: Callable[[], Any], loss_of: Callable[[Source], Tensor], wait: bool) -> Any:
     """The output of `call()`, which runs the base model without labels, with the loss of its logits.
 
     wait: the logits may be left until they are read; `loss_of` then gets the head that would make them.
