@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .methods.config import PromptLearningConfig as PromptLearningConfig
     from .methods.cpt import CPTConfig as CPTConfig
     from .methods.cpt import CPTEmbedding as CPTEmbedding
+    from .methods.multitask import MultitaskPromptEmbedding as MultitaskPromptEmbedding
+    from .methods.multitask import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+    from .methods.multitask import MultitaskPromptTuningInit as MultitaskPromptTuningInit
     from .methods.p_tuning import PromptEncoder as PromptEncoder
     from .methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
     from .methods.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
@@ -45,6 +48,7 @@ _NAMES_IN = {
     "layouts.template": ("Template",),
     "methods.config": ("PeftType", "PromptLearningConfig"),
     "methods.cpt": ("CPTConfig", "CPTEmbedding"),
+    "methods.multitask": ("MultitaskPromptEmbedding", "MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"),
     "methods.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
     "methods.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
     "model.prompt_model": ("PromptModel", "get_prompt_model"),

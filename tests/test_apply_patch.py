@@ -115,12 +115,10 @@ def test_versions_that_are_not_known_are_refused(library: str, version: str, mon
     assert dict(vars(model)) == before
 
 
-@pytest.mark.parametrize("name", ["PrefixTuningConfig", "MultitaskPromptTuningConfig"])
+@pytest.mark.parametrize("name", ["PrefixTuningConfig"])
 def test_other_methods_are_left_alone_with_the_reason_and_work(name: str) -> None:
     model = peft.get_peft_model(build("Llama"), getattr(peft, name)(task_type="CAUSAL_LM", num_virtual_tokens=3))
     inputs: dict[str, Any] = inputs_of("CAUSAL_LM")
-    if name.startswith("Multi"):
-        inputs["task_ids"] = torch.zeros(3, dtype=torch.int64)
     before, expected = dict(vars(model)), model(**inputs).loss
     with fusedprompt.apply(model) as patch:
         assert {key for key in vars(model) if key not in before} == {"_fusedprompt_patch"}

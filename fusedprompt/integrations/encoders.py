@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,6 @@ def why_not_adapter(config: Any) -> str | None:
         return None
     if name in ("PREFIX_TUNING", "CARTRIDGE"):
         return f"{name} trains keys and values of every layer, not input embeddings"
-    if name == "MULTITASK_PROMPT_TUNING":
-        return f"{name} makes another prompt for each row, by its task_ids"
     return f"{name} is unknown here"
 
 
@@ -31,6 +30,8 @@ def why_not_encoder(encoder: Any, config: Any) -> str | None:
     method = method_of(config)
     if config.inference_mode:
         return "inference mode: the prompt is the table itself"
+    if method.num_tasks is not None:
+        return "PEFT's module is called, once for each distinct task of a batch"
     if method.peft is None:
         return f"{method.name.lower().replace('_', ' ')} has no encoder: the prompt is the table itself"
     expected = getattr(peft, method.peft.class_name)
@@ -65,12 +66,16 @@ def encode(encoder: Any, config: Any, indices: Tensor) -> Tensor:
     return rows
 
 
-def prompt_rows(model: Any, adapter_name: str | None = None) -> Tensor:
-    """An adapter's (the active one's) whole prompt (R, D), hooks of the encoder and of its embedding included."""
+def prompt_rows(model: Any, adapter_name: str | None = None, task_ids: Sequence[int] | None = None) -> Tensor:
+    """An adapter's (the active one's) whole prompt (R, D), or those of distinct tasks (k, R, D), hooks of the encoder
+    and of its embedding included."""
     name = adapter_name or model.active_adapter
     config, encoder = model.peft_config[name], model.prompt_encoder[name]
     table = encoder.embedding
     indices = model.prompt_tokens[name].unsqueeze(0).to(device_of(table))
+    if task_ids is not None:
+        of_tasks: Tensor = encoder(indices.expand(len(task_ids), -1), torch.tensor(task_ids, device=indices.device))
+        return of_tasks
     # A shard of ZeRO-3 is there only while its module runs: even a table that is the prompt is called.
     rows: Tensor = table(indices)[0] if config.inference_mode else encode(encoder, config, indices)
     return rows

@@ -8,6 +8,9 @@ from .method import find_method as find_method
 from .method import method_of as method_of
 from .method import register_method as register_method
 from .module import PromptModule as PromptModule
+from .multitask import MultitaskPromptEmbedding as MultitaskPromptEmbedding
+from .multitask import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+from .multitask import MultitaskPromptTuningInit as MultitaskPromptTuningInit
 from .p_tuning import PromptEncoder as PromptEncoder
 from .p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from .p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType

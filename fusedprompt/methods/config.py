@@ -31,6 +31,7 @@ class PeftType(str, enum.Enum):
     PROMPT_TUNING = "PROMPT_TUNING"
     P_TUNING = "P_TUNING"
     CPT = "CPT"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
 
 
 EnumType = TypeVar("EnumType", bound=enum.Enum)

@@ -46,7 +46,7 @@ def save(
             f"a fusedprompt adapter with the template {place.pattern}, while PEFT only puts prompts in front of a text"
         )
     encoder, prompt, copies = _values(model, adapter_name, state_dict or {})
-    tensors = {checkpoint.PROMPT_KEY: prompt, **copies}
+    tensors = {checkpoint.PROMPT_KEY: prompt, **{name: encoder[name] for name in method_of(config).in_file}, **copies}
     with checkpoint.atomic_writes(folder) as stage:
         (stage / CONFIG_NAME).write_text(format_json(fields))
         checkpoint.write_tensors(stage / checkpoint.ADAPTER_NAME, tensors)
@@ -94,6 +94,7 @@ def load(model: PromptAdapters, adapter_name: str, folder: Path, is_trainable: b
     encoder = method_of(config).module(config.blank(), model.word_embeddings)
     expected = {
         checkpoint.PROMPT_KEY: encoder.embedding.weight,
+        **{name: encoder.get_parameter(name) for name in method_of(config).in_file},
         **saved_modules.expected_tensors(model.base_model, config.modules_to_save or []),
     }
     checkpoint.check_tensors(file, tensors, expected)
@@ -103,6 +104,8 @@ def load(model: PromptAdapters, adapter_name: str, folder: Path, is_trainable: b
             encoder.embedding.weight.copy_(prompt)
         else:
             _load_encoder(encoder, config, folder, prompt)
+        for name in method_of(config).in_file:
+            encoder.get_parameter(name).copy_(tensors.pop(name))
     before = _parameters(model, adapter_name)
     if adapter_name in model.peft_config:
         model._remove(adapter_name)

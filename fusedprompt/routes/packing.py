@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..base.facts import device_of
 from ..base.state import evaluating
 from ..layouts.layout import IGNORE_INDEX, Layout
-from ..layouts.mixture import BASE
+from ..layouts.mixture import BASE, prompts_of, prompts_of_rows
 from ..layouts.prompt import Prompt
 from ..methods import find_method
 from .call import Call
@@ -180,7 +180,7 @@ class PackingCollator:
 def _packs(prompt: Prompt) -> bool:
     """Whether a prompt can stand in front of each of several examples in a row, whose loss is the base model's."""
     method = find_method(prompt.method)
-    return not (prompt.start or prompt.pattern) and (method is None or method.targets is None)
+    return not (prompt.start or prompt.pattern or prompt.num_tasks) and (method is None or method.targets is None)
 
 
 @dataclass(frozen=True)
@@ -217,28 +217,39 @@ def block_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min).unsqueeze(1)
 
 
-def slots_of(host: Host, active: Prompt, call: Call) -> tuple[Call, Layout, tuple[str, ...]]:
-    """The layout that a caller says, and the adapters to whose tables its slots refer: the active one, or several.
+def slots_of(host: Host, active: Prompt, call: Call) -> tuple[Call, Layout, tuple[Prompt, ...]]:
+    """The layout that a caller says, and the prompts to whose tables its slots refer: the active one, or several.
 
     Raises:
-        ValueError: unknown adapters, or such whose heads cannot be told apart within a row.
+        ValueError: unknown adapters, or such whose heads cannot be told apart within a row; or `task_ids` that do not
+            fit.
     """
-    table: tuple[str, ...] = (active.name,)
     prompts = host.prompts
     assert call.slots is not None
     if call.adapter_names is not None:
-        table = tuple(call.adapter_names)
-        for name in table:
+        names = tuple(call.adapter_names)
+        for name in names:
             if name not in prompts:
                 raise ValueError(f"adapter_names: expected names among {[*prompts]} with slots, got {name!r}")
-            if host.peft_config[name].modules_to_save and table != (active.name,):
+            if host.peft_config[name].modules_to_save and names != (active.name,):
                 raise ValueError(f"adapter_names: expected adapters without modules_to_save with slots, got {name!r}")
-    layout = Layout.from_slots(call.slots, sum(prompts[name].table_rows for name in table))
+        table = tuple(one for one in prompts_of_rows(prompts, names, call.task_ids) if one is not None)
+        layout = Layout.from_slots(call.slots, sum(prompt.table_rows for prompt in table))
+    else:
+        layout, table = slots_of_one(host, active, call)
     batch, others, mask = call.batch, dict(call.others), call.batch.attention_mask
     if mask is not None and mask.dim() == 4:  # block-diagonal: it is the base model's own business
         others["attention_mask"], batch = mask, replace(batch, attention_mask=None)
     flash_arguments(host.base_model, others)
     return replace(call, batch=batch, others=others), layout, table
+
+
+def slots_of_one(host: Host, active: Prompt, call: Call) -> tuple[Layout, tuple[Prompt, ...]]:
+    """The layout whose slots refer to the active adapter's prompt, each row's to that of its own task."""
+    assert call.slots is not None
+    layout = Layout.from_slots(call.slots, active.table_rows)
+    active, mixture = prompts_of(host.prompts, active, None, call.task_ids, call.rows)
+    return (layout, (active,)) if mixture is None else (mixture.moved(layout), mixture.prompts)
 
 
 def flash_arguments(base: Any, others: dict[str, Any]) -> None:

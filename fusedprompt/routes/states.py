@@ -59,7 +59,7 @@ class PromptStates:
     def _of_rows(self, values: Tensor, size: int) -> Tensor:
         if self.mixture is None:
             return values.expand(size, *values.shape[1:])
-        return self.mixture.take(values, size // len(self.mixture.names))
+        return self.mixture.take(values, size // len(self.mixture.sources))
 
     @classmethod
     def stacked(cls, states: Sequence[PromptStates], mixture: Mixture) -> PromptStates:
