@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -391,3 +393,33 @@ def test_fields_of_a_template_take_one_task_for_all_rows() -> None:
         model(fields=given, task_ids=[0])
     with pytest.raises(ValueError, match="fields: expected None with rows of several adapters or tasks"):
         model(fields=given, task_ids=[0, 3])
+
+
+def test_trainer_hands_on_a_column_of_tasks(tmp_path: Path) -> None:
+    model, seen = multitask(), list[Any]()
+    encoder = model.prompt_encoder["default"]
+    encoder.register_forward_pre_hook(lambda _, args, given: seen.append([*given["task_ids"]]), with_kwargs=True)
+    ids = tokens(4, 6)
+    rows = [{"input_ids": one, "labels": one, "task_ids": task, "other": 1} for one, task in zip(ids, [3, 0, 3, 1])]
+    options = {"per_device_train_batch_size": 4, "max_steps": 2, "report_to": [], "use_cpu": True}
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), save_strategy="no", **options)
+    before = {name: one.detach().clone() for name, one in encoder.named_parameters()}
+    transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
+    assert seen and all(tasks == [0, 1, 3] for tasks in seen)
+    changed = (encoder.prefix_task_rows != before["prefix_task_rows"]).flatten(1).any(1)
+    assert changed.tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("ids", [IDS, [1] * 5])
+def test_it_is_compiled_without_a_break(ids: list[int]) -> None:
+    model = multitask()
+    model.base_model.requires_grad_(False)
+    given = {"input_ids": tokens(5, 6), "labels": tokens(5, 6), "task_ids": ids, "route": "splice"}
+    expected = step(model, **given)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model.zero_grad()
+    output = compiled(**given)
+    output.loss.backward()
+    assert_close(
+        {"loss": output.loss.detach(), **gradients(model)}, {k: expected[k] for k in expected if k != "logits"}
+    )

@@ -20,6 +20,7 @@ class Prompt:
     rows: P. start: tokens of each row that stay before it.
     template: where its rows stand, and what stands between them; None for all in front.
     num_tasks: of an adapter that has a prompt for each of so many tasks; None for one prompt. task_id: which it is.
+    kept: which rows of its module's product these are; None for the first P.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Prompt:
     template: Template | None = None
     num_tasks: int | None = None
     task_id: int | None = None
+    kept: tuple[int, ...] | None = None
 
     @property
     def source(self) -> Source:

@@ -2,6 +2,7 @@
 
 from .cpt import CPTConfig as CPTConfig
 from .cpt import CPTEmbedding as CPTEmbedding
+from .cpt_template import CPTTemplate as CPTTemplate
 from .method import Method as Method
 from .method import Targets as Targets
 from .method import find_method as find_method

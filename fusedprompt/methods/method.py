@@ -66,6 +66,7 @@ class Method:
         model's loss. The batch's labels are the tokens' where the layout has no slots, else the output's.
     num_tasks: (configuration) to the number of prompts that its module makes, one for each of a call's `task_ids`;
         None for one prompt. Such a module is called with distinct tasks, `module(task_ids=(0, 2))`, for (2, R, D).
+    kept: (configuration) to the rows of its product that are put in; None for all.
     in_file: parameters of its module that are saved beside the product, and loaded with it.
     peft: its module in PEFT; None where that is called as PEFT calls it.
     """
@@ -79,6 +80,7 @@ class Method:
     from_prompt: Callable[[Any, Tensor], None] | None = None
     targets: Callable[[Any, Layout, Batch], Targets] | None = None
     num_tasks: Callable[[Any], int] | None = None
+    kept: Callable[[Any], tuple[int, ...] | None] | None = None
     in_file: tuple[str, ...] = ()
     peft: PeftEncoder | None = None
 

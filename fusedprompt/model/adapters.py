@@ -201,7 +201,7 @@ class PromptAdapters(ReadsThrough):
             raise ValueError(f"prompt_start: expected 0 with a template, which says all, got {prompt_start}")
         assert config.num_virtual_tokens is not None
         vocabulary = getattr(self.word_embeddings, "num_embeddings", None)
-        template.check(config.num_virtual_tokens, self.facts.position_limit, vocabulary)
+        template.check(_seen(config), self.facts.position_limit, vocabulary)
 
     def _install(
         self,
@@ -224,9 +224,10 @@ class PromptAdapters(ReadsThrough):
             encoder.train(self.training)
             self.prompt_encoder[adapter_name] = encoder.to(self.prompt_device)
             self.peft_config[adapter_name] = config
-            rows = config.num_virtual_tokens
             tasks = None if method.num_tasks is None else method.num_tasks(config)
-            self.prompts[adapter_name] = Prompt(adapter_name, method.name, task, rows, prompt_start, template, tasks)
+            kept = None if method.kept is None else method.kept(config)
+            place = Prompt(adapter_name, method.name, task, _seen(config), prompt_start, template, tasks, kept=kept)
+            self.prompts[adapter_name] = place
             names = config.modules_to_save or []
             required = [name for name in names if name not in task.heads]
             saved_modules.add_copies(self.base_model, adapter_name, names, required)
@@ -289,6 +290,8 @@ class PromptAdapters(ReadsThrough):
         encoder: Any = self.prompt_encoder[prompts[0].name]
         tasks, count = [prompt.task_id for prompt in prompts if prompt.task_id is not None], prompts[0].rows
         rows: Tensor = encoder(task_ids=tasks) if tasks else encoder().expand(len(prompts), -1, -1)
+        if prompts[0].kept is not None:
+            return rows.index_select(1, _constant(prompts[0].kept, rows.device))
         return rows if rows.shape[1] == count else rows[:, :count]
 
     def table_rows_count(self, adapter_name: str | None = None) -> int:
@@ -314,6 +317,14 @@ class PromptAdapters(ReadsThrough):
         with torch.no_grad(), evaluating(encoder):
             prompt: Tensor = encoder.encode().detach().cpu()
         return prompt
+
+
+def _seen(config: PromptLearningConfig) -> int:
+    """P: the rows of an adapter's prompt that are put in."""
+    method = method_of(config)
+    kept = None if method.kept is None else method.kept(config)
+    assert config.num_virtual_tokens is not None
+    return config.num_virtual_tokens if kept is None else len(kept)
 
 
 @functools.lru_cache(maxsize=64)

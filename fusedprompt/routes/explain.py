@@ -53,6 +53,7 @@ def describe_adapter(host: Host, name: str) -> str:
     """An adapter: its method, route and backends."""
     active, config, prompt = ", active" if name == host.in_use else "", host.peft_config[name], host.prompts[name]
     tasks = "" if prompt.num_tasks is None else f" for each of {prompt.num_tasks} tasks"
+    tasks += "" if prompt.kept is None else f" of which {prompt.rows} are seen"
     return (
         f"{name}{active}: {method_of(config).name}, {config.num_virtual_tokens} virtual tokens{tasks}, "
         f"{_route_of_model(host, prompt)}, "
