@@ -246,6 +246,26 @@ def test_templates_and_slots_hold_each_rows_own_task() -> None:
         assert largest(own - plain(input_ids=batch[row : row + 1], slots=slots[:1], task_ids=[1]).logits[0]) > 1e-2
 
 
+def test_packed_examples_stand_behind_the_prompts_of_their_own_tasks() -> None:
+    model = multitask()
+    texts, tasks = [tokens(1, length, seed=length)[0] for length in (4, 2, 3, 5)], [2, 0, 2, 3]
+    examples = [{"input_ids": text, "task_id": task} for text, task in zip(texts, tasks)]
+    packed = fp.pack(model, examples, max_length=16)
+    assert packed["task_ids"] == [2, 0, 3] and packed["adapter_names"] == ["default"] * 3
+    named = fp.pack(model, [{"input_ids": text} for text in texts], max_length=16, task_ids=tasks)
+    assert torch.equal(named["slots"], packed["slots"]) and named["task_ids"] == packed["task_ids"]
+    found = step(model, **packed)
+    model.zero_grad()
+    losses = []
+    for text, task in zip(texts, tasks):
+        own = model(input_ids=text[None], labels=text[None], task_ids=[task], route="splice")
+        losses.append(own.loss * len(text))
+    loss = torch.stack(losses).sum() / sum(map(len, texts))
+    loss.backward()
+    found.pop("logits")
+    assert_close(found, {"loss": loss.detach(), **gradients(model)})
+
+
 # Generating
 
 
@@ -300,8 +320,10 @@ def test_wrong_tasks_are_refused_by_name() -> None:
         model(input_ids=ids, task_ids=[0, 0, 0])
     with pytest.raises(ValueError, match=r"task_ids: expected one in \[0, 4\) for row 0"):
         model.prompt_rows()
-    with pytest.raises(ValueError, match=r"adapter_names: expected names of prompts in front, \['__base__'\]"):
-        fp.pack(model, [{"input_ids": [3, 4]}])
+    with pytest.raises(ValueError, match=rf"task_ids: expected one in \[0, 4\) for row 0, {own}, got None"):
+        model(**fp.pack(model, [{"input_ids": [3, 4]}]))
+    with pytest.raises(ValueError, match="task_ids: expected 1 ids, one per example, got 2"):
+        fp.pack(model, [{"input_ids": [3, 4]}], task_ids=[0, 1])
     plain = fp.get_prompt_model(build("Llama"), fp.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(
         ValueError, match="expected None for row 0, whose PROMPT_TUNING is the same for all tasks, got 0"

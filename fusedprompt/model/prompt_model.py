@@ -92,7 +92,8 @@ class PromptModel(Citizen):
             prompts and templates may differ. The loss is the mean over the whole batch. With slots: the adapters
             whose prompts, one after another, the slots refer to.
         task_ids: (B,) the task of each row, for adapters of multitask prompt tuning: a list, or an int64 tensor (on a
-            GPU the host waits for its values). With adapter_names, None (or -1) for rows of other adapters.
+            GPU the host waits for its values). With adapter_names, None (or -1) for rows of other adapters; with
+            slots and adapter_names, of each of these.
         input_type_mask: (B, T) type codes of the tokens, for CPT.
         kwargs: for the base model.
 
