@@ -1,4 +1,4 @@
-"""fusedprompt: fused kernels for soft prompts (P-tuning, prompt tuning, prefixes, CPT) on transformers.
+"""fusedprompt: fused kernels for soft prompts, of rows or of keys and values, on Hugging Face transformers.
 
 Names are imported when they are first used, so that `python -m fusedprompt doctor` can report on an installation whose
 torch does not import. Importing the package, and all of it but models, needs torch alone.
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from .methods.config import PromptLearningConfig as PromptLearningConfig
     from .methods.cpt import CPTConfig as CPTConfig
     from .methods.cpt import CPTEmbedding as CPTEmbedding
+    from .methods.cpt_template import CPTTemplate as CPTTemplate
+    from .methods.multitask import MultitaskPromptEmbedding as MultitaskPromptEmbedding
+    from .methods.multitask import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+    from .methods.multitask import MultitaskPromptTuningInit as MultitaskPromptTuningInit
     from .methods.p_tuning import PromptEncoder as PromptEncoder
     from .methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
     from .methods.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
@@ -55,6 +59,8 @@ _NAMES_IN = {
     "methods.cartridge": ("CartridgeConfig", "CartridgeEncoder"),
     "methods.config": ("PeftType", "PromptLearningConfig"),
     "methods.cpt": ("CPTConfig", "CPTEmbedding"),
+    "methods.cpt_template": ("CPTTemplate",),
+    "methods.multitask": ("MultitaskPromptEmbedding", "MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"),
     "methods.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
     "methods.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
     "methods.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),

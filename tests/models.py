@@ -128,6 +128,9 @@ def config_fields(method: str, task: str = "CAUSAL_LM", rows: int = 4) -> tuple[
         return "CartridgeConfig", {"task_type": task, "num_virtual_tokens": rows, "num_frozen_tokens": 1}
     if method == "PROMPT":
         return "PromptTuningConfig", {"task_type": task, "num_virtual_tokens": rows}
+    if method == "MULTITASK":
+        sizes = {"num_virtual_tokens": rows, "num_tasks": 3, "num_ranks": 2}
+        return "MultitaskPromptTuningConfig", {"task_type": task, **sizes}
     fields = {"task_type": task, "num_virtual_tokens": rows, "encoder_reparameterization_type": method}
     return "PromptEncoderConfig", {**fields, "encoder_hidden_size": 24}
 

@@ -26,6 +26,7 @@ BLOCKS = {
     "README.md": 2,
     "docs/faq.md": 14,
     "docs/layouts.md": 7,
+    "docs/methods.md": 3,
     "docs/numerics.md": 5,
     "docs/peft.md": 2,
     "docs/prefixes.md": 1,
@@ -99,6 +100,11 @@ def given_faq() -> dict[str, Any]:
     return {"fp": fp, "torch": torch, "new_model": small_model, "batch": batch(), "ids": batch()["input_ids"]}
 
 
+def given_methods() -> dict[str, Any]:
+    names = {"fp": fp, "torch": torch, "base_model": small_model(), "tokenizer": byte_tokenizer()}
+    return {**names, "ids": batch()["input_ids"]}
+
+
 def given_numerics() -> dict[str, Any]:
     return {"fp": fp, "torch": torch, "base_model": small_model(), "ids": batch()["input_ids"]}
 
@@ -106,6 +112,7 @@ def given_numerics() -> dict[str, Any]:
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": given_readme,
     "docs/faq.md": given_faq,
+    "docs/methods.md": given_methods,
     "docs/numerics.md": given_numerics,
     "docs/peft.md": given_peft,
     "docs/prefixes.md": given_prefixes,

@@ -189,7 +189,7 @@ def test_what_is_kept_is_made_once_and_anew_when_the_encoder_changes() -> None:
         first = model(input_ids=ids).logits
         again = model(input_ids=ids, adapter_names=["default"] * 3).logits
         assert len(runs) == 1 and torch.equal(first, again)
-        parts = prefix_states(model, ("default",)).parts
+        parts = prefix_states(model, (model.prompts["default"],)).parts
         assert parts.is_contiguous() and model.prompt_cache.nbytes() == parts.nbytes
         for parameter in model.base_model.model.layers.parameters():
             parameter.add_(0.01)  # a prefix does not depend on the base model's layers
@@ -389,7 +389,7 @@ def test_a_step_computes_the_texts_tokens_alone_and_the_encoder_once() -> None:
 def test_rows_share_one_copy_of_the_prefix() -> None:
     model = ours("Llama", method="PREFIX").requires_grad_(False)
     weight = model.prompt_encoder["default"].embedding.weight.requires_grad_(True)
-    layers = prefix_states(model, ("default",)).for_rows(8).layers
+    layers = prefix_states(model, (model.prompts["default"],)).for_rows(8).layers
     start = weight.untyped_storage().data_ptr()
     for layer in layers:
         for part in (layer.keys, layer.values):

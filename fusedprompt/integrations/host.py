@@ -79,8 +79,9 @@ class PeftHost:
             task = self.task or (Task("none") if config.task_type is None else task_of(config.task_type))
             rows = int(getattr(config, "num_virtual_tokens", 0))
             method = find_method(config.peft_type)
+            tasks = None if method is None or method.num_tasks is None else method.num_tasks(config)
             in_cache = method is not None and method.product == CACHE
-            found[name] = Prompt(name, name_of(config.peft_type), task, rows, in_cache=in_cache)
+            found[name] = Prompt(name, name_of(config.peft_type), task, rows, in_cache=in_cache, num_tasks=tasks)
         return found
 
     @property
@@ -101,16 +102,18 @@ class PeftHost:
             self._settings[name] = settings
         return self._prompt_cache
 
-    def prompt_rows(self, adapter_name: str) -> Tensor:
-        """(P, D): without the rows of an encoder-decoder's table that wait for its decoder."""
-        with using(self.backend):
-            rows = prompt_rows(self.model, adapter_name)
-        count = int(self.peft_config[adapter_name].num_virtual_tokens)
-        return rows if rows.shape[0] == count else rows[:count]
-
-    def table(self, sources: Sequence[str], padded: bool = False) -> Tensor:
+    def table(self, prompts: Sequence[Prompt], padded: bool = False) -> Tensor:
         width = int(self.model.active_peft_config.token_dim)
-        return joined([self.prompt_rows(name) for name in sources], padded, width, device_of(self.word_embeddings))
+        with using(self.backend):
+            return joined(prompts, self._encoded, padded, width, device_of(self.word_embeddings))
+
+    def _encoded(self, prompts: Sequence[Prompt]) -> Tensor:
+        """(k, P, D): without the rows of an encoder-decoder's table that wait for its decoder."""
+        name, count = prompts[0].name, prompts[0].rows
+        tasks = [prompt.task_id for prompt in prompts if prompt.task_id is not None]
+        rows = prompt_rows(self.model, name, tasks or None)
+        rows = rows if tasks else rows.expand(len(prompts), -1, -1)
+        return rows if rows.shape[1] == count else rows[:, :count]
 
     def heads_for_rows(self, names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
         if names is None:

@@ -23,7 +23,7 @@ from ..routes.choice import RouteUnavailable, why_not_model
 from ..routes.plan import plan
 from ..routes.prefix import filled, prefix_states
 from ..routes.run import run
-from .calls import TASKS, PeftTask, bind, run_as_ours, run_as_peft, why_not_call
+from .calls import TASKS, PeftTask, bind, has_tasks, run_as_ours, run_as_peft, why_not_call
 from .encoders import encode, prompt_rows, why_not_adapter
 from .prefill import generating, prepare, without_prompt
 from .record import PATCH, Record, record_on
@@ -164,18 +164,21 @@ class Patch(Record):
     def get_prompt(self, original: Callable[..., Any], batch_size: int, *args: Any, **kwargs: Any) -> Any:
         if why_not_adapter(self.model.active_peft_config) is not None:
             return original(batch_size, *args, **kwargs)
-        name = self.model.active_adapter
-        if self.host.prompts[name].in_cache:
-            return filled(self.host, prefix_states(self.host, (name,)).for_rows(batch_size))
+        prompt = self.host.prompts[self.model.active_adapter]
+        if prompt.in_cache:
+            return filled(self.host, prefix_states(self.host, (prompt,)).for_rows(batch_size))
         if without_prompt(self):
             table = next(self.model.prompt_encoder[self.model.active_adapter].embedding.parameters())
             return table.new_empty(batch_size, 0, self.model.active_peft_config.token_dim)
+        if method_of(self.model.active_peft_config).num_tasks is not None:
+            return original(batch_size, *args, **kwargs)
         with using(self.backend):
             return prompt_rows(self.model).repeat(batch_size, 1, 1)
 
     def get_prompt_embedding_to_save(self, original: Callable[..., Any], adapter_name: str) -> Tensor:
         config, encoder = self.model.peft_config[adapter_name], self.model.prompt_encoder[adapter_name]
-        if why_not_adapter(config) is not None or method_of(config).product == CACHE:
+        method = None if why_not_adapter(config) is not None else method_of(config)
+        if method is None or method.product == CACHE or method.num_tasks is not None:
             result: Tensor = original(adapter_name)
             return result
         indices = self.model.prompt_tokens[adapter_name].unsqueeze(0)
@@ -195,7 +198,8 @@ class Patch(Record):
             if not (mixed or self.fix):
                 with generating(self, kwargs):
                     return original(*args, **kwargs)
-            kwargs.pop("task_ids", None)
+            if not has_tasks(self.model):
+                kwargs.pop("task_ids", None)
             inputs = args[0] if args else kwargs.pop("inputs", None)
             if "generation_config" in vars(self.model):  # as PEFT does
                 self.model.base_model.generation_config = self.model.generation_config

@@ -102,6 +102,29 @@ DEFECTS = (
         methods=("P_TUNING", "CPT"),
     ),
     Defect("CPT reads its loss's settings from the adapter 'default'", "each adapter's own", methods=("CPT",)),
+    Defect(
+        "QUESTION_ANS and FEATURE_EXTRACTION never hand task_ids on, and raise",
+        "each row's prompt is its own task's",
+        ("QUESTION_ANS", "FEATURE_EXTRACTION"),
+        ("MULTITASK_PROMPT_TUNING",),
+    ),
+    Defect(
+        "SEQ_2_SEQ_LM drops decoder_input_ids, or raises for them without labels",
+        "they are passed on",
+        ("SEQ_2_SEQ_LM",),
+        ("MULTITASK_PROMPT_TUNING",),
+    ),
+    Defect(
+        "SEQ_2_SEQ_LM trains prompt rows in front of the decoder's tokens, and generates without them",
+        "the decoder gets none in training either",
+        ("SEQ_2_SEQ_LM",),
+        ("MULTITASK_PROMPT_TUNING",),
+    ),
+    Defect(
+        "an adapter that began with another's values reads that one's file again whenever it is loaded",
+        "",
+        methods=("MULTITASK_PROMPT_TUNING",),
+    ),
     Defect("CPT changes the caller's input_type_mask", "it stays as it is", methods=("CPT",)),
     Defect("training P-tuning cannot be resumed from a saved adapter", "", methods=("P_TUNING",)),
     Defect("parameters of adapters that are inactive or loaded for inference require gradients", ""),
@@ -151,8 +174,9 @@ def _adapter(patch: Record, name: str, config: Any) -> str:
     if why_not_adapter(config) is not None:
         return f"{method}, left alone"
     runs = explain.backends(patch.host, name, operations(patch, name))
-    parts = (method, f"{config.num_virtual_tokens} virtual tokens", runs, f"route {_route(patch, name)}")
-    return ", ".join(filter(None, parts))
+    tasks = patch.host.prompts[name].num_tasks
+    size = f"{config.num_virtual_tokens} virtual tokens" + ("" if tasks is None else f" for each of {tasks} tasks")
+    return ", ".join(filter(None, (method, size, runs, f"route {_route(patch, name)}")))
 
 
 def operations(patch: Record, name: str) -> list[str]:

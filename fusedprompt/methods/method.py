@@ -67,7 +67,11 @@ class Method:
     from_prompt: (module, rows) sets a module that is to be trained from its product alone; None where nothing can.
     targets: (configuration, layout, batch with prompts in their places) to what its own loss counts; None for the base
         model's loss. The batch's labels are the tokens' where the layout has no slots, else the output's.
-    peft: its module in PEFT; None where that has nothing to compute.
+    num_tasks: (configuration) to the number of prompts that its module makes, one for each of a call's `task_ids`;
+        None for one prompt. Such a module is called with distinct tasks, `module(task_ids=(0, 2))`, for (2, R, D).
+    kept: (configuration) to the rows of its product that are put in; None for all.
+    in_file: parameters of its module that are saved beside the product, and loaded with it.
+    peft: its module in PEFT; None where that is called as PEFT calls it.
     """
 
     config: type[PromptLearningConfig]
@@ -78,6 +82,9 @@ class Method:
     saves_encoder: bool | Callable[[Any], bool] = True
     from_prompt: Callable[[Any, Tensor], None] | None = None
     targets: Callable[[Any, Layout, Batch], Targets] | None = None
+    num_tasks: Callable[[Any], int] | None = None
+    kept: Callable[[Any], tuple[int, ...] | None] | None = None
+    in_file: tuple[str, ...] = ()
     peft: PeftEncoder | None = None
 
     @property

@@ -53,7 +53,7 @@ def save(
             "layers, while PEFT gives those of the first half to the second"
         )
     encoder, prompt, copies = _values(model, adapter_name, state_dict or {})
-    tensors = {checkpoint.PROMPT_KEY: prompt, **copies}
+    tensors = {checkpoint.PROMPT_KEY: prompt, **{name: encoder[name] for name in method_of(config).in_file}, **copies}
     with checkpoint.atomic_writes(folder) as stage:
         (stage / CONFIG_NAME).write_text(format_json(fields))
         checkpoint.write_tensors(stage / checkpoint.ADAPTER_NAME, tensors)
@@ -109,6 +109,7 @@ def load(model: PromptAdapters, adapter_name: str, folder: Path, is_trainable: b
     encoder = method_of(config).module(config.blank(), model.word_embeddings)
     expected = {
         checkpoint.PROMPT_KEY: torch.empty(encoder.total_virtual_tokens, encoder.product_width, device="meta"),
+        **{name: encoder.get_parameter(name) for name in method_of(config).in_file},
         **saved_modules.expected_tensors(model.base_model, config.modules_to_save or []),
     }
     checkpoint.check_tensors(file, tensors, expected)
@@ -121,6 +122,8 @@ def load(model: PromptAdapters, adapter_name: str, folder: Path, is_trainable: b
             encoder.load_prompt_embeddings(prompt)
         else:
             _load_encoder(encoder, config, folder, prompt)
+        for name in method_of(config).in_file:
+            encoder.get_parameter(name).copy_(tensors.pop(name))
     before = _parameters(model, adapter_name)
     if adapter_name in model.peft_config:
         model._remove(adapter_name)

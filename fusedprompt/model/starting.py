@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..base.state import evaluating
+from ..layouts.mixture import prompts_of_rows
 from ..methods import CartridgeConfig, checkpoint, method_of
 from ..methods.config import CONFIG_NAME, PromptLearningConfig
 from ..methods.method import CACHE
@@ -141,30 +142,32 @@ def _ids(tokenizer: Any, text: str, use_chat_template: bool, max_length: int | N
 
 
 @torch.no_grad()
-def initialize_kv_prefix_from_adapter(model: PromptModel, *, source: str, adapter_name: str | None = None) -> Tensor:
+def initialize_kv_prefix_from_adapter(
+    model: PromptModel, *, source: str, adapter_name: str | None = None, task_id: int | None = None
+) -> Tensor:
     """Set a prefix to what another adapter of the same model is to the text: a prompt's rows go through the base model
     once, and what they leave in its cache is the prefix; a prefix is taken as it is.
 
     Args:
-        source: an adapter with as many virtual tokens.
+        source: an adapter with as many virtual tokens. task_id: which of its prompts, if it has one for each task.
 
     Returns, Raises: as `initialize_kv_prefix_from_past_key_values`.
     """
     name = _prefix_of(model, adapter_name)
     model._check_known(source)
-    own, other = model.prompts[name], model.prompts[source]
+    own, other = model.prompts[name], prompts_of_rows(model.prompts, [source], [task_id])[0] or model.prompts[source]
     if own.rows != other.rows:
         raise ValueError(f"source: expected an adapter of {own.rows} virtual tokens, got {source!r} of {other.rows}")
     with evaluating(model.base_model), evaluating(model.prompt_encoder[source]):
         if other.in_cache:
-            prompt = model.prompt_rows(source).clone()
+            prompt = model.table((other,)).clone()
         else:
             objection = why_not_prompts(model, (other,))
             if objection is not None:
                 raise ValueError(
                     f"source: expected an adapter whose text can read its keys and values, but {objection}"
                 )
-            cache = run_prompt(model, (source,), all_logits=False).cache
+            cache = run_prompt(model, (other,), all_logits=False).cache
             prompt = prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=own.rows)
     encoder: Any = model.prompt_encoder[name]
     encoder.load_prompt_embeddings(prompt)

@@ -51,10 +51,13 @@ def first_use_line(host: Host) -> list[str]:
 
 def describe_adapter(host: Host, name: str) -> str:
     """An adapter: its method, route and backends."""
-    active, config = ", active" if name == host.in_use else "", host.peft_config[name]
+    active, config, prompt = ", active" if name == host.in_use else "", host.peft_config[name], host.prompts[name]
+    size = f"{config.num_virtual_tokens} virtual tokens"
+    size += "" if prompt.num_tasks is None else f" for each of {prompt.num_tasks} tasks"
+    size += "" if prompt.kept is None else f" of which {prompt.rows} are seen"
     runs = backends(host, name, operations(host, name, encodes=not config.inference_mode))
-    said = f"{config.num_virtual_tokens} virtual tokens, {_route_of_model(host, host.prompts[name])}"
-    return f"{name}{active}: {method_of(config).name}, {said}{', ' if runs else ''}{runs}"
+    said = ", ".join(filter(None, (method_of(config).name, size, _route_of_model(host, prompt), runs)))
+    return f"{name}{active}: {said}"
 
 
 def operations(host: Host, name: str, encodes: bool) -> list[str]:
@@ -91,43 +94,43 @@ def _route_of_model(host: Host, prompt: Prompt) -> str:
 
 
 def _pictures(host: Host, planned: Plan) -> list[str]:
-    """The first row of a spliced batch; of a mixed one, that of each adapter, with a letter of its own."""
+    """The first row of a spliced batch; of a mixed one, that of each prompt, with a letter of its own."""
     layout, batch, mixture = planned.layout, planned.fields, planned.mixture
     if layout is None or not batch.shape[0]:
         return []
     mask = batch.attention_mask
     if planned.carries and mask is not None:
         mask = layout.fill(mask, 1)
-    names = planned.table
-    letters = dict(zip(names, itertools.cycle(_LETTERS)))
-    if len(names) == 1 and mixture is None and planned.call.adapter_names is None:
-        return [f"row 0: {_single(host, host.prompts[names[0]], planned, mask)}"]
-    # Where each adapter's rows of the table end; a template's constant tokens stand behind its prompt.
-    prompts = [host.prompts[name] for name in names]
-    owners = [(prompt.name, row < prompt.rows) for prompt in prompts for row in range(prompt.table_rows)]
+    prompts = planned.table
+    letters = dict(zip(range(len(prompts)), itertools.cycle(_LETTERS)))
+    if len(prompts) == 1 and mixture is None and planned.call.adapter_names is None:
+        whose = "" if prompts[0].task_id is None else f"{prompts[0]}, "
+        return [f"{whose}row 0: {_single(prompts[0], planned, mask)}"]
+    # Where each prompt's rows of the table end; a template's constant tokens stand behind its prompt.
+    owners = [(which, row < one.rows) for which, one in enumerate(prompts) for row in range(one.table_rows)]
 
     def letter(index: int) -> str:
-        owner, is_prompt = owners[index] if index < len(owners) else ("", False)
-        return letters[owner] if is_prompt else "A" if owner else PADDING
+        owner, is_prompt = owners[index] if index < len(owners) else (None, False)
+        return PADDING if owner is None else letters[owner] if is_prompt else "A"
 
     if mixture is None:
         return [f"row 0: {join_symbols(row_symbols(layout.given_slots[0].tolist(), letter=letter))}"]
     lines = []
-    for name in dict.fromkeys(mixture.names):
-        row, number = mixture.names.index(name), mixture.names.count(name)
+    named = {one.source: (str(one), letters[which]) for which, one in enumerate(prompts)}
+    for source in dict.fromkeys(mixture.sources):
+        row, number = mixture.sources.index(source), mixture.sources.count(source)
         real = None if mask is None else mask[row].tolist()
+        name, own = named.get(source, (source[0], PADDING))
         if planned.route == PREFIX:  # each row's own, at the end of the columns of the longest
             slots = [*range(-layout.num_prompt_rows, 0), *range(batch.shape[1])]
-            symbols = row_symbols(slots, real)
-            symbols = [letters.get(name, PADDING) if symbol == "P" else symbol for symbol in symbols]
+            symbols = [own if symbol == "P" else symbol for symbol in row_symbols(slots, real)]
         else:
             symbols = row_symbols(layout.given_slots[row].tolist(), real, letter=letter)
-        picture = join_symbols(symbols)
-        lines.append(f"{name}, {number} row{'s' * (number > 1)}, row {row}: {picture}")
+        lines.append(f"{name}, {number} row{'s' * (number > 1)}, row {row}: {join_symbols(symbols)}")
     return lines
 
 
-def _single(host: Host, prompt: Prompt, planned: Plan, mask: Any) -> str:
+def _single(prompt: Prompt, planned: Plan, mask: Any) -> str:
     layout, length = planned.layout, planned.fields.shape[1]
     assert layout is not None
     rows = layout.num_prompt_rows

@@ -80,8 +80,7 @@ class _Wide:
         size, length = ids.shape
         self.columns = layout.token_positions(size, length, ids.device, None if layout.slots is None else mask)
         check_known(ids, host.word_embeddings)
-        padded = plan.mixture is not None
-        self.rows = host.table(plan.table, padded=padded).to(ids.device) if states is None else None
+        self.rows = host.table(plan.table, plan.is_padded).to(ids.device) if states is None else None
 
     def answers(self) -> contextlib.AbstractContextManager[None]:
         """Within it the word embeddings know the prompt's rows by ids, for base models that must see ids."""

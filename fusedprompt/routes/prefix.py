@@ -26,7 +26,7 @@ from ..base.positions import numbered
 from ..layouts.batch import Batch, check_length
 from ..layouts.mixture import Mixture
 from ..layouts.padding import count_padding, may_be_padded
-from ..layouts.prompt import Prompt
+from ..layouts.prompt import Prompt, Source
 from .call import SPLICE, Plan
 from .choice import RouteUnavailable, is_kept
 from .host import Host
@@ -58,31 +58,32 @@ class PrefixStates:
         return self.parts.nbytes
 
 
-def prefix_states(host: Host, names: Sequence[str], mixture: Mixture | None = None) -> PrefixStates:
+def prefix_states(host: Host, prompts: Sequence[Prompt], mixture: Mixture | None = None) -> PrefixStates:
     """An adapter's prefix, or all of a mixture: kept ones where nothing is trained, else of this step's encoders."""
+    of_source = {prompt.source: prompt for prompt in prompts}
 
-    def make(name: str) -> PrefixStates:
-        parts = _parts(host, name, kept=keeps)
-        return PrefixStates(parts, _cache(host, name, parts))
+    def make(source: Source) -> PrefixStates:
+        parts = _parts(host, of_source[source], kept=keeps)
+        return PrefixStates(parts, _cache(host, parts))
 
-    keeps = is_kept(host, names)
+    keeps = is_kept(host, [prompt.name for prompt in prompts])
     if not keeps:
-        states = [make(name) for name in names]
+        states = [make(source) for source in of_source]
     else:  # of the base model they depend on nothing but its dtype and where it is, as its embeddings
-        encoders = {name: host.prompt_encoder[name] for name in names}
+        encoders = {prompt.source: host.prompt_encoder[prompt.name] for prompt in prompts}
         states = host.prompt_cache.get(host.word_embeddings, encoders, False, make)
     if mixture is None:
         return states[0]
     # Positions first: a stack pads its members' first dimension.
     stacked = mixture.stack([one.parts[:, 0].movedim(2, 0) for one in states])
     parts = stacked.permute(2, 0, 3, 1, 4)
-    return PrefixStates(parts, _cache(host, names[0], parts), mixture)
+    return PrefixStates(parts, _cache(host, parts), mixture)
 
 
-def _parts(host: Host, name: str, kept: bool) -> Tensor:
+def _parts(host: Host, prompt: Prompt, kept: bool) -> Tensor:
     """An adapter's keys and values (2 L, 1, heads, N, width): a view of what its encoder gives, or, where that has
     another dtype or will be kept, one copy in the order in which attention reads."""
-    config, rows = host.peft_config[name], host.prompt_rows(name)
+    config, rows = host.peft_config[prompt.name], host.table((prompt,))
     heads = int(config.num_attention_heads)
     parts = rows.view(rows.shape[0], -1, heads, int(config.token_dim) // heads).permute(1, 2, 0, 3)
     device, dtype = device_of(host.word_embeddings), host.base_model.dtype
@@ -93,7 +94,7 @@ def _parts(host: Host, name: str, kept: bool) -> Tensor:
     return parts.unsqueeze(1)
 
 
-def _cache(host: Host, name: str, parts: Tensor) -> Any:
+def _cache(host: Host, parts: Tensor) -> Any:
     """A cache whose layers hold the parts."""
     cache, pieces = new_cache(host.base_model), parts.unbind(0)
     order = layer_order(len(pieces) // 2, host.facts.encoder_decoder, host.ties_layers)
@@ -292,7 +293,7 @@ def widened(facts: BaseFacts, others: Mapping[str, Any], rows: int, mixture: Mix
     mask = given.get("decoder_attention_mask")
     if mixture is not None and not mixture.even:
         if facts.position_limit is not None:
-            lengths = dict(zip(mixture.adapters, mixture.counts))
+            lengths = {prompt.name: prompt.rows for prompt in mixture.prompts}
             raise ValueError(
                 f"adapter_names: expected prefixes of one length in every row, got {lengths}, because the base model's "
                 "decoder counts positions from the end of the longest"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..base.stamp import Stamp, stamp
+from ..layouts.prompt import Source
 
 Kept = TypeVar("Kept", bound=Any)
 
@@ -26,7 +27,8 @@ class _Entry:
 
 
 class PromptCache:
-    """The prompts of a model's adapters as the base model's keys and values, the last used kept longest.
+    """The prompts of a model's adapters, and of their tasks, as the base model's keys and values, the last used kept
+    longest.
 
     An entry serves until its adapter's or the base model's weights, dtype, device or settings change. Use from several
     threads is safe: entries are not changed, and each call works on a cache of its own.
@@ -37,7 +39,7 @@ class PromptCache:
 
     def __init__(self, max_bytes: int = 1 << 30) -> None:
         self.max_bytes = max_bytes
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._entries: OrderedDict[Source, _Entry] = OrderedDict()
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -49,20 +51,20 @@ class PromptCache:
             return sum(entry.bytes for entry in self._entries.values())
 
     def clear(self, adapter_name: str | None = None) -> None:
-        """Forget one adapter's prompt, or all."""
+        """Forget one adapter's prompts, or all."""
         with self._lock:
-            if adapter_name is None:
-                self._entries.clear()
-            self._entries.pop(str(adapter_name), None)
+            for source in [*self._entries]:
+                if adapter_name in (None, source[0]):
+                    del self._entries[source]
 
     def get(
         self,
         base: nn.Module,
-        encoders: Mapping[str, nn.Module],
+        encoders: Mapping[Source, nn.Module],
         all_logits: bool,
-        make: Callable[[str], Kept],
+        make: Callable[[Source], Kept],
     ) -> list[Kept]:
-        """The entries of adapters, made by `make(name)` without gradients where there is none that still holds.
+        """The entries of sources, made by `make(source)` without gradients where there is none that still holds.
 
         base: what the states depend on beside an adapter's encoder.
         all_logits: the entries must have every virtual token's logits.
@@ -70,8 +72,8 @@ class PromptCache:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             now, found = stamp(base), list[Any]()
             unchanged: list[Stamp] = []  # stamps of the base model that hold: entries made in one call have the same
-            for name, encoder in encoders.items():
-                own, entry = stamp(encoder), self._entries.pop(name, None)
+            for source, encoder in encoders.items():
+                own, entry = stamp(encoder), self._entries.pop(source, None)
                 if entry is not None and not (
                     (entry.all_logits or not all_logits)
                     and now is not None
@@ -81,14 +83,14 @@ class PromptCache:
                 ):
                     entry = None
                 if entry is None:
-                    states = make(name)
+                    states = make(source)
                     if now is None or own is None:
                         found.append(states)
                         continue
                     entry = _Entry(now, own, states, all_logits, states.nbytes)
                 unchanged.append(entry.base)
                 found.append(entry.states)
-                self._entries[name] = entry
+                self._entries[source] = entry
             while self.nbytes() > self.max_bytes:
                 self._entries.popitem(last=False)
             return found

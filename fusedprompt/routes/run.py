@@ -30,7 +30,9 @@ def run(host: Host, plan: Plan) -> Any:
         RouteUnavailable: the same, where "shared" was asked for.
         ValueError: the base model cannot run on embeddings, or not on this call even without a prompt.
     """
-    names = plan.mixture.names if plan.mixture is not None else None
+    names = None if plan.mixture is None else plan.mixture.names
+    if names is not None and {*names} == {host.in_use}:
+        names = None  # rows of several tasks of the active adapter: its heads are in their places
     try:
         with host.heads_for_rows(names):
             if plan.call.generates:

@@ -51,7 +51,7 @@ def spliced(host: Host, plan: Plan) -> Iterator[dict[str, Any]]:
     """
     batch, layout, facts = plan.fields, plan.layout, host.facts
     assert layout is not None
-    tables = host.table(plan.table, padded=plan.mixture is not None).to(batch.tokens.device)
+    tables = host.table(plan.table, padded=plan.is_padded).to(batch.tokens.device)
     arguments: dict[str, Any] = {"position_ids": batch.position_ids, "token_type_ids": batch.token_type_ids}
     context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if facts.needs_ids:

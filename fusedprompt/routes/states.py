@@ -86,7 +86,7 @@ def of_rows(values: Tensor, size: int, mixture: Mixture | None) -> Tensor:
     """Each row's part of (A, ...) values, (size, ...)."""
     if mixture is None:
         return values.expand(size, *values.shape[1:])
-    return mixture.take(values, size // len(mixture.names))
+    return mixture.take(values, size // len(mixture.sources))
 
 
 def cache_for_rows(kept: Any, size: int, mixture: Mixture | None) -> Any:

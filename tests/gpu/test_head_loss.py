@@ -65,7 +65,7 @@ def test_wide_rows_match_fp64(vocabulary: int, dtype: torch.dtype, cuda: torch.d
     source = generator(vocabulary)
     hidden = normal((300, 64), dtype, source).to(cuda).requires_grad_()
     weight = normal((vocabulary, 64), dtype, source).to(cuda)
-    labels = torch.randint(0, vocabulary, (300,), generator=source).to(cuda)
+    labels = torch.randint(0, vocabulary, (300,), generator=source, device="cpu").to(cuda)
     labels[::5] = -100
     loss = ops.head_loss(hidden, weight, labels, backend="triton")
     (found,) = torch.autograd.grad(loss, hidden)

@@ -39,7 +39,7 @@ def losses_of(logits: Tensor, labels: Tensor, factors: Tensor | None, scaling: S
 
 def some_labels(rows: int, vocabulary: int) -> Tensor:
     """With ignored ones among them, and both ends."""
-    labels = torch.randint(0, vocabulary, (rows,), generator=generator(rows))
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator(rows), device="cpu")
     labels[1::3] = -100
     labels[0], labels[-1] = 0, vocabulary - 1
     return labels
@@ -60,7 +60,7 @@ def in_place(logits: Tensor, labels: Tensor, factors: Tensor | None = None, scal
 def test_loss_and_gradient_of_logits_are_as_accurate_as_pytorchs(
     dtype: torch.dtype, vocabulary: int, scaling: Scaling
 ) -> None:
-    labels, factors = some_labels(7, vocabulary), torch.rand(7, generator=generator(7))
+    labels, factors = some_labels(7, vocabulary), torch.rand(7, generator=generator(7), device="cpu")
     inputs = {"logits": 3 * normal((7, vocabulary), dtype, generator(vocabulary))}
 
     def plain(x: Tensors) -> Tensor:
@@ -86,7 +86,7 @@ def test_head_loss_and_its_gradient_are_as_accurate_as_pytorchs(
         monkeypatch.setattr(_op, "_FEWEST_ROWS", 4)
     source, labels = generator(3), some_labels(9, 67)
     weight, shift = normal((67, 24), dtype, source), normal((67,), dtype, source) if bias else None
-    factors = torch.rand(9, generator=source, dtype=torch.float64)
+    factors = torch.rand(9, generator=source, dtype=torch.float64, device="cpu")
     inputs = {"hidden": normal((9, 24), dtype, source)}
 
     def plain(x: Tensors) -> Tensor:
