@@ -103,7 +103,9 @@ def _told_positions(base: Any, first: int) -> Iterator[None]:
     """Within the block, and in its thread, steps without position ids get those that their mask tells: GIT's."""
     thread = threading.get_ident()
 
-    def tell(_: Any, args: tuple[Any, ...], call: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def tell(_: Any, args: tuple[Any, ...], call: dict[str, Any] | None = None) -> Any:
+        if call is None:  # another thread met the hook before torch had marked it as one that takes keywords
+            return None
         mask, tokens = call.get("attention_mask"), call.get("input_ids")
         tokens = call.get("inputs_embeds") if tokens is None else tokens
         if tokens is None or call.get("position_ids") is not None or threading.get_ident() != thread:

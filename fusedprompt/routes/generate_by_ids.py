@@ -115,10 +115,10 @@ class _Wide:
         columns = self.columns.repeat_interleave(ids.shape[0] // self.columns.shape[0], 0).to(ids.device)
         return torch.cat((ids.gather(1, columns), ids[:, self.ids.shape[1] :]), 1)
 
-    def embed_prompt(
-        self, _: Any, args: tuple[Any, ...], call: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def embed_prompt(self, _: Any, args: tuple[Any, ...], call: dict[str, Any] | None = None) -> Any:
         """A hook before the base model's forward: the prompt's columns become its rows, or its states."""
+        if call is None:  # another thread met the hook before torch had marked it as one that takes keywords
+            return None
         given, cache = call.get("input_ids"), call.get("past_key_values")
         if threading.get_ident() != self.thread or given is None or given.shape[1] < self.ids.shape[1]:
             return args, call
