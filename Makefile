@@ -81,8 +81,8 @@ versions: $(READY)  ## run the tests of `apply` with the oldest PEFT and transfo
 	test -d $(PAIR)/peft || { $(BIN)/python -m pip install -q --target $(PAIR) transformers==$(TRANSFORMERS) \
 	  && $(BIN)/python -m pip install -q --no-deps --target $(PAIR) peft==$(PEFT); }
 	PYTHONPATH=$(PAIR) $(PYTEST) -q tests/test_apply_patch.py tests/test_apply_results.py \
-	  tests/test_apply_training.py tests/test_lm_head.py tests/test_tools_attributes.py tests/test_tools_files.py \
-	  tests/test_tools_parallel.py tests/test_tools_trainer.py $(ARGS)
+	  tests/test_apply_training.py tests/test_apply_multitask.py tests/test_lm_head.py tests/test_tools_attributes.py \
+	  tests/test_tools_files.py tests/test_tools_parallel.py tests/test_tools_trainer.py $(ARGS)
 
 # TRL alone, because it is installed for nothing else; its datasets come along. It needs Python 3.11: without it nothing is
 # collected, which is pytest's status 5. 35 s in all.

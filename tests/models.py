@@ -121,8 +121,16 @@ def config_fields(method: str, task: str = "CAUSAL_LM", rows: int = 4) -> tuple[
     """The name of a configuration class (in this package and in PEFT) and fields for it."""
     if method == "CPT":
         return "CPTConfig", {"task_type": task, **CPT_FIELDS}
+    if method in ("PREFIX", "PROJECTED"):
+        fields = {"task_type": task, "num_virtual_tokens": rows, "prefix_projection": method == "PROJECTED"}
+        return "PrefixTuningConfig", {**fields, "encoder_hidden_size": 24}
+    if method == "CARTRIDGE":
+        return "CartridgeConfig", {"task_type": task, "num_virtual_tokens": rows, "num_frozen_tokens": 1}
     if method == "PROMPT":
         return "PromptTuningConfig", {"task_type": task, "num_virtual_tokens": rows}
+    if method == "MULTITASK":
+        sizes = {"num_virtual_tokens": rows, "num_tasks": 3, "num_ranks": 2}
+        return "MultitaskPromptTuningConfig", {"task_type": task, **sizes}
     fields = {"task_type": task, "num_virtual_tokens": rows, "encoder_reparameterization_type": method}
     return "PromptEncoderConfig", {**fields, "encoder_hidden_size": 24}
 

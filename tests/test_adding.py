@@ -205,8 +205,8 @@ def test_what_cannot_be_registered_says_why() -> None:
     class Other(GatedConfig):
         method: ClassVar[Any] = "OTHER"
 
-    with pytest.raises(ValueError, match="product: expected 'rows', got 'cache'"):
-        register_method(Method(Other, GatedPrompt, ops=lambda module: (), product="cache"))
+    with pytest.raises(ValueError, match="product: expected 'rows' or 'cache', got 'waves'"):
+        register_method(Method(Other, GatedPrompt, ops=lambda module: (), product="waves"))
     with pytest.raises(ValueError, match=r"peft_type: expected one of .*GATED.*, got 'OTHER'; see register_method"):
         fp.get_prompt_model(build("Llama"), Other(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises(ValueError, match="task: expected a new name, got 'TOKEN_SCORES'"):

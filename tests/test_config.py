@@ -45,7 +45,27 @@ FIELDS: list[tuple[str, dict[str, Any]]] = [
             "tokenizer_kwargs": {"use_fast": True},
         },
     ),
+    ("MultitaskPromptTuningConfig", {}),
+    (
+        "MultitaskPromptTuningConfig",
+        {
+            "task_type": "SEQ_2_SEQ_LM",
+            "num_virtual_tokens": 4,
+            "prompt_tuning_init": "EXACT_SOURCE_TASK",
+            "prompt_tuning_init_state_dict_path": "source/adapter_model.safetensors",
+            "prompt_tuning_init_task": 2,
+            "num_ranks": 3,
+            "num_tasks": 5,
+        },
+    ),
     ("CPTConfig", {"task_type": "CAUSAL_LM"}),
+    ("PrefixTuningConfig", {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}),
+    (
+        "PrefixTuningConfig",
+        {"num_virtual_tokens": 4, "init_weights": "zero", "prefix_projection": True, "encoder_hidden_size": 9},
+    ),
+    ("CartridgeConfig", {"task_type": "SEQ_CLS", "num_virtual_tokens": 4}),
+    ("CartridgeConfig", {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4, "num_frozen_tokens": 0}),
     ("CPTConfig", {"task_type": "CAUSAL_LM", **CPT_FIELDS, "opt_weighted_loss_type": "decay", "token_dim": 64}),
 ]
 
@@ -74,7 +94,9 @@ def test_either_side_reads_what_the_other_wrote(name: str, fields: dict[str, Any
     assert peft.PeftConfig.from_pretrained(str(tmp_path / "mine")).to_dict() == theirs.to_dict()
 
 
-@pytest.mark.parametrize("name", ["PromptEncoderConfig", "PromptTuningConfig", "CPTConfig"])
+@pytest.mark.parametrize(
+    "name", ["PromptEncoderConfig", "PromptTuningConfig", "MultitaskPromptTuningConfig", "CPTConfig"]
+)
 def test_fields_and_defaults_are_those_of_peft(name: str) -> None:
     theirs = {field.name: field.default for field in dataclasses.fields(getattr(peft, name))}
     mine = {field.name: field.default for field in dataclasses.fields(getattr(fusedprompt, name))}
@@ -107,7 +129,7 @@ def test_unknown_keys_are_listed_in_a_warning(tmp_path: Path) -> None:
         ("{", ValueError, "adapter_config.json: expected a JSON object, but it cannot be read"),
         ("[1]", ValueError, "adapter_config.json: expected a JSON object, got list"),
         ("{}", ValueError, "adapter_config.json: expected the key 'peft_type'"),
-        ('{"peft_type": "LORA"}', ValueError, "peft_type in PROMPT_TUNING, P_TUNING, CPT, got 'LORA'"),
+        ('{"peft_type": "LORA"}', ValueError, "peft_type in PROMPT_TUNING, P_TUNING, CPT, .*, got 'LORA'"),
     ],
 )
 def test_unreadable_files_are_named(content: str | None, error: type[Exception], message: str, tmp_path: Path) -> None:
@@ -168,6 +190,31 @@ def test_a_file_of_another_method_is_refused(tmp_path: Path) -> None:
             r"encoder_dropout: expected a number in \[0, 1\), got 1.0",
         ),
         ("PromptEncoderConfig", {"encoder_dropout": -0.1}, ValueError, "encoder_dropout"),
+        ("MultitaskPromptTuningConfig", {"num_tasks": 0}, ValueError, "num_tasks: expected a positive int, got 0"),
+        (
+            "MultitaskPromptTuningConfig",
+            {"num_ranks": None},
+            ValueError,
+            "num_ranks: expected a positive int, got None",
+        ),
+        (
+            "MultitaskPromptTuningConfig",
+            {"prompt_tuning_init": "SAMPLE_VOCAB"},
+            ValueError,
+            "prompt_tuning_init: expected one of TEXT, RANDOM, AVERAGE_SOURCE_TASKS, .*, got 'SAMPLE_VOCAB'",
+        ),
+        (
+            "MultitaskPromptTuningConfig",
+            {"prompt_tuning_init": "ONLY_SOURCE_SHARED"},
+            ValueError,
+            "prompt_tuning_init_state_dict_path: expected a file with .*'ONLY_SOURCE_SHARED', got None",
+        ),
+        (
+            "MultitaskPromptTuningConfig",
+            {"prompt_tuning_init_task": "x"},
+            TypeError,
+            "prompt_tuning_init_task: expected",
+        ),
         ("PromptEncoderConfig", {"encoder_dropout": float("nan")}, ValueError, "encoder_dropout"),
         ("PromptEncoderConfig", {"encoder_dropout": "0.1"}, TypeError, "encoder_dropout"),
         ("PromptEncoderConfig", {"modules_to_save": "classifier"}, TypeError, "modules_to_save: expected a list"),

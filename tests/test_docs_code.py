@@ -26,8 +26,10 @@ BLOCKS = {
     "README.md": 2,
     "docs/faq.md": 14,
     "docs/layouts.md": 7,
+    "docs/methods.md": 3,
     "docs/numerics.md": 5,
     "docs/peft.md": 2,
+    "docs/prefixes.md": 1,
     "docs/quickstart.md": 9,
     "docs/routes.md": 1,
 }
@@ -79,6 +81,12 @@ def given_routes() -> dict[str, Any]:
     return {"fp": fp, "base": small_model(), "config": config, "batch": batch()}
 
 
+def given_prefixes() -> dict[str, Any]:
+    inputs = batch()
+    names = {"fp": fp, "base": small_model(), "tokenizer": byte_tokenizer(), "manual": "How to begin. " * 40}
+    return {**names, "batch": {**inputs, "labels": inputs["input_ids"]}, "inputs": inputs}
+
+
 def given_peft() -> dict[str, Any]:
     import peft
 
@@ -92,6 +100,11 @@ def given_faq() -> dict[str, Any]:
     return {"fp": fp, "torch": torch, "new_model": small_model, "batch": batch(), "ids": batch()["input_ids"]}
 
 
+def given_methods() -> dict[str, Any]:
+    names = {"fp": fp, "torch": torch, "base_model": small_model(), "tokenizer": byte_tokenizer()}
+    return {**names, "ids": batch()["input_ids"]}
+
+
 def given_numerics() -> dict[str, Any]:
     return {"fp": fp, "torch": torch, "base_model": small_model(), "ids": batch()["input_ids"]}
 
@@ -99,8 +112,10 @@ def given_numerics() -> dict[str, Any]:
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": given_readme,
     "docs/faq.md": given_faq,
+    "docs/methods.md": given_methods,
     "docs/numerics.md": given_numerics,
     "docs/peft.md": given_peft,
+    "docs/prefixes.md": given_prefixes,
     "docs/routes.md": given_routes,
 }
 

@@ -18,6 +18,7 @@ from mixtures import (
     PADDED,
     ROUTES,
     alone,
+    assert_close,
     check_language_model,
     drawn_model,
     gradients,
@@ -255,3 +256,12 @@ def test_explain_shows_a_row_of_each_adapter_with_letters_of_its_own() -> None:
         mixed("Llama"), [{"input_ids": [3, 4]}, {"input_ids": [5]}], adapter_names=["short", "lstm"]
     )
     assert mixed("Llama").explain(**packed).splitlines()[1] == "row 0: P P t t Q Q Q t"
+
+
+@torch.no_grad()
+def test_kept_prompts_of_other_lengths_fit_layers_with_a_window_which_count_by_themselves() -> None:
+    model = mixed("Gemma2", adapters=("short", "long"))
+    given = {"input_ids": tokens(3), "attention_mask": torch.ones(3, 7, dtype=torch.int64), "logits": "text"}
+    for names in (["short", "long", "long"], ["long", "short", BASE]):
+        found, expected = (model(**given, adapter_names=names, route=route).logits for route in ("shared", "splice"))
+        assert_close({"logits": found}, {"logits": expected})

@@ -55,6 +55,38 @@ def test_ops_outside_the_base_model(method: str, most: int, of_peft: int, monkey
     assert len(names) <= most, names
 
 
+@pytest.mark.parametrize("layers", [2, 6])
+@pytest.mark.parametrize(("method", "of_projection"), [("PREFIX", 0), ("PROJECTED", 3), ("CARTRIDGE", 1)])
+def test_a_prefix_costs_the_same_ops_for_every_depth(
+    method: str, of_projection: int, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, mine = pair("Llama", "CAUSAL_LM", method, num_hidden_layers=layers)
+    for model in (theirs, mine):
+        monkeypatch.setattr(model.base_model, "forward", lambda **kwargs: kwargs)
+    assert len(count(theirs, **BATCH)) == 3 + 2 * layers + of_projection
+    names = count(mine, **BATCH)
+    assert len(names) == 1 + of_projection, names  # the mask
+
+
+@pytest.mark.parametrize(("tasks", "most"), [([1, 1, 1, 1], 6), ([2, 0, 2, 1], 15), ([0, 2, 2, 0], 17)])
+def test_ops_of_prompts_by_task(tasks: list[int], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one task: its product, of two ops, and a splice. Of several: slots too, which the reference splice reads in
+    ten ops. The splice is one kernel on a GPU: counted as one op, a batch of any tasks takes at most six."""
+    theirs, mine = pair("Llama", "CAUSAL_LM", "MULTITASK")
+    for model in (theirs, mine):
+        monkeypatch.setattr(model.base_model, "forward", lambda **kwargs: kwargs)
+    assert len(count(theirs, **BATCH, task_ids=torch.tensor(tasks))) == 13
+    assert len(count(mine, **BATCH, task_ids=tasks)) <= most
+    monkeypatch.setitem(_IMPLEMENTATIONS, "fusedprompt::splice", _uncounted_splice)
+    names = count(mine, **BATCH, task_ids=tasks)
+    assert len(names) + 1 <= 6, names
+
+
+def _uncounted_splice(*args: Any) -> Any:
+    with torch.utils._python_dispatch._disable_current_modes():
+        return splice_reference._splice(*args)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_base_costs_no_further_op(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     base = build("Llama").to(dtype)

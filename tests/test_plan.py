@@ -71,7 +71,7 @@ def test_explain_says_the_route_that_forward_takes(case: str, disabled: bool) ->
 def test_a_plan_is_not_changed_by_running_it_and_runs_again() -> None:
     model = ours("Llama", rows=ROWS)
     found = planned(model, input_ids=IDS, labels=IDS)
-    assert found.route == "shared" and found.why is None and found.table == ("default",)
+    assert found.route == "shared" and found.why is None and found.table == (model.prompts["default"],)
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.route = "splice"  # type: ignore[misc]
     losses = [run(model, found).loss.detach() for _ in range(2)]

@@ -186,6 +186,33 @@ def test_what_the_route_cannot_do_is_spliced_or_refused_with_the_reason(reason: 
     assert torch.equal(sequences[:, :7], tokens()) and len(model.prompt_cache) == 0
 
 
+def test_another_thread_may_meet_a_hook_before_torch_knows_that_it_takes_keywords() -> None:
+    """torch first registers a hook before a forward and then marks it; it takes both away in this order too."""
+    model, ids = ours("Llama", method="MLP"), tokens(1).repeat(1, 2)
+    base, found, seen = model.base_model, [], set()
+    expected = base(input_ids=ids).logits
+    call = base._call_impl
+
+    def other() -> None:
+        found.append(call(input_ids=ids).logits)
+
+    def halfway(*args: Any, **kwargs: Any) -> Any:
+        seen.update(hook.__qualname__ for hook in base._forward_pre_hooks.values())
+        marked = dict(base._forward_pre_hooks_with_kwargs)
+        base._forward_pre_hooks_with_kwargs.clear()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        base._forward_pre_hooks_with_kwargs.update(marked)
+        return call(*args, **kwargs)
+
+    base._call_impl = halfway
+    for options in ({}, {"prompt_lookup_num_tokens": 2}):
+        model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, **options)
+    assert any("tell" in name for name in seen) and any("embed_prompt" in name for name in seen)
+    assert len(found) >= 2 and all(torch.equal(logits, expected) for logits in found)
+
+
 def test_assisted_decoding_in_one_thread_leaves_the_others_alone() -> None:
     model = ours("Llama", method="MLP")
     ids = tokens(1).repeat(1, 2)

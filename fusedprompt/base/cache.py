@@ -62,6 +62,33 @@ class SharingFacts:
         return cls(None, min(windows, default=None), "logits_to_keep" in parameters)
 
 
+def cache_taker(base: nn.Module) -> nn.Module | None:
+    """The module whose forward takes a key/value cache: the model itself, or the stack under its head; or None."""
+    model = transformers_model(base)
+    for module in () if model is None else (model, model.base_model):
+        if "past_key_values" in inspect.signature(module.forward).parameters:
+            return module  # type: ignore[no-any-return]
+    return None
+
+
+def why_no_prefix(base: nn.Module, facts: BaseFacts) -> str | None:
+    """Why no text of a base model can be run behind keys and values that are given, or None."""
+    model = transformers_model(base)
+    if model is None:
+        return f"{type(base).__name__} is no model of transformers, and nothing is known about its cache"
+    if cache_taker(base) is None:
+        return f"{type(model).__name__} takes no key/value cache"
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    if facts.stateful or (facts.causal and supports is not None and not supports()):
+        return f"{type(model).__name__} keeps a state that is not a key/value cache"
+    layers = new_cache(model).layers
+    odd = [type(layer).__name__ for layer in layers if not keeps_all(layer)]
+    if odd or not layers:
+        found = f"a layer of kind {odd[0]}" if odd else "no number of layers"
+        return f"its cache has {found}, which does not hold every token's keys and values"
+    return None
+
+
 def new_cache(base: nn.Module) -> Any:
     """An empty cache, as transformers' decoders make for themselves."""
     from transformers.cache_utils import DynamicCache

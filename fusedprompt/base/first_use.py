@@ -120,6 +120,14 @@ def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any)
     return held[1]
 
 
+def key_shapes(base: nn.Module, facts: BaseFacts) -> tuple[tuple[int, int], ...] | str | None:
+    """(heads, width) of the keys and of the values that each of a base model's first layers puts into a cache; or why
+    none are put there. None where it cannot be run."""
+    found: tuple[tuple[int, int], ...] | str | None
+    found = _found(base, "keys", lambda model: _Trial(model, facts).key_shapes(), None)
+    return found
+
+
 def why_not_embeddings(base: nn.Module, facts: BaseFacts) -> str | None:
     """Why a base model cannot run on embeddings alone, padded or not, in the words of its error; or None."""
     model = transformers_model(base)
@@ -206,6 +214,25 @@ class _Trial:
         except Exception:
             return None  # the call itself will say why
         return bool(torch.allclose(loss.float(), output.loss.float(), rtol=1e-3, atol=1e-5))
+
+    def key_shapes(self) -> tuple[tuple[int, int], ...] | str | None:
+        """See the function of this name."""
+        from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+        if not self.embeds:
+            return None
+        cache, row = DynamicCache(config=self.model.config), self.text[:1]
+        given: dict[str, Any] = {"past_key_values": cache}
+        if self.facts.encoder_decoder:
+            other = DynamicCache(config=self.model.config)
+            given = {"past_key_values": EncoderDecoderCache(cache, other), "decoder_inputs_embeds": row}
+        if isinstance(self._run(inputs_embeds=row, **given), str):
+            return None  # the call itself will say why
+        layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+        filled = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        if not filled or any(tensor.dim() != 4 for tensor in filled):
+            return "the base model does not fill the cache that it is given"
+        return tuple((tensor.shape[1], tensor.shape[3]) for tensor in filled)
 
     def why_not_embeddings(self) -> str | None:
         """The error of a padded row, or None."""

@@ -1,6 +1,6 @@
 """PEFT's `forward` with the prompt put in by our routes: PEFT's own layout, shapes and outputs, task by task.
 
-What PEFT does otherwise (warnings, prefix tuning, arguments that it rewrites) is not repeated here: they go there.
+What PEFT does otherwise (warnings, arguments that it rewrites) is not repeated here: they go there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..base.tasks import Task, task_of
-from ..methods import method_of
+from ..methods import find_method, method_of
+from ..methods.method import CACHE
 from ..ops._backend import AUTO
 from ..routes.call import OURS, PEFT, Call
 from ..routes.plan import plan
@@ -27,12 +28,14 @@ class PeftTask:
 
     task: of its models.
     token_types: it extends token_type_ids over the prompt; otherwise it drops them, with a warning.
-    dropped: arguments that it takes and passes to nobody.
+    dropped: arguments that it takes and passes to nobody; task_ids go to prompts that differ by task, if
+    hands_on_tasks: it does so.
     """
 
     task: Task
     token_types: bool = False
     dropped: tuple[str, ...] = ("task_ids",)
+    hands_on_tasks: bool = True
 
 
 TASKS = {
@@ -40,10 +43,10 @@ TASKS = {
     "PeftModelForSequenceClassification": PeftTask(task_of("SEQ_CLS"), token_types=True),
     "PeftModelForTokenClassification": PeftTask(task_of("TOKEN_CLS"), token_types=True),
     "PeftModelForQuestionAnswering": PeftTask(
-        task_of("QUESTION_ANS"), dropped=("task_ids", "token_type_ids", "position_ids")
+        task_of("QUESTION_ANS"), dropped=("task_ids", "token_type_ids", "position_ids"), hands_on_tasks=False
     ),
     "PeftModelForSeq2SeqLM": PeftTask(task_of("SEQ_2_SEQ_LM")),
-    "PeftModelForFeatureExtraction": PeftTask(task_of("FEATURE_EXTRACTION")),
+    "PeftModelForFeatureExtraction": PeftTask(task_of("FEATURE_EXTRACTION"), hands_on_tasks=False),
 }
 
 
@@ -75,7 +78,12 @@ def why_not_call(model: Any, task: PeftTask, given: dict[str, Any]) -> str | Non
             continue
         if value.shape != tokens[0].shape[:2] or value.device != tokens[0].device:
             return f"{name} is not (B, T) on the tokens' device"
-    if "position_ids" in given and "position_ids" not in task.dropped:
+    method = method_of(config)
+    if method.num_tasks is not None:
+        objection = _why_not_tasks(task, given, tokens[0])
+        if objection is not None:
+            return objection
+    if "position_ids" in given and "position_ids" not in task.dropped and method.product != CACHE:
         return "PEFT ignores position_ids, with a warning"
     if "token_type_ids" in given and not task.token_types and "token_type_ids" not in task.dropped:
         return "PEFT ignores token_type_ids, with a warning"
@@ -84,13 +92,33 @@ def why_not_call(model: Any, task: PeftTask, given: dict[str, Any]) -> str | Non
     return None
 
 
+def _why_not_tasks(task: PeftTask, given: dict[str, Any], tokens: Any) -> str | None:
+    """Why PEFT's own forward serves this call of an adapter with a prompt for each task, or None."""
+    if not task.hands_on_tasks:
+        return f"PEFT hands no task_ids on for {task.task.name}"
+    if task.task.submodules > 1:
+        return "PEFT has a forward of its own for prompts of tasks in encoder-decoders"
+    task_ids = given.get("task_ids")
+    if not isinstance(task_ids, torch.Tensor) or task_ids.shape != tokens.shape[:1] or task_ids.is_floating_point():
+        return "task_ids is not a tensor of B ids"
+    return None
+
+
+def has_tasks(model: Any) -> bool:
+    """Whether an adapter of a PEFT model makes a prompt for each task; PEFT ignores `task_ids` of others."""
+    methods = [find_method(config.peft_type) for config in model.peft_config.values()]
+    return any(method is not None and method.num_tasks is not None for method in methods)
+
+
 def run_as_peft(host: PeftHost, task: PeftTask, given: dict[str, Any], spliced_because: set[str]) -> Any:
     """PEFT's forward.
 
     given: arguments that `why_not_call` has nothing against.
     spliced_because: gets the reason if sharing would pay for this call and cannot run.
     """
-    call = Call.of({name: value for name, value in given.items() if name not in task.dropped}, host.route)
+    kept = ("task_ids",) if method_of(host.model.active_peft_config).num_tasks is not None else ()
+    ours = {name: value for name, value in given.items() if name not in task.dropped or name in kept}
+    call = Call.of(ours, host.route)
     planned = plan(host, call, PEFT)
     wanted = host.route == AUTO and planned.pays and task.task.shares and not torch.compiler.is_compiling()
     if wanted and planned.why is not None:
@@ -104,5 +132,6 @@ def run_as_peft(host: PeftHost, task: PeftTask, given: dict[str, Any], spliced_b
 
 def run_as_ours(host: PeftHost, given: dict[str, Any]) -> Any:
     """This package's own forward: with PEFT's defects corrected, and with rows of several adapters."""
-    given.pop("task_ids", None)
+    if not has_tasks(host.model):
+        given.pop("task_ids", None)
     return run(host, plan(host, Call.of(given, host.route), OURS))

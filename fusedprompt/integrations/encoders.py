@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ..base.facts import device_of
 from ..methods import find_method, method_of
-from ..methods.method import name_of
+from ..methods.method import CACHE, name_of
 
 
 def why_not_adapter(config: Any) -> str | None:
@@ -17,10 +18,6 @@ def why_not_adapter(config: Any) -> str | None:
     name = name_of(config.peft_type)
     if find_method(name) is not None:
         return None
-    if name in ("PREFIX_TUNING", "CARTRIDGE"):
-        return f"{name} trains keys and values of every layer, not input embeddings"
-    if name == "MULTITASK_PROMPT_TUNING":
-        return f"{name} makes another prompt for each row, by its task_ids"
     return f"{name} is unknown here"
 
 
@@ -31,6 +28,11 @@ def why_not_encoder(encoder: Any, config: Any) -> str | None:
     method = method_of(config)
     if config.inference_mode:
         return "inference mode: the prompt is the table itself"
+    if method.product == CACHE:
+        made = "are what two layers of PyTorch's make" if hasattr(encoder, "transform") else "are the parameters"
+        return f"keys and values {made}"
+    if method.num_tasks is not None:
+        return "PEFT's module is called, once for each distinct task of a batch"
     if method.peft is None:
         return f"{method.name.lower().replace('_', ' ')} has no encoder: the prompt is the table itself"
     expected = getattr(peft, method.peft.class_name)
@@ -65,12 +67,21 @@ def encode(encoder: Any, config: Any, indices: Tensor) -> Tensor:
     return rows
 
 
-def prompt_rows(model: Any, adapter_name: str | None = None) -> Tensor:
-    """An adapter's (the active one's) whole prompt (R, D), hooks of the encoder and of its embedding included."""
+def prompt_rows(model: Any, adapter_name: str | None = None, task_ids: Sequence[int] | None = None) -> Tensor:
+    """An adapter's (the active one's) whole prompt (R, D), or those of distinct tasks (k, R, D), hooks of the encoder
+    and of its embedding included."""
     name = adapter_name or model.active_adapter
     config, encoder = model.peft_config[name], model.prompt_encoder[name]
     table = encoder.embedding
-    indices = model.prompt_tokens[name].unsqueeze(0).to(device_of(table))
+    tokens = model.prompt_tokens[name]
+    if method_of(config).product == CACHE:
+        tokens = tokens[: config.num_virtual_tokens]
+    indices = tokens.unsqueeze(0).to(device_of(table))
+    if task_ids is not None:
+        of_tasks: Tensor = encoder(indices.expand(len(task_ids), -1), torch.tensor(task_ids, device=indices.device))
+        return of_tasks
+    # A cartridge's embedding stands for its parameters, and cannot be called.
+    is_table = config.inference_mode and isinstance(table, nn.Embedding)
     # A shard of ZeRO-3 is there only while its module runs: even a table that is the prompt is called.
-    rows: Tensor = table(indices)[0] if config.inference_mode else encode(encoder, config, indices)
+    rows: Tensor = table(indices)[0] if is_table else encode(encoder, config, indices)
     return rows

@@ -15,7 +15,7 @@ from ..base.saved_modules import for_rows
 from ..base.state import BaseState
 from ..base.tasks import Task, task_of
 from ..layouts.prompt import Prompt
-from ..methods.method import name_of
+from ..methods.method import CACHE, find_method, name_of
 from ..ops._backend import using
 from ..routes.head import TextHead
 from ..routes.host import joined
@@ -24,10 +24,12 @@ from .encoders import prompt_rows
 
 
 class PeftHost:
-    """The `Host` of a PeftModel. It owns no weights.
+    """The `Host` of a PeftModel. It owns no weights. Its adapters were trained with layers that PEFT ties.
 
     task: of the model's class; None where that has none, and each adapter's configuration says it.
     """
+
+    ties_layers = True
 
     def __init__(self, model: Any, backend: str, route: str, task: Task | None) -> None:
         self.model, self.backend, self.route, self.task = model, backend, route, task
@@ -76,7 +78,10 @@ class PeftHost:
         for name, config in self.peft_config.items():
             task = self.task or (Task("none") if config.task_type is None else task_of(config.task_type))
             rows = int(getattr(config, "num_virtual_tokens", 0))
-            found[name] = Prompt(name, name_of(config.peft_type), task, rows)
+            method = find_method(config.peft_type)
+            tasks = None if method is None or method.num_tasks is None else method.num_tasks(config)
+            in_cache = method is not None and method.product == CACHE
+            found[name] = Prompt(name, name_of(config.peft_type), task, rows, in_cache=in_cache, num_tasks=tasks)
         return found
 
     @property
@@ -97,16 +102,18 @@ class PeftHost:
             self._settings[name] = settings
         return self._prompt_cache
 
-    def prompt_rows(self, adapter_name: str) -> Tensor:
-        """(P, D): without the rows of an encoder-decoder's table that wait for its decoder."""
-        with using(self.backend):
-            rows = prompt_rows(self.model, adapter_name)
-        count = int(self.peft_config[adapter_name].num_virtual_tokens)
-        return rows if rows.shape[0] == count else rows[:count]
-
-    def table(self, sources: Sequence[str], padded: bool = False) -> Tensor:
+    def table(self, prompts: Sequence[Prompt], padded: bool = False) -> Tensor:
         width = int(self.model.active_peft_config.token_dim)
-        return joined([self.prompt_rows(name) for name in sources], padded, width, device_of(self.word_embeddings))
+        with using(self.backend):
+            return joined(prompts, self._encoded, padded, width, device_of(self.word_embeddings))
+
+    def _encoded(self, prompts: Sequence[Prompt]) -> Tensor:
+        """(k, P, D): without the rows of an encoder-decoder's table that wait for its decoder."""
+        name, count = prompts[0].name, prompts[0].rows
+        tasks = [prompt.task_id for prompt in prompts if prompt.task_id is not None]
+        rows = prompt_rows(self.model, name, tasks or None)
+        rows = rows if tasks else rows.expand(len(prompts), -1, -1)
+        return rows if rows.shape[1] == count else rows[:, :count]
 
     def heads_for_rows(self, names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
         if names is None:

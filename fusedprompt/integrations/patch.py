@@ -15,13 +15,15 @@ from torch import Tensor
 
 from ..base.state import evaluating
 from ..methods import method_of
+from ..methods.method import CACHE
 from ..ops import explain
 from ..ops._backend import BackendUnavailable, using
-from ..routes.call import SHARED, Call
+from ..routes.call import SHARED, SPLICE, Call
 from ..routes.choice import RouteUnavailable, why_not_model
 from ..routes.plan import plan
+from ..routes.prefix import filled, prefix_states
 from ..routes.run import run
-from .calls import TASKS, PeftTask, bind, run_as_ours, run_as_peft, why_not_call
+from .calls import TASKS, PeftTask, bind, has_tasks, run_as_ours, run_as_peft, why_not_call
 from .encoders import encode, prompt_rows, why_not_adapter
 from .prefill import generating, prepare, without_prompt
 from .record import PATCH, Record, record_on
@@ -114,6 +116,10 @@ class Patch(Record):
                 reason = explain(op, weight).get(self.backend, "runs")
                 if reason != "runs":
                     raise BackendUnavailable(f"backend '{self.backend}' of op '{op}' cannot run: it {reason}")
+            if self.host.prompts[name].in_cache:
+                if self.route == SPLICE:
+                    raise RouteUnavailable(f"adapter {name!r} is keys and values of every layer", SPLICE)
+                continue
             if self.route == SHARED:
                 objection = why_not_model(self.host, name)
                 if objection is not None:
@@ -158,15 +164,21 @@ class Patch(Record):
     def get_prompt(self, original: Callable[..., Any], batch_size: int, *args: Any, **kwargs: Any) -> Any:
         if why_not_adapter(self.model.active_peft_config) is not None:
             return original(batch_size, *args, **kwargs)
+        prompt = self.host.prompts[self.model.active_adapter]
+        if prompt.in_cache:
+            return filled(self.host, prefix_states(self.host, (prompt,)).for_rows(batch_size))
         if without_prompt(self):
             table = next(self.model.prompt_encoder[self.model.active_adapter].embedding.parameters())
             return table.new_empty(batch_size, 0, self.model.active_peft_config.token_dim)
+        if method_of(self.model.active_peft_config).num_tasks is not None:
+            return original(batch_size, *args, **kwargs)
         with using(self.backend):
             return prompt_rows(self.model).repeat(batch_size, 1, 1)
 
     def get_prompt_embedding_to_save(self, original: Callable[..., Any], adapter_name: str) -> Tensor:
         config, encoder = self.model.peft_config[adapter_name], self.model.prompt_encoder[adapter_name]
-        if why_not_adapter(config) is not None:
+        method = None if why_not_adapter(config) is not None else method_of(config)
+        if method is None or method.product == CACHE or method.num_tasks is not None:
             result: Tensor = original(adapter_name)
             return result
         indices = self.model.prompt_tokens[adapter_name].unsqueeze(0)
@@ -178,13 +190,16 @@ class Patch(Record):
         disabled = getattr(vars(self.model).get("forward"), "__self__", self.model) is self.model.base_model
         mixed = not disabled and kwargs.get("adapter_names") is not None
         alone = not mixed and (disabled or why_not_adapter(self.model.active_peft_config) is not None)
+        # A prefix comes from `get_prompt`, in every way in which PEFT generates.
+        in_cache = not alone and not mixed and self.host.prompts[self.host.in_use].in_cache and not self.fix
         with self._generating:
-            if alone or not (mixed or self.fix or "prepare_inputs_for_generation" in self.replaced):
+            if alone or in_cache or not (mixed or self.fix or "prepare_inputs_for_generation" in self.replaced):
                 return original(*args, **kwargs)
             if not (mixed or self.fix):
                 with generating(self, kwargs):
                     return original(*args, **kwargs)
-            kwargs.pop("task_ids", None)
+            if not has_tasks(self.model):
+                kwargs.pop("task_ids", None)
             inputs = args[0] if args else kwargs.pop("inputs", None)
             if "generation_config" in vars(self.model):  # as PEFT does
                 self.model.base_model.generation_config = self.model.generation_config
@@ -198,7 +213,7 @@ class Patch(Record):
         config = self.model.peft_config.get(adapter_name)
         trained = config is not None and not config.inference_mode and why_not_adapter(config) is None
         result = original(model_id, adapter_name, **kwargs)
-        if trained and method_of(config).saves_encoder:
+        if trained and method_of(config).keeps_encoder(config):
             config.inference_mode = True  # PEFT's word for: the table is the prompt
         return result
 

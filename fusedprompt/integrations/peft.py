@@ -23,7 +23,7 @@ _SUPPORTED = {"peft": ((0, 17), (0, 22)), "transformers": ((4, 57), (6, 0))}
 
 
 def apply(peft_model: Any, backend: str = AUTO, route: str = AUTO, fix: bool = False) -> Patch:
-    """Run a PEFT model's prompt learning (P-tuning, prompt tuning, CPT) on this package's ops and routes.
+    """Run a PEFT model's prompt learning (all of its methods, prefixes included) on this package's ops and routes.
 
     What the model computes stays PEFT's: loss, logits, gradients, generated tokens, files. Parameters, modules, hooks
     and state dicts are not touched. Adapters that are added later are served too.

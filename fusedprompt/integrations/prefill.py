@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..base.cache import keeps_all
+from ..layouts.mixture import prompts_of
 from ..routes.call import PEFT, SHARED, Call
 from ..routes.choice import RouteUnavailable, why_not_length
 from ..routes.plan import plan
@@ -80,7 +81,7 @@ def prepare(patch: Record, original: Any, args: tuple[Any, ...], kwargs: dict[st
     running, cache = _running.get(), kwargs.get("past_key_values")
     ids: Any = args[0] if args else kwargs.get("input_ids")
     serves = running is not None and running.patch is patch and running.objection is None
-    layers = _fresh_layers(patch, cache, ids) if serves else None
+    layers = _fresh_layers(patch, cache, ids, kwargs.get("task_ids")) if serves else None
     if layers is None:
         inputs: dict[str, Any] = original(*args, **kwargs)
         return inputs
@@ -100,22 +101,30 @@ def prepare(patch: Record, original: Any, args: tuple[Any, ...], kwargs: dict[st
     return inputs
 
 
-def _fresh_layers(patch: Record, cache: Any, ids: Any) -> Any:
-    """Layers that hold the prompt, for a cache that this step begins; None if the cache cannot take them."""
+def _fresh_layers(patch: Record, cache: Any, ids: Any, task_ids: Any) -> Any:
+    """Layers that hold the prompt, each row's by its task if it has one, for a cache that this step begins; None if the
+    cache cannot take them."""
     from transformers import DynamicCache
 
     if cache is not None and cache.get_seq_length():
         return None  # a later step, or a conversation that goes on: PEFT adds no prompt
-    objection = None
+    host, objection = patch.host, None
+    active = host.prompts[host.in_use]
+    if active.num_tasks is None:
+        task_ids = None
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or not all(map(keeps_all, cache.layers)):
         objection = f"the cache is {'not used' if cache is None else 'a ' + type(cache).__name__}"
     elif ids is None or not ids.shape[1]:
         objection = "there are no input_ids"
+    elif active.num_tasks is not None and not isinstance(task_ids, torch.Tensor):
+        objection = "task_ids is not a tensor"
     else:
-        objection = why_not_length(patch.host, ids.shape[1])
+        objection = why_not_length(host, ids.shape[1])
     if objection is None:
         try:
-            return prompt_states(patch.host, (patch.host.in_use,)).for_rows(ids.shape[0]).layers
+            active, mixture = prompts_of(host.prompts, active, None, task_ids, ids)
+            table = (active,) if mixture is None else mixture.prompts
+            return prompt_states(host, table, mixture).for_rows(ids.shape[0]).layers
         except RouteUnavailable as error:  # found out from the base model's answer
             objection = str(error)
     _refuse(patch, objection)

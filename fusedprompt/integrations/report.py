@@ -28,31 +28,68 @@ class Defect:
     fixed: str
     tasks: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
+    not_of: tuple[str, ...] = ()
 
     def concerns(self, task: str, method: str) -> bool:
-        return (not self.tasks or task in self.tasks) and (not self.methods or method in self.methods)
+        of_method = method not in self.not_of and (not self.methods or method in self.methods)
+        return of_method and (not self.tasks or task in self.tasks)
 
+
+_PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
 
 DEFECTS = (
     Defect(
         "left padding stands between prompt and text, and position_ids are dropped",
         "padding comes first, and positions count text alone; in generate too",
         ("CAUSAL_LM",),
+        not_of=_PREFIXES,
+    ),
+    Defect(
+        "padding between a prefix and its text is counted by positions",
+        "positions count text alone",
+        ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"),
+        _PREFIXES,
+    ),
+    Defect(
+        "QUESTION_ANS drops token_type_ids and position_ids",
+        "both arguments are passed on",
+        ("QUESTION_ANS",),
+        _PREFIXES,
+    ),
+    Defect(
+        "generate behind a prefix fails with use_cache=False, embeddings or a conversation's cache",
+        "this package's generate serves them",
+        ("CAUSAL_LM",),
+        _PREFIXES,
+    ),
+    Defect(
+        "gradient checkpointing that is switched on later ends in a size mismatch; here it is refused in words",
+        "",
+        methods=_PREFIXES,
+    ),
+    Defect(
+        "a decoder of an even number of layers has the same prefix in layers l and l + half of them",
+        "",
+        ("SEQ_2_SEQ_LM",),
+        _PREFIXES,
     ),
     Defect(
         "TOKEN_CLS labels do not fit the logits, which are longer by the prompt",
         "logits of the tokens alone",
         ("TOKEN_CLS",),
+        not_of=_PREFIXES,
     ),
     Defect(
         "QUESTION_ANS answers are not moved behind the prompt; token_type_ids and position_ids are dropped",
         "answers move with their tokens, logits are the tokens' own, and both arguments are passed on",
         ("QUESTION_ANS",),
+        not_of=_PREFIXES,
     ),
     Defect(
         "SEQ_CLS on a decoder pools the last position, padding or not",
         "padding is moved to the left, so that the last token is pooled",
         ("SEQ_CLS",),
+        not_of=_PREFIXES,
     ),
     Defect(
         "saving in training mode stores a random sample of the encoder's dropout",
@@ -65,6 +102,29 @@ DEFECTS = (
         methods=("P_TUNING", "CPT"),
     ),
     Defect("CPT reads its loss's settings from the adapter 'default'", "each adapter's own", methods=("CPT",)),
+    Defect(
+        "QUESTION_ANS and FEATURE_EXTRACTION never hand task_ids on, and raise",
+        "each row's prompt is its own task's",
+        ("QUESTION_ANS", "FEATURE_EXTRACTION"),
+        ("MULTITASK_PROMPT_TUNING",),
+    ),
+    Defect(
+        "SEQ_2_SEQ_LM drops decoder_input_ids, or raises for them without labels",
+        "they are passed on",
+        ("SEQ_2_SEQ_LM",),
+        ("MULTITASK_PROMPT_TUNING",),
+    ),
+    Defect(
+        "SEQ_2_SEQ_LM trains prompt rows in front of the decoder's tokens, and generates without them",
+        "the decoder gets none in training either",
+        ("SEQ_2_SEQ_LM",),
+        ("MULTITASK_PROMPT_TUNING",),
+    ),
+    Defect(
+        "an adapter that began with another's values reads that one's file again whenever it is loaded",
+        "",
+        methods=("MULTITASK_PROMPT_TUNING",),
+    ),
     Defect("CPT changes the caller's input_type_mask", "it stays as it is", methods=("CPT",)),
     Defect("training P-tuning cannot be resumed from a saved adapter", "", methods=("P_TUNING",)),
     Defect("parameters of adapters that are inactive or loaded for inference require gradients", ""),
@@ -114,7 +174,9 @@ def _adapter(patch: Record, name: str, config: Any) -> str:
     if why_not_adapter(config) is not None:
         return f"{method}, left alone"
     runs = explain.backends(patch.host, name, operations(patch, name))
-    return f"{method}, {config.num_virtual_tokens} virtual tokens, {runs}, route {_route(patch, name)}"
+    tasks = patch.host.prompts[name].num_tasks
+    size = f"{config.num_virtual_tokens} virtual tokens" + ("" if tasks is None else f" for each of {tasks} tasks")
+    return ", ".join(filter(None, (method, size, runs, f"route {_route(patch, name)}")))
 
 
 def operations(patch: Record, name: str) -> list[str]:
@@ -129,6 +191,8 @@ def operations(patch: Record, name: str) -> list[str]:
 def _route(patch: Record, name: str) -> str:
     if "forward" not in patch.replaced:
         return "PEFT's own"
+    if patch.host.prompts[name].in_cache:
+        return "prefix: its keys and values stand in the cache"
     if patch.route == SPLICE:
         return "splice (asked for)"
     objection = why_not_model(patch.host, name)
@@ -140,6 +204,8 @@ def _route(patch: Record, name: str) -> str:
 def _generate(patch: Record) -> str:
     if patch.fix:
         return f"this package's own, route {patch.route}"
+    if patch.host.prompts[patch.host.in_use].in_cache:
+        return "PEFT's own, with a prefix that all rows share"
     objection = why_not_generate(patch.host, {})
     if objection is not None:
         return f"PEFT's own, the prompt in each row ({objection})"

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..base.facts import BaseFacts, to_device
-from .batch import Batch, Placed, check_length, place
+from .batch import Batch, Placed, check_length, place, taken
 from .from_template import put_into_template
 from .layout import IGNORE_INDEX, Layout
-from .mixture import Arrangement, Mixture, arrange
+from .mixture import Arrangement, Mixture, arrange, is_plain
 from .padding import Turn
+from .prompt import Source
 
 
 def place_mixture(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: bool = False) -> Placed:
@@ -26,6 +27,11 @@ def place_mixture(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: b
     positions, prompts = batch.position_ids, mixture.prompts
     if positions is not None and (any(prompt.start for prompt in prompts) or mixture.has_patterns):
         raise ValueError(f"position_ids: expected None with prompts inside of text, got {tuple(positions.shape)}")
+    if positions is None and is_plain(mixture, facts, batch.attention_mask, pool_last):
+        check_length(facts, mixture.longest, length)
+        layout, types = mixture.prefix(length), batch.token_type_ids
+        types = None if types is None else layout.fill(types, 0)
+        return Placed(layout, taken(facts, replace(batch, token_type_ids=types)), carries=True)
     lay_out = _by_templates if mixture.has_patterns else _in_front
     layout, placed = lay_out(mixture, facts, batch, pool_last)
     if positions is not None:
@@ -65,10 +71,10 @@ def _arranged(arranged: Arrangement, batch: Batch, next_token: bool) -> Batch:
 def _by_templates(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: bool) -> tuple[Layout, Batch]:
     """Rows of the same template, and all rows without one, are laid out together; shorter parts of the batch are padded
     to the longest, in front in a causal model and behind in an encoder."""
-    pattern_of = {prompt.name: prompt.pattern for prompt in mixture.prompts}
-    groups: dict[str, list[int]] = {}
-    for row, name in enumerate(mixture.names):
-        groups.setdefault(name if pattern_of.get(name) is not None else "", []).append(row)
+    pattern_of = {prompt.source: prompt.pattern for prompt in mixture.prompts}
+    groups: dict[Source | None, list[int]] = {}
+    for row, source in enumerate(mixture.sources):
+        groups.setdefault(source if pattern_of.get(source) is not None else None, []).append(row)
     device, parts = batch.tokens.device, list[tuple[Tensor, Batch]]()
     for numbers in groups.values():
         rows, part = to_device(torch.tensor(numbers), device), mixture.part(numbers)
@@ -108,7 +114,6 @@ def _of_part(part: Mixture, facts: BaseFacts, batch: Batch) -> tuple[Tensor, Bat
     """Slots and fields of rows of one adapter with a template, or of rows whose prompts are in front, if any."""
     if part.has_patterns:
         placed = put_into_template(part.prompts[0], facts, batch, None)
-        slots = placed.layout.given_slots
-        return torch.where(slots < 0, slots - part.rows[2].unsqueeze(1), slots), placed.batch
+        return part.moved(placed.layout).given_slots, placed.batch
     arranged = arrange(part, facts, batch.tokens, batch.attention_mask)
     return arranged.layout.given_slots, _arranged(arranged, batch, next_token=False)

@@ -1,11 +1,13 @@
-"""A batch whose rows use different adapters: which prompt each row gets, and where it stands.
+"""A batch whose rows use different prompts: which one each row gets, and where it stands.
 
-The prompts of the distinct adapters, each encoded once, are one table; a row's slots point at its own adapter's rows. A
-shorter prompt makes up for its missing rows by padding: in front in a causal model, behind in an encoder.
+A row's prompt is that of an adapter, or of one of its tasks. The distinct ones, each encoded once, are one table; a
+row's slots point at the rows of its own. A shorter prompt makes up for its missing rows by padding: in front in a
+causal model, behind in an encoder.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,34 +20,36 @@ from ..base.facts import BaseFacts, to_device
 from ..base.tasks import Task
 from .layout import IGNORE_INDEX, Layout
 from .padding import count_padding, may_be_padded
-from .prompt import Prompt
+from .prompt import Prompt, Source
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The adapters of a batch, row by row.
+    """The prompts of a batch, row by row.
 
-    names: one per row, BASE for none. prompts: of the distinct adapters, in the order of their first row.
+    sources: one per row, (BASE, None) for none. prompts: the distinct ones, by the adapters' first rows and task ids.
     table_rows: R, of the whole batch's prompts.
     task: the adapters' task; the active adapter's if no row has one.
-    rows: (4, B) int64: each row's adapter (0 without one), its number of prompt rows (0), the first of them in the
+    rows: (4, B) int64: each row's prompt (0 without one), its number of prompt rows (0), the first of them in the
         table (0), and its start (0).
     """
 
-    names: tuple[str, ...]
+    sources: tuple[Source, ...]
     prompts: tuple[Prompt, ...]
     table_rows: int
     task: Task
     rows: Tensor
 
     @classmethod
-    def of(cls, prompts: Mapping[str, Prompt], active: Prompt, names: Any, tokens: Tensor) -> Mixture:
-        """Check `adapter_names` for a batch of tokens (B, ...), and look its adapters up among `prompts`.
+    def of(
+        cls, prompts: Mapping[str, Prompt], active: Prompt, names: Any, tokens: Tensor, task_ids: Any = None
+    ) -> Mixture:
+        """Check `adapter_names` and `task_ids` for a batch of tokens (B, ...), and look up each row's prompt.
 
         Raises:
-            TypeError, ValueError: it is not one known name per row, or the adapters' tasks differ.
+            TypeError, ValueError: it is not one known name and task per row, or the adapters' task types differ.
         """
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"adapter_names: expected a list of one name per row, got {names!r}")
@@ -55,34 +59,48 @@ class Mixture:
         unknown = [name for name in adapters if name not in prompts]
         if unknown:
             raise ValueError(f"adapter_names: expected names among {[*prompts, BASE]}, got {unknown}")
-        own = tuple(prompts[name] for name in adapters)
-        tasks = {prompt.name: prompt.task.name for prompt in own}
+        tasks = {name: prompts[name].task.name for name in adapters}
         if len(set(tasks.values())) > 1:
             raise ValueError(f"adapter_names: expected adapters of one task type, got {tasks}")
-        first, of_adapter = 0, {BASE: (0, 0, 0, 0)}
+        if len({prompts[name].in_cache for name in adapters}) > 1:
+            kinds = {name: prompts[name].method for name in adapters}
+            raise ValueError(
+                f"adapter_names: expected prompts of input embeddings, or prefixes of keys and values, got {kinds}"
+            )
+        found = prompts_of_rows(prompts, names, task_ids)
+        distinct = {prompt.source: prompt for prompt in found if prompt is not None}
+        own = tuple(sorted(distinct.values(), key=lambda one: (adapters.index(one.name), one.task_id or 0)))
+        first, of_source = 0, {_NONE: (0, 0, 0, 0)}
         for index, prompt in enumerate(own):
-            of_adapter[prompt.name] = (index, prompt.rows, first, prompt.start)
+            of_source[prompt.source] = (index, prompt.rows, first, prompt.start)
             first += prompt.table_rows
-        rows = torch.tensor([of_adapter[name] for name in names], dtype=torch.int64).view(-1, 4).T.contiguous()
+        sources = tuple(_NONE if prompt is None else prompt.source for prompt in found)
+        columns = [[of_source[source][which] for source in sources] for which in range(4)]
+        rows = torch.tensor(columns, dtype=torch.int64)
         task = own[0].task if own else active.task
-        return cls(tuple(names), own, first, task, to_device(rows, tokens.device))
+        return cls(sources, own, first, task, to_device(rows, tokens.device))
 
     def part(self, rows: Sequence[int]) -> Mixture:
         """Some rows of the batch alone, with the same table."""
-        names = tuple(self.names[row] for row in rows)
+        sources = tuple(self.sources[row] for row in rows)
         index = to_device(torch.tensor(rows), self.rows.device)
-        prompts = tuple(prompt for prompt in self.prompts if prompt.name in names)
-        return replace(self, names=names, prompts=prompts, rows=self.rows.index_select(1, index))
+        prompts = tuple(prompt for prompt in self.prompts if prompt.source in sources)
+        return replace(self, sources=sources, prompts=prompts, rows=self.rows.index_select(1, index))
 
     @property
-    def adapters(self) -> tuple[str, ...]:
-        """The distinct adapters."""
-        return tuple(prompt.name for prompt in self.prompts)
+    def names(self) -> tuple[str, ...]:
+        """Each row's adapter, BASE for none."""
+        return tuple(name for name, _ in self.sources)
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Prompt rows of each adapter."""
+        """Rows of each prompt."""
         return tuple(prompt.rows for prompt in self.prompts)
+
+    def moved(self, layout: Layout) -> Layout:
+        """A layout (B, S) whose rows refer to their own prompt, in the table of all."""
+        slots = layout.given_slots
+        return Layout.from_slots(torch.where(slots < 0, slots - self.rows[2].unsqueeze(1), slots), self.table_rows)
 
     @property
     def has_patterns(self) -> bool:
@@ -96,13 +114,23 @@ class Mixture:
 
     @property
     def longest(self) -> int:
-        """N: the most prompt rows of an adapter."""
+        """N: the most rows of a prompt."""
         return max(self.counts, default=0)
 
     @property
     def even(self) -> bool:
         """Whether every row has N prompt rows."""
-        return len(set(self.counts)) <= 1 and (BASE not in self.names or not self.counts)
+        return len(set(self.counts)) <= 1 and (_NONE not in self.sources or not self.counts)
+
+    @property
+    def padded_rows(self) -> int:
+        """R, and the row of zeros that pads where the prompts are uneven."""
+        return self.table_rows + (not self.even)
+
+    def prefix(self, length: int) -> Layout:
+        """(B, N + T) slots for prompts of N rows each, in front of the text."""
+        slots, is_prompt = _prefix_slots(self.longest, length, self.rows.device)
+        return Layout.from_slots(torch.addcmul(slots, self.rows[2].unsqueeze(1), is_prompt, value=-1), self.table_rows)
 
     def stack(self, prompts: Sequence[Tensor]) -> Tensor:
         """(A, N, ...): all prompts, the shorter ones padded by zeros in front."""
@@ -110,7 +138,9 @@ class Mixture:
         return torch.stack([F.pad(rows, (*others, self.longest - rows.shape[0], 0)) for rows in prompts])
 
     def unstack(self, stacked: Tensor) -> Tensor:
-        """(A, N, X) as the rows of a table (R + 1, X), of which the last is zeros, and pads."""
+        """(A, N, X) as the rows of a table (R, X), or (R + 1, X) if one of zeros must pad."""
+        if self.even:
+            return stacked.flatten(0, 1)
         own = [values[self.longest - count :] for values, count in zip(stacked, self.counts)]
         return torch.cat([*own, stacked.new_zeros(1, stacked.shape[2])])
 
@@ -128,7 +158,7 @@ class Mixture:
         columns = torch.arange(self.longest, device=self.rows.device)
         own = columns >= self.longest - self.count.unsqueeze(1)
         if mask is None:
-            mask = torch.ones(len(self.names), length, dtype=torch.int64, device=self.rows.device)
+            mask = torch.ones(len(self.sources), length, dtype=torch.int64, device=self.rows.device)
         return torch.cat((own.to(mask.dtype), mask), dim=1)
 
     def take(self, values: Tensor, copies: int = 1) -> Tensor:
@@ -193,6 +223,7 @@ def arrange(
     encoder gets prompt, text, padding: what was at the left moves to the right.
     """
     length, longest, device = tokens.shape[1], mixture.longest, tokens.device
+    table_rows = mixture.padded_rows
     _, count, first, start = (row.unsqueeze(1) for row in mixture.rows)
     padding = shift = None
     first_in_row = facts.padding_first(pool_last)
@@ -202,6 +233,8 @@ def arrange(
             at_left, at_right = count_padding(attention_mask)
             shift = (-at_right if right else None) if first_in_row else at_left
             padding = (at_left + at_right if right else at_left) if first_in_row else None
+    if is_plain(mixture, facts, attention_mask, pool_last):
+        return Arrangement(mixture.prefix(length), None, None, None, facts.first_position)
     position = torch.arange(longest + length, device=device)
     # `text` counts the row's text as it stands: padding tokens of its own, then tokens, and the prompt among them.
     filler_in_front = first_in_row and not mixture.even
@@ -217,7 +250,6 @@ def arrange(
     if shift is not None and length:
         token = (token + shift.unsqueeze(1)).remainder(length)
     slots = torch.where(is_prompt, ~(prompt_row + first), token)
-    table_rows = mixture.table_rows + 1
     if is_filler is not None:
         slots = slots.masked_fill(is_filler, -table_rows)
     lead = None
@@ -226,10 +258,83 @@ def arrange(
     return Arrangement(Layout.from_slots(slots, table_rows), padding, lead, is_filler, facts.first_position)
 
 
-def refuse_cache(adapter_names: Sequence[str] | None) -> None:
-    """For a call with a cache that is not empty."""
-    if adapter_names is not None:
+def is_plain(mixture: Mixture, facts: BaseFacts, attention_mask: Tensor | None, pool_last: bool = False) -> bool:
+    """Whether prompts of one length stand in front of rows without padding that had to move."""
+    if not mixture.prompts or not mixture.even or any(prompt.start or prompt.pattern for prompt in mixture.prompts):
+        return False
+    right = pool_last and facts.padding_first(pool_last) and may_be_padded(attention_mask, -1)
+    return not right and not may_be_padded(attention_mask, 0)
+
+
+def prompts_of_rows(prompts: Mapping[str, Prompt], names: Sequence[str], task_ids: Any) -> list[Prompt | None]:
+    """Each row's prompt, by its adapter and, where that has one for each task, by its task; None for BASE.
+
+    task_ids: (B,) ids, as a tensor or a list; None, or -1 in a tensor, for rows whose adapter has one prompt for all.
+
+    Raises:
+        TypeError, ValueError: it is not one id per row, or not of a task that the row's adapter has.
+    """
+    ids = task_ids.tolist() if isinstance(task_ids, Tensor) else task_ids
+    if ids is None:
+        ids = [None] * len(names)
+    if not isinstance(ids, (list, tuple)) or any(isinstance(one, bool) or not isinstance(one, _ID) for one in ids):
+        raise TypeError(f"task_ids: expected a tensor or list of one int per row, got {task_ids!r}")
+    if len(ids) != len(names):
+        raise ValueError(f"task_ids: expected B = {len(names)} ids, one per row, got {len(ids)}")
+    return [_prompt_of_row(prompts.get(name), task_id, row) for row, (name, task_id) in enumerate(zip(names, ids))]
+
+
+def _prompt_of_row(prompt: Prompt | None, task_id: int | None, row: int) -> Prompt | None:
+    if prompt is None or prompt.num_tasks is None:
+        if task_id not in (None, -1):
+            whose = "which has no prompt" if prompt is None else f"whose {prompt.method} is the same for all tasks"
+            raise ValueError(f"task_ids: expected None for row {row}, {whose}, got {task_id}")
+        return prompt
+    if task_id is None or not 0 <= task_id < prompt.num_tasks:
         raise ValueError(
-            "adapter_names: expected None for tokens that follow a cache, in which the prompts stand already; call the "
-            "base model with the mask of all columns"
+            f"task_ids: expected one in [0, {prompt.num_tasks}) for row {row}, a task of the adapter {prompt.name!r} "
+            f"({prompt.method}), got {task_id}"
         )
+    return prompt.of_task(task_id)
+
+
+def prompts_of(
+    prompts: Mapping[str, Prompt], active: Prompt, names: Any, task_ids: Any, tokens: Tensor
+) -> tuple[Prompt, Mixture | None]:
+    """The prompt of all rows of (B, ...) tokens, or a mixture where each has its own: by `adapter_names`, or by
+    `task_ids` of the active adapter that are not all the same.
+
+    Raises:
+        TypeError, ValueError: see `Mixture.of`.
+    """
+    if names is not None:
+        return active, Mixture.of(prompts, active, names, tokens, task_ids)
+    if task_ids is None and active.num_tasks is None:
+        return active, None
+    names = [active.name] * tokens.shape[0]
+    found = [prompt for prompt in prompts_of_rows(prompts, names, task_ids) if prompt is not None]
+    if len({prompt.source for prompt in found}) > 1:
+        return active, Mixture.of(prompts, active, names, tokens, task_ids)
+    return (found[0] if found else active.of_task(0)), None
+
+
+_ID = (int, type(None))
+_NONE: Source = (BASE, None)
+
+
+@functools.lru_cache(maxsize=64)
+def _prefix_slots(num_prompt_rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(P + T,) int64: the slots of a prefix, and 1 where they are the prompt's. Copied to a device once."""
+    with torch.inference_mode(False):
+        slots = torch.cat((~torch.arange(num_prompt_rows), torch.arange(length)))
+        return to_device(slots, device), to_device((slots < 0).to(torch.int64), device)
+
+
+def refuse_cache(adapter_names: Sequence[str] | None, task_ids: Any = None) -> None:
+    """For a call with a cache that is not empty."""
+    for name, value in (("adapter_names", adapter_names), ("task_ids", task_ids)):
+        if value is not None:
+            raise ValueError(
+                f"{name}: expected None for tokens that follow a cache, in which the prompts stand already; call the "
+                "base model with the mask of all columns"
+            )

@@ -1,12 +1,14 @@
-"""One adapter's prompt, as far as layouts need to know it."""
+"""A prompt, as far as layouts need to know it: an adapter's, or that of one of its tasks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..base.tasks import Task
 from .pieces import table_ids
 from .template import Template
+
+Source = tuple[str, int | None]  # what a row's prompt comes from: an adapter, and one of its tasks if it has several
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,9 @@ class Prompt:
     task: what its adapter is for.
     rows: P. start: tokens of each row that stay before it.
     template: where its rows stand, and what stands between them; None for all in front.
+    in_cache: it is keys and values, in front of all text, and no rows among the text's.
+    num_tasks: of an adapter that has a prompt for each of so many tasks; None for one prompt. task_id: which it is.
+    kept: which rows of its module's product these are; None for the first P.
     """
 
     name: str
@@ -25,6 +30,22 @@ class Prompt:
     rows: int
     start: int = 0
     template: Template | None = None
+    in_cache: bool = False
+    num_tasks: int | None = None
+    task_id: int | None = None
+    kept: tuple[int, ...] | None = None
+
+    @property
+    def source(self) -> Source:
+        """What it comes from."""
+        return self.name, self.task_id
+
+    def __str__(self) -> str:
+        return self.name if self.task_id is None else f"{self.name}, task {self.task_id}"
+
+    def of_task(self, task_id: int) -> Prompt:
+        """That of one of its adapter's tasks."""
+        return replace(self, task_id=task_id)
 
     @property
     def pattern(self) -> Template | None:

@@ -127,7 +127,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     if not path.is_file():
         other = path.with_suffix(".bin")
-        raise FileNotFoundError(f"{path}: no such file{_how_to_convert(other) if other.is_file() else ''}")
+        raise FileNotFoundError(f"{path}: no such file{how_to_convert(other) if other.is_file() else ''}")
     try:
         with safe_open(str(path), framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -135,7 +135,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path}: expected a whole safetensors file, but it cannot be read: {error}") from None
 
 
-def _how_to_convert(pickled: Path) -> str:
+def how_to_convert(pickled: Path) -> str:
+    """What to do with a file that is there in another format."""
     return (
         f". {pickled.name} is there, but only safetensors files are read: a pickle may run any code. If you trust it, "
         f"convert it: safetensors.torch.save_file(torch.load({str(pickled)!r}, weights_only=True), "

@@ -31,6 +31,9 @@ class PeftType(str, enum.Enum):
     PROMPT_TUNING = "PROMPT_TUNING"
     P_TUNING = "P_TUNING"
     CPT = "CPT"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    CARTRIDGE = "CARTRIDGE"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
 
 
 EnumType = TypeVar("EnumType", bound=enum.Enum)
@@ -109,6 +112,8 @@ class PromptLearningConfig:
     modules_to_save: list[str] | None = None
 
     method: ClassVar[PeftType | str | None] = None
+    # Arguments that PEFT's class has not, by their keys in a file; PEFT warns of these and drops them.
+    own_arguments: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         self.peft_type = self.method
@@ -169,14 +174,15 @@ class PromptLearningConfig:
         if not issubclass(kind, cls):
             raise ValueError(f"{origin}: expected a {cls.__name__}, got peft_type {fields['peft_type']}")
         known = {field.name for field in dataclasses.fields(kind)}
-        unknown = sorted(set(fields) - known)
+        ours = {name: fields[key] for key, name in kind.own_arguments.items() if key in fields}
+        unknown = sorted(set(fields) - known - set(kind.own_arguments))
         if unknown:
             warnings.warn(
                 f"{origin}: {kind.__name__} has no fields {unknown}; they are ignored. The file was probably written "
                 "by a newer version.",
                 stacklevel=2,
             )
-        return kind(**{key: value for key, value in fields.items() if key in known})
+        return kind(**{key: value for key, value in fields.items() if key in known}, **ours)
 
     @classmethod
     def from_pretrained(
@@ -212,8 +218,12 @@ class PromptLearningConfig:
             if getattr(filled, field) is None:
                 setattr(filled, field, _first_attribute(text_config, field, names))
         filled.num_transformer_submodules = filled._submodules
+        filled.derive(text_config)
         filled.validate()
         return filled
+
+    def derive(self, base_config: Any) -> None:
+        """Fill or correct fields by rules of a method's own; all that the base configuration tells is there."""
 
     def blank(self: ConfigType) -> ConfigType:
         """A configuration whose module may begin with any values, because they are about to be replaced."""

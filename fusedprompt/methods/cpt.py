@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -33,13 +34,16 @@ class CPTConfig(PromptLearningConfig):
 
     Args:
         cpt_token_ids: ids of the context that the prompt starts from.
-        cpt_mask: 1 per token; PEFT stores it and never reads it.
+        cpt_mask: 1 per token, or 0 for tokens that `use_cpt_mask` leaves out; PEFT stores it and never reads it.
         cpt_tokens_type_mask: type code of each token.
         opt_weighted_loss_type: "none", or "decay" to weigh the labels of older examples less.
         opt_loss_decay_factor: weight ratio from one example to the one before it, with "decay".
         opt_projection_epsilon: largest L2 norm of an input token's change, times sqrt(token_dim / 2048).
         opt_projection_format_epsilon: the same for template tokens.
         tokenizer_name_or_path: stored for the reader; not used here.
+        use_cpt_mask: take cpt_mask for the context's attention mask: nothing attends to tokens with 0, positions do not
+            count them, and their labels are not learned. Not a field of PEFT's: it warns of the key in the file, and
+            shows the model all tokens.
     """
 
     cpt_token_ids: list[int] | None = None
@@ -50,10 +54,13 @@ class CPTConfig(PromptLearningConfig):
     opt_projection_epsilon: float | None = 0.1
     opt_projection_format_epsilon: float | None = 0.1
     tokenizer_name_or_path: str | None = None
+    use_cpt_mask: dataclasses.InitVar[bool] = False
 
     method: ClassVar[PeftType | str | None] = PeftType.CPT
+    own_arguments: ClassVar[Mapping[str, str]] = {"fusedprompt_use_cpt_mask": "use_cpt_mask"}
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, use_cpt_mask: bool) -> None:
+        self._uses_mask = use_cpt_mask
         if self.cpt_token_ids is None:
             self.cpt_token_ids = [0]
         if self.cpt_mask is None:
@@ -65,6 +72,16 @@ class CPTConfig(PromptLearningConfig):
         self.num_transformer_submodules = 1
         self.num_layers = self.token_dim = self.num_attention_heads = None
         super().__post_init__()
+
+    @property
+    def kept(self) -> tuple[int, ...] | None:
+        """The tokens of the context that are seen; None for all."""
+        if not self._uses_mask:
+            return None
+        return tuple(index for index, real in enumerate(self.cpt_mask or ()) if real)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), **({"fusedprompt_use_cpt_mask": True} if self._uses_mask else {})}
 
     def validate(self) -> None:
         super().validate()
@@ -81,6 +98,8 @@ class CPTConfig(PromptLearningConfig):
                 f"num_virtual_tokens: expected len(cpt_token_ids) = {lengths['cpt_token_ids']}, "
                 f"got {self.num_virtual_tokens}"
             )
+        if self.kept == ():
+            raise ValueError(f"cpt_mask: expected a 1 with use_cpt_mask=True, got {self.cpt_mask}")
         if any(code < 0 for code in self.cpt_tokens_type_mask):
             raise ValueError(f"cpt_tokens_type_mask: expected codes >= 0, got {min(self.cpt_tokens_type_mask)}")
         if self.opt_weighted_loss_type not in ("none", "decay"):
@@ -180,7 +199,12 @@ def _targets(config: Any, layout: Layout, batch: Batch) -> Targets:
             f"input_type_mask: expected the shape of labels, {tuple(labels.shape)}, got {tuple(given.shape)}"
         )
     types = _moved_types(batch, -(-max(config.cpt_tokens_type_mask) // 4) * 4)
-    context_types, context = labels.new_tensor(config.cpt_tokens_type_mask), labels.new_tensor(config.cpt_token_ids)
+    kept = getattr(config, "kept", None)  # PEFT's has none
+    seen = range(len(config.cpt_token_ids)) if kept is None else kept
+    context_types, context = (
+        labels.new_tensor([values[index] for index in seen])
+        for values in (config.cpt_tokens_type_mask, config.cpt_token_ids)
+    )
     placed = layout.slots is not None and labels.shape == layout.slots.shape
     carry = layout.overwrite_rows if placed else layout.fill_rows
     types, labels = carry(types, context_types), carry(labels, context)
@@ -290,6 +314,7 @@ register_method(
         frozen=("embedding",),
         from_prompt=_from_prompt,
         targets=_targets,
+        kept=lambda config: config.kept,
         peft=PeftEncoder("CPTEmbedding", _parts, _run_peft, _run_sharded, _peft_targets, _peft_side_effect),
     )
 )

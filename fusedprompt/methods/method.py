@@ -14,6 +14,8 @@ from .config import CONFIG_CLASSES, PromptLearningConfig
 from .module import PromptModule
 
 Part = tuple[str, nn.Module, type[nn.Module]]
+# What a method's module makes: rows of input embeddings, or keys and values of every layer.
+ROWS, CACHE = "rows", "cache"
 
 
 @dataclass(frozen=True)
@@ -58,29 +60,41 @@ class Method:
     config: its configuration class, whose `method` names it.
     module: (resolved configuration, word embeddings) to the module that owns its parameters.
     ops: (module) to names of the ops that make its product, in the order in which they run.
-    product: what its module makes: "rows" of input embeddings.
+    product: what its module makes: "rows" of input embeddings, or a "cache": keys and values of every layer.
     frozen: parts of its module that are never trained.
-    saves_encoder: whether training goes on from more than the product, so that it is saved too.
+    saves_encoder: whether training goes on from more than the product, so that it is saved too; or a function that
+        tells it of a configuration.
     from_prompt: (module, rows) sets a module that is to be trained from its product alone; None where nothing can.
     targets: (configuration, layout, batch with prompts in their places) to what its own loss counts; None for the base
         model's loss. The batch's labels are the tokens' where the layout has no slots, else the output's.
-    peft: its module in PEFT; None where that has nothing to compute.
+    num_tasks: (configuration) to the number of prompts that its module makes, one for each of a call's `task_ids`;
+        None for one prompt. Such a module is called with distinct tasks, `module(task_ids=(0, 2))`, for (2, R, D).
+    kept: (configuration) to the rows of its product that are put in; None for all.
+    in_file: parameters of its module that are saved beside the product, and loaded with it.
+    peft: its module in PEFT; None where that is called as PEFT calls it.
     """
 
     config: type[PromptLearningConfig]
     module: Callable[[Any, nn.Module], PromptModule]
     ops: Callable[[Any], tuple[str, ...]]
-    product: str = "rows"
+    product: str = ROWS
     frozen: tuple[str, ...] = ()
-    saves_encoder: bool = True
+    saves_encoder: bool | Callable[[Any], bool] = True
     from_prompt: Callable[[Any, Tensor], None] | None = None
     targets: Callable[[Any, Layout, Batch], Targets] | None = None
+    num_tasks: Callable[[Any], int] | None = None
+    kept: Callable[[Any], tuple[int, ...] | None] | None = None
+    in_file: tuple[str, ...] = ()
     peft: PeftEncoder | None = None
 
     @property
     def name(self) -> str:
         """Its name, in PEFT's terms if PEFT has it."""
         return name_of(self.config.method)
+
+    def keeps_encoder(self, config: Any) -> bool:
+        """`saves_encoder`, of a configuration."""
+        return self.saves_encoder if isinstance(self.saves_encoder, bool) else self.saves_encoder(config)
 
 
 _METHODS: dict[str, Method] = {}
@@ -94,8 +108,8 @@ def register_method(method: Method) -> None:
     """
     if method.config.method is None or method.name in _METHODS:
         raise ValueError(f"method: expected a configuration class with a new `method`, got {method.config.method!r}")
-    if method.product != "rows":
-        raise ValueError(f"product: expected 'rows', got {method.product!r}")
+    if method.product not in (ROWS, CACHE):
+        raise ValueError(f"product: expected 'rows' or 'cache', got {method.product!r}")
     _METHODS[method.name], CONFIG_CLASSES[method.name] = method, method.config
 
 

@@ -13,17 +13,26 @@ from ..base.facts import device_of
 from .config import PromptLearningConfig
 
 
+def check_needed(module: nn.Module, config: PromptLearningConfig, *fields: str) -> None:
+    """Refuse a configuration that does not say what a module is made of."""
+    for field in fields:
+        if getattr(config, field) is None:
+            raise ValueError(f"{field}: expected a positive int to build {type(module).__name__}, got None")
+
+
 class PromptModule(nn.Module):
-    """A prompt of R rows. `embedding.weight` is (R, D) fp32; R = num_virtual_tokens * num_transformer_submodules."""
+    """A prompt of R rows. `embedding.weight` is (R, D) fp32; R = num_virtual_tokens * num_transformer_submodules.
+
+    Attributes:
+        product_width: of what `encode` gives, (R, product_width): D for rows of input embeddings.
+    """
 
     def __init__(self, config: PromptLearningConfig) -> None:
         super().__init__()
-        for field in ("num_virtual_tokens", "token_dim"):
-            if getattr(config, field) is None:
-                raise ValueError(f"{field}: expected a positive int to build {type(self).__name__}, got None")
+        check_needed(self, config, "num_virtual_tokens", "token_dim")
         assert config.num_virtual_tokens is not None and config.token_dim is not None
         self.total_virtual_tokens = config.num_virtual_tokens * config._submodules
-        self.token_dim = config.token_dim
+        self.token_dim = self.product_width = config.token_dim
         # The final rows are all there is: nothing to encode, nothing to train.
         self.inference_mode = config.inference_mode
         self.embedding = nn.Embedding(self.total_virtual_tokens, self.token_dim)
@@ -43,6 +52,20 @@ class PromptModule(nn.Module):
         check.tensor("indices", indices, "(B, P)", 2)
         check.token_ids("indices", indices)
         return F.embedding(indices, self.encode())
+
+    def check_product(self, product: Tensor) -> None:
+        """Refuse all but what this module makes, by its shape."""
+        check.shape("prompt_embeddings", product, "(R, width)", (self.total_virtual_tokens, self.product_width))
+
+    def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
+        """Take the product (R, width) itself, as files have it, for the table; PEFT's method of this name.
+
+        Raises:
+            ValueError: it has another shape; or the module makes its product of something else.
+        """
+        self.check_product(prompt_embeddings)
+        with torch.no_grad():
+            self.embedding.weight.copy_(prompt_embeddings)
 
     def copy_words(self, word_embeddings: nn.Module, ids: Sequence[int] | Tensor) -> None:
         """Replace the table by the fp32 word embeddings of `ids` (R,), as the base model itself looks them up."""

@@ -41,11 +41,13 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_kwargs: dict[str, Any] | None = None
 
     method: ClassVar[PeftType | str | None] = PeftType.PROMPT_TUNING
+    inits: ClassVar[type[enum.Enum]] = PromptTuningInit
 
     def validate(self) -> None:
         super().validate()
-        self.prompt_tuning_init = as_enum(PromptTuningInit, "prompt_tuning_init", self.prompt_tuning_init)
-        if self.prompt_tuning_init is PromptTuningInit.TEXT:
+        init: Any = as_enum(self.inits, "prompt_tuning_init", self.prompt_tuning_init)
+        self.prompt_tuning_init = init
+        if self.prompt_tuning_init == PromptTuningInit.TEXT:
             for field in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
                 value, rule = getattr(self, field), "a non-empty string with prompt_tuning_init='TEXT'"
                 if not value:
@@ -53,11 +55,11 @@ class PromptTuningConfig(PromptLearningConfig):
         elif self.tokenizer_kwargs:
             raise ValueError(
                 "tokenizer_kwargs: expected None unless prompt_tuning_init='TEXT', "
-                f"got {self.tokenizer_kwargs!r} with {self.prompt_tuning_init.value!r}"
+                f"got {self.tokenizer_kwargs!r} with {init.value!r}"
             )
 
     def blank(self) -> PromptTuningConfig:
-        # Beginning from a text would ask for a tokenizer that may be elsewhere.
+        # Beginning from a text would ask for a tokenizer, and from a source for a file, that may be elsewhere.
         blank = copy.copy(self)
         blank.prompt_tuning_init = PromptTuningInit.RANDOM
         return blank
@@ -81,10 +83,10 @@ class PromptEmbedding(PromptModule):
         super().__init__(config)
         if config.inference_mode:
             return
-        if config.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
+        if config.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB:
             vocabulary: int = word_embeddings.num_embeddings  # type: ignore[assignment]
             self.copy_words(word_embeddings, torch.randint(0, vocabulary, (self.total_virtual_tokens,)))
-        elif config.prompt_tuning_init is PromptTuningInit.TEXT:
+        elif config.prompt_tuning_init == PromptTuningInit.TEXT:
             ids = _tokenize(config)
             repeats = math.ceil(self.total_virtual_tokens / len(ids))
             self.copy_words(word_embeddings, (ids * repeats)[: self.total_virtual_tokens])

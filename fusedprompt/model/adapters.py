@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..base import saved_modules
-from ..base.cache import SharingFacts
+from ..base.cache import SharingFacts, new_cache, why_no_prefix
 from ..base.facts import BaseFacts, check_base_model, device_of
 from ..base.state import BaseState, evaluating
 from ..base.tasks import task_names, task_of
+from ..layouts.mixture import prompts_of_rows
 from ..layouts.prompt import Prompt
 from ..layouts.template import Template
 from ..methods import PromptModule, method_of
 from ..methods.config import PromptLearningConfig, as_config
+from ..methods.method import CACHE
 from ..ops._backend import AUTO
 from ..routes.head import TextHead
 from ..routes.host import joined
@@ -40,6 +42,7 @@ class PromptAdapters(ReadsThrough):
     """
 
     backend = AUTO  # ops follow `use_backend`
+    ties_layers = False
 
     def __init__(self, base_model: nn.Module) -> None:
         super().__init__()
@@ -183,9 +186,21 @@ class PromptAdapters(ReadsThrough):
         saved = [*(config.modules_to_save or []), *task_of(config.task_type).heads]
         # The table's width, where it is not the hidden size (OPT-350m projects between them).
         width = getattr(self.word_embeddings, "embedding_dim", None)
+        layers = config.num_layers
+        if method_of(config).product == CACHE:
+            objection = why_no_prefix(self.base_model, self.facts)
+            if objection is not None:
+                method = method_of(config).name
+                raise ValueError(
+                    f"base_model: expected one whose attention reads a prefix of {method}, but {objection}"
+                )
+            width = None
+            if self.facts.encoder_decoder:  # the prefix is its decoder's
+                layers = layers or len(new_cache(self.base_model).layers)
         resolved = config.resolved(
             self.base_model.config,
             token_dim=config.token_dim or width,
+            num_layers=layers,
             base_model_name_or_path=name,
             modules_to_save=list(dict.fromkeys(saved)) or None,
         )
@@ -200,7 +215,7 @@ class PromptAdapters(ReadsThrough):
             raise ValueError(f"prompt_start: expected 0 with a template, which says all, got {prompt_start}")
         assert config.num_virtual_tokens is not None
         vocabulary = getattr(self.word_embeddings, "num_embeddings", None)
-        template.check(config.num_virtual_tokens, self.facts.position_limit, vocabulary)
+        template.check(_seen(config), self.facts.position_limit, vocabulary)
 
     def _install(
         self,
@@ -216,6 +231,8 @@ class PromptAdapters(ReadsThrough):
             raise ValueError(f"adapter_name: expected a non-empty name without dots, got {adapter_name!r}")
         task, method = task_of(config.task_type), method_of(config)
         assert config.num_virtual_tokens is not None
+        if method.product == CACHE:
+            self._check_prefix(config, prompt_start, template)
         try:
             encoder = encoder or method.module(config, self.word_embeddings)
             for frozen in method.frozen:
@@ -223,8 +240,20 @@ class PromptAdapters(ReadsThrough):
             encoder.train(self.training)
             self.prompt_encoder[adapter_name] = encoder.to(self.prompt_device)
             self.peft_config[adapter_name] = config
-            rows = config.num_virtual_tokens
-            self.prompts[adapter_name] = Prompt(adapter_name, method.name, task, rows, prompt_start, template)
+            tasks = None if method.num_tasks is None else method.num_tasks(config)
+            kept = None if method.kept is None else method.kept(config)
+            place = Prompt(
+                adapter_name,
+                method.name,
+                task,
+                _seen(config),
+                prompt_start,
+                template,
+                method.product == CACHE,
+                tasks,
+                kept=kept,
+            )
+            self.prompts[adapter_name] = place
             names = config.modules_to_save or []
             required = [name for name in names if name not in task.heads]
             saved_modules.add_copies(self.base_model, adapter_name, names, required)
@@ -233,6 +262,19 @@ class PromptAdapters(ReadsThrough):
             raise
         if len(self.peft_config) == 1:
             self.base_model.requires_grad_(False)
+
+    def _check_prefix(self, config: PromptLearningConfig, prompt_start: int, template: Template | None) -> None:
+        method = method_of(config).name
+        layers = len(new_cache(self.base_model).layers)
+        if config.num_layers != layers:
+            raise ValueError(
+                f"num_layers: expected the {layers} layers of the base model's cache, got {config.num_layers}"
+            )
+        rule = f"with {method}, whose keys and values stand in front of all text"
+        if prompt_start:
+            raise ValueError(f"prompt_start: expected 0 {rule}, got {prompt_start}")
+        if template is not None and not template.is_plain_prefix:
+            raise ValueError(f"template: expected none {rule}, got {str(template)!r}")
 
     def _remove(self, adapter_name: str) -> None:
         self.prompt_cache.clear(adapter_name)
@@ -273,31 +315,39 @@ class PromptAdapters(ReadsThrough):
         """P: prompt rows of an adapter, the active one by default."""
         return self._prompt(adapter_name).rows
 
-    def prompt_rows(self, adapter_name: str | None = None) -> Tensor:
-        """An adapter's prompt, (P, D), the active one's by default.
+    def prompt_rows(self, adapter_name: str | None = None, task_id: int | None = None) -> Tensor:
+        """An adapter's prompt, (P, D), the active one's by default. task_id: which, of an adapter with several tasks.
 
         An encoder-decoder's table holds rows for its decoder too; they wait.
         """
         prompt = self._prompt(adapter_name)
-        rows: Tensor = self.prompt_encoder[prompt.name]()
-        return rows if rows.shape[0] == prompt.rows else rows[: prompt.rows]
+        own = prompts_of_rows(self.prompts, [prompt.name], [task_id])[0] or prompt
+        return self._encoded((own,))[0]
+
+    def _encoded(self, prompts: Sequence[Prompt]) -> Tensor:
+        """(k, P, D): the prompts of one adapter, all its tasks' in one call."""
+        encoder: Any = self.prompt_encoder[prompts[0].name]
+        tasks, count = [prompt.task_id for prompt in prompts if prompt.task_id is not None], prompts[0].rows
+        rows: Tensor = encoder(task_ids=tasks) if tasks else encoder().expand(len(prompts), -1, -1)
+        if prompts[0].kept is not None:
+            return rows.index_select(1, _constant(prompts[0].kept, rows.device))
+        return rows if rows.shape[1] == count else rows[:, :count]
 
     def table_rows_count(self, adapter_name: str | None = None) -> int:
-        """R: rows of `prompt_table`."""
+        """R: its rows, and its template's constant tokens."""
         return self._prompt(adapter_name).table_rows
 
-    def prompt_table(self, adapter_name: str | None = None) -> Tensor:
-        """What an adapter's slots refer to, (R, D): its prompt, then its template's constant tokens."""
-        rows, ids = self.prompt_rows(adapter_name), self._prompt(adapter_name).constants
+    def table(self, prompts: Sequence[Prompt], padded: bool = False) -> Tensor:
+        """(R, D): each prompt's rows, and its template's constant tokens; with `padded`, a row of zeros behind all."""
+        return joined(prompts, self._tables, padded, self.active_config.token_dim or 0, self.prompt_device)
+
+    def _tables(self, prompts: Sequence[Prompt]) -> Tensor:
+        """(k, R, D): the tables of prompts of one adapter."""
+        rows, ids = self._encoded(prompts), prompts[0].constants
         if not ids:
             return rows
-        constants = self.word_embeddings(_constant(tuple(ids), self.prompt_device))
-        return torch.cat((rows, constants.to(rows.dtype)))
-
-    def table(self, sources: Sequence[str], padded: bool = False) -> Tensor:
-        """(R, D): the tables of adapters, one after another; with `padded`, a row of zeros behind them."""
-        width = self.active_config.token_dim or 0
-        return joined([self.prompt_table(name) for name in sources], padded, width, self.prompt_device)
+        constants = self.word_embeddings(_constant(tuple(ids), self.prompt_device)).to(rows.dtype)
+        return torch.cat((rows, constants.expand(len(prompts), -1, -1)), 1)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """The whole prompt table (R, D) as it is saved: computed in eval mode, so that no dropout is saved with it."""
@@ -306,6 +356,14 @@ class PromptAdapters(ReadsThrough):
         with torch.no_grad(), evaluating(encoder):
             prompt: Tensor = encoder.encode().detach().cpu()
         return prompt
+
+
+def _seen(config: PromptLearningConfig) -> int:
+    """P: the rows of an adapter's prompt that are put in."""
+    method = method_of(config)
+    kept = None if method.kept is None else method.kept(config)
+    assert config.num_virtual_tokens is not None
+    return config.num_virtual_tokens if kept is None else len(kept)
 
 
 @functools.lru_cache(maxsize=64)

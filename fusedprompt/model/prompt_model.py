@@ -91,6 +91,9 @@ class PromptModel(Citizen):
         adapter_names: the adapter of each row, "__base__" for none, instead of the active one for all; their
             prompts and templates may differ. The loss is the mean over the whole batch. With slots: the adapters
             whose prompts, one after another, the slots refer to.
+        task_ids: (B,) the task of each row, for adapters of multitask prompt tuning: a list, or an int64 tensor (on a
+            GPU the host waits for its values). With adapter_names, None (or -1) for rows of other adapters; with
+            slots and adapter_names, of each of these.
         input_type_mask: (B, T) type codes of the tokens, for CPT.
         kwargs: for the base model.
 
@@ -151,6 +154,7 @@ class PromptModel(Citizen):
         pool_index: Tensor | None = None,
         fields: Mapping[str, Any] | None = None,
         adapter_names: Sequence[str] | None = None,
+        task_ids: Tensor | Sequence[int | None] | None = None,
         input_type_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -158,7 +162,7 @@ class PromptModel(Citizen):
         batch = Batch(input_ids, inputs_embeds, attention_mask, labels, position_ids, token_type_ids, input_type_mask)
         route = self.route if route is None else route
         logits = self._usual_logits(slots) if logits is None else logits
-        call = Call(batch, kwargs, past_key_values, route, logits, slots, pool_index, fields, adapter_names)
+        call = Call(batch, kwargs, past_key_values, route, logits, slots, pool_index, fields, adapter_names, task_ids)
         return run(self, plan(self, call))
 
     def generate(self, inputs: Tensor | None = None, *, route: str | None = None, **kwargs: Any) -> Any:
@@ -168,8 +172,8 @@ class PromptModel(Citizen):
             inputs: (B, T) ids, as `input_ids`; or pass `inputs_embeds` (B, T, D), and get only the new tokens.
             route: "auto", "shared" or "splice", instead of the model's own.
             kwargs: every argument of transformers' `generate`. `max_length` counts text only. `slots` (B, S) as in
-                `forward`, and then `attention_mask` and `position_ids` (B, S). `adapter_names` as in `forward`: the
-                adapter of each row.
+                `forward`, and then `attention_mask` and `position_ids` (B, S). `adapter_names` and `task_ids` as in
+                `forward`: the adapter, and the task, of each row.
 
         Returns:
             What `generate` returns: for decoders, ids of text and new tokens, without the prompt.

@@ -15,14 +15,15 @@ from ..base.state import evaluating
 from ..layouts.template import Template
 from ..methods import PromptModule, checkpoint, method_of
 from ..methods.config import CONFIG_NAME, PromptLearningConfig, format_json
+from ..methods.method import CACHE
 from .adapters import PromptAdapters
 
 # Beside PEFT's fields in adapter_config.json, and only where the prompt is not at PEFT's place: PEFT warns of it.
 PROMPT_START_KEY = "fusedprompt_prompt_start"
 
 
-# For adapters whose template is not the plain prefix: the field that PEFT dispatches on says why it cannot load them,
-# and the true value stands under a key of our own.
+# For adapters that PEFT would misread, such as those in a template: the field that it dispatches on says why it cannot
+# load them, and the true value stands under a key of our own.
 PEFT_TYPE_KEY = "fusedprompt_peft_type"
 
 
@@ -35,7 +36,7 @@ def save(
     state_dict: values of the model's parameters instead of its own.
     """
     config, place = copy.copy(model.peft_config[adapter_name]), model.prompts[adapter_name]
-    saves_encoder = not config.inference_mode and method_of(config).saves_encoder
+    saves_encoder = not config.inference_mode and method_of(config).keeps_encoder(config)
     config.inference_mode = True  # PEFT's files always say so
     fields = config.to_dict()
     if place.start:
@@ -45,8 +46,14 @@ def save(
         fields["peft_type"] = (
             f"a fusedprompt adapter with the template {place.pattern}, while PEFT only puts prompts in front of a text"
         )
+    elif _is_tied_by_peft(model, config):
+        fields[PEFT_TYPE_KEY] = fields["peft_type"]
+        fields["peft_type"] = (
+            f"a fusedprompt adapter whose decoder has keys and values of its own in each of {config.num_layers} "
+            "layers, while PEFT gives those of the first half to the second"
+        )
     encoder, prompt, copies = _values(model, adapter_name, state_dict or {})
-    tensors = {checkpoint.PROMPT_KEY: prompt, **copies}
+    tensors = {checkpoint.PROMPT_KEY: prompt, **{name: encoder[name] for name in method_of(config).in_file}, **copies}
     with checkpoint.atomic_writes(folder) as stage:
         (stage / CONFIG_NAME).write_text(format_json(fields))
         checkpoint.write_tensors(stage / checkpoint.ADAPTER_NAME, tensors)
@@ -58,6 +65,12 @@ def save(
         written = {file.name for file in stage.iterdir()}
     for name in {checkpoint.ENCODER_NAME, checkpoint.TEMPLATE_NAME} - written:
         (folder / name).unlink(missing_ok=True)  # belongs to an adapter that this one replaced
+
+
+def _is_tied_by_peft(model: PromptAdapters, config: PromptLearningConfig) -> bool:
+    """Whether PEFT would read half of a prefix's keys and values in all layers; see `routes.prefix.layer_order`."""
+    of_decoder = method_of(config).product == CACHE and model.facts.encoder_decoder
+    return of_decoder and (config.num_layers or 0) % 2 == 0
 
 
 def _values(
@@ -88,21 +101,29 @@ def load(model: PromptAdapters, adapter_name: str, folder: Path, is_trainable: b
         fields["peft_type"] = peft_type
     config = model._resolve(PromptLearningConfig.from_dict(fields, origin=str(folder / CONFIG_NAME)))
     config.inference_mode = not is_trainable
-    template = _load_template(model, folder, config, prompt_start, required=peft_type is not None)
+    own_order = _is_tied_by_peft(model, config)
+    in_template = peft_type is not None and not own_order
+    template = _load_template(model, folder, config, prompt_start, required=in_template)
     file = checkpoint.stored(folder, checkpoint.ADAPTER_NAME)
     tensors, _ = checkpoint.read_tensors(file)
     encoder = method_of(config).module(config.blank(), model.word_embeddings)
     expected = {
-        checkpoint.PROMPT_KEY: encoder.embedding.weight,
+        checkpoint.PROMPT_KEY: torch.empty(encoder.total_virtual_tokens, encoder.product_width, device="meta"),
+        **{name: encoder.get_parameter(name) for name in method_of(config).in_file},
         **saved_modules.expected_tensors(model.base_model, config.modules_to_save or []),
     }
     checkpoint.check_tensors(file, tensors, expected)
     prompt = tensors.pop(checkpoint.PROMPT_KEY)
+    if own_order and peft_type is None:  # PEFT's file: both layers of a pair begin with what it gives them
+        pairs = prompt.view(prompt.shape[0], -1, 2, 2 * encoder.token_dim)
+        prompt = pairs[:, :, :1].expand_as(pairs).reshape(prompt.shape)
     with torch.no_grad():
         if not is_trainable:
-            encoder.embedding.weight.copy_(prompt)
+            encoder.load_prompt_embeddings(prompt)
         else:
             _load_encoder(encoder, config, folder, prompt)
+        for name in method_of(config).in_file:
+            encoder.get_parameter(name).copy_(tensors.pop(name))
     before = _parameters(model, adapter_name)
     if adapter_name in model.peft_config:
         model._remove(adapter_name)
@@ -154,7 +175,7 @@ def _load_template(
 
 def _load_encoder(encoder: PromptModule, config: PromptLearningConfig, folder: Path, prompt: Tensor) -> None:
     method = method_of(config)
-    stored = checkpoint.read_encoder(folder, prompt) if method.saves_encoder else None
+    stored = checkpoint.read_encoder(folder, prompt) if method.keeps_encoder(config) else None
     if stored is not None:
         file, tensors = stored
         checkpoint.check_tensors(file, tensors, encoder.state_dict())

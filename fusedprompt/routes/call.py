@@ -6,17 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..base.tasks import Task
 from ..layouts.batch import FIELDS, Batch
 from ..layouts.layout import Layout
 from ..layouts.mixture import Mixture
+from ..layouts.prompt import Prompt
 from ..ops._backend import AUTO
 from .loss import Loss
 
-# Routes. The first two put no prompt in: for a base model alone, and for one whose cache holds the prompt.
-BASE, CONTINUE, SPLICE, SHARED = "base", "continue", "splice", "shared"
+# Routes. The first two put no prompt in: for a base model alone, and for one whose cache holds the prompt. The last is
+# of prompts that are keys and values themselves.
+BASE, CONTINUE, SPLICE, SHARED, PREFIX = "base", "continue", "splice", "shared", "prefix"
 FULL, TEXT = "full", "text"  # logits of prompt and text, or of text alone
 # Placements of a prompt in front of a text: ours moves padding out of the way, PEFT's leaves it where it is.
 OURS, PEFT = "ours", "peft"
@@ -28,7 +31,7 @@ class Call:
 
     batch: those that have a value for each token.
     others: those that the base model gets as they are.
-    route, logits, slots, pool_index, fields, adapter_names: see `PromptModel`.
+    route, logits, slots, pool_index, fields, adapter_names, task_ids: see `PromptModel`.
     generates: whether it is one of `generate`.
     """
 
@@ -41,7 +44,16 @@ class Call:
     pool_index: Tensor | None = None
     fields: Mapping[str, Any] | None = None
     adapter_names: Sequence[str] | None = None
+    task_ids: Any = None
     generates: bool = False
+
+    @property
+    def rows(self) -> Tensor:
+        """Of what the batch has a row each; without any tokens, as `generate` may begin, it is one row."""
+        if self.batch.input_ids is not None or self.batch.inputs_embeds is not None:
+            return self.batch.tokens
+        given: Any = next(iter((self.fields or {}).values()), torch.empty(1))
+        return torch.as_tensor(given[0] if isinstance(given, tuple) else given)
 
     @classmethod
     def of(cls, given: Mapping[str, Any], route: str, generates: bool = False) -> Call:
@@ -68,13 +80,13 @@ _OWN = tuple(one.name for one in fields(Call) if one.name not in ("batch", "othe
 class Plan:
     """What will be done with a call, and why.
 
-    route: "base", "continue", "splice" or "shared".
+    route: "base", "continue", "splice", "shared" or "prefix".
     call: what was asked.
     why: why the prompt is not shared; None where it is, or could not be meant to.
     pays: whether sharing would pay, if it could.
     task: of the adapters.
-    table: the adapters whose tables the layout's slots refer to, one after another.
-    mixture: the adapter of each row, where they differ.
+    table: the prompts to whose tables the layout's slots refer, one after another.
+    mixture: the prompt of each row, where they differ.
     layout: where each column of the output comes from. None where there is no prompt to put in.
     fields: what the base model gets with the tokens: of the output or, shared, of the text behind the prompt.
     carries: mask and labels are yet to be carried from the tokens to the output, by `ops.splice_batch`.
@@ -95,7 +107,7 @@ class Plan:
     pays: bool = True
     placement: str = OURS
     task: Task | None = None
-    table: tuple[str, ...] = ()
+    table: tuple[Prompt, ...] = ()
     mixture: Mixture | None = None
     layout: Layout | None = None
     carries: bool = False
@@ -107,6 +119,12 @@ class Plan:
     logits: str = FULL
     cuts: tuple[str, ...] = ()
     turned: bool = False
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the layout refers to a row of zeros behind the prompts' tables."""
+        assert self.layout is not None
+        return self.layout.num_prompt_rows > sum(prompt.table_rows for prompt in self.table)
 
 
 def refuse(name: str, value: Any, case: str) -> None:
@@ -132,7 +150,8 @@ def check_logits(logits: str, task: Task | None) -> None:
 def without_prompt(call: Call) -> Plan:
     """For the base model alone."""
     refuse("slots", call.slots, "for a model without a prompt")
-    refuse("adapter_names", call.adapter_names, "where adapters are disabled or there is none")
+    for name in ("adapter_names", "task_ids"):
+        refuse(name, getattr(call, name), "where adapters are disabled or there is none")
     refuse_fields(call, "for a model without a prompt")
     others = with_cache(call.others, call.past_key_values)
     return Plan(BASE, call, call.batch, "the model has no prompt, or it is disabled", others=others)

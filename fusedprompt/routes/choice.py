@@ -32,9 +32,9 @@ _COVERING = ("output_attentions", "output_router_logits")
 class RouteUnavailable(BackendUnavailable):
     """A route that was asked for by name cannot serve this call; the message says why."""
 
-    def __init__(self, objection: str) -> None:
+    def __init__(self, objection: str, route: str = SHARED) -> None:
         self.objection = objection
-        super().__init__(f"route 'shared' cannot run: {objection}")
+        super().__init__(f"route '{route}' cannot run: {objection}")
 
 
 def checked_route(route: Any) -> str:

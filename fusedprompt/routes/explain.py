@@ -13,7 +13,7 @@ from ..layouts.picture import PADDING, join_symbols, row_symbols
 from ..layouts.pieces import anchor_slots
 from ..layouts.prompt import Prompt
 from ..methods import method_of
-from .call import BASE, CONTINUE, SHARED, SPLICE, Call, Plan
+from .call import BASE, CONTINUE, PREFIX, SHARED, SPLICE, Call, Plan
 from .choice import RouteUnavailable, why_not_head_loss, why_not_model
 from .host import Host
 from .plan import plan
@@ -51,18 +51,21 @@ def first_use_line(host: Host) -> list[str]:
 
 def describe_adapter(host: Host, name: str) -> str:
     """An adapter: its method, route and backends."""
-    active, config = ", active" if name == host.in_use else "", host.peft_config[name]
-    return (
-        f"{name}{active}: {method_of(config).name}, {config.num_virtual_tokens} virtual tokens, "
-        f"{_route_of_model(host, host.prompts[name])}, "
-        f"{backends(host, name, operations(host, name, encodes=not config.inference_mode))}"
-    )
+    active, config, prompt = ", active" if name == host.in_use else "", host.peft_config[name], host.prompts[name]
+    size = f"{config.num_virtual_tokens} virtual tokens"
+    size += "" if prompt.num_tasks is None else f" for each of {prompt.num_tasks} tasks"
+    size += "" if prompt.kept is None else f" of which {prompt.rows} are seen"
+    runs = backends(host, name, operations(host, name, encodes=not config.inference_mode))
+    said = ", ".join(filter(None, (method_of(config).name, size, _route_of_model(host, prompt), runs)))
+    return f"{name}{active}: {said}"
 
 
 def operations(host: Host, name: str, encodes: bool) -> list[str]:
     """The ops that serve an adapter, in the order they run in. encodes: its encoder runs on ops."""
     method, task = method_of(host.peft_config[name]), host.prompts[name].task
-    used = [*(method.ops(host.prompt_encoder[name]) if encodes else ()), "splice"]
+    used = [*(method.ops(host.prompt_encoder[name]) if encodes else ())]
+    if not host.prompts[name].in_cache:
+        used.append("splice")
     makes_loss = task.predicts_next and host.facts.causal and (host.route != SPLICE or method.targets is not None)
     return [*used, "head_loss"] if makes_loss and why_not_head_loss(host) is None else used
 
@@ -78,6 +81,8 @@ def backends(host: Host, name: str, used: Sequence[str]) -> str:
 
 
 def _route_of_model(host: Host, prompt: Prompt) -> str:
+    if prompt.in_cache:
+        return "route prefix: its keys and values stand in the cache"
     if host.route == SPLICE:
         return "route splice (asked for)"
     objection = why_not_model(host, prompt.name)
@@ -89,37 +94,43 @@ def _route_of_model(host: Host, prompt: Prompt) -> str:
 
 
 def _pictures(host: Host, planned: Plan) -> list[str]:
-    """The first row of a spliced batch; of a mixed one, that of each adapter, with a letter of its own."""
+    """The first row of a spliced batch; of a mixed one, that of each prompt, with a letter of its own."""
     layout, batch, mixture = planned.layout, planned.fields, planned.mixture
     if layout is None or not batch.shape[0]:
         return []
     mask = batch.attention_mask
     if planned.carries and mask is not None:
         mask = layout.fill(mask, 1)
-    names = planned.table
-    letters = dict(zip(names, itertools.cycle(_LETTERS)))
-    if len(names) == 1 and mixture is None and planned.call.adapter_names is None:
-        return [f"row 0: {_single(host, host.prompts[names[0]], planned, mask)}"]
-    # Where each adapter's rows of the table end; a template's constant tokens stand behind its prompt.
-    prompts = [host.prompts[name] for name in names]
-    owners = [(prompt.name, row < prompt.rows) for prompt in prompts for row in range(prompt.table_rows)]
+    prompts = planned.table
+    letters = dict(zip(range(len(prompts)), itertools.cycle(_LETTERS)))
+    if len(prompts) == 1 and mixture is None and planned.call.adapter_names is None:
+        whose = "" if prompts[0].task_id is None else f"{prompts[0]}, "
+        return [f"{whose}row 0: {_single(prompts[0], planned, mask)}"]
+    # Where each prompt's rows of the table end; a template's constant tokens stand behind its prompt.
+    owners = [(which, row < one.rows) for which, one in enumerate(prompts) for row in range(one.table_rows)]
 
     def letter(index: int) -> str:
-        owner, is_prompt = owners[index] if index < len(owners) else ("", False)
-        return letters[owner] if is_prompt else "A" if owner else PADDING
+        owner, is_prompt = owners[index] if index < len(owners) else (None, False)
+        return PADDING if owner is None else letters[owner] if is_prompt else "A"
 
     if mixture is None:
         return [f"row 0: {join_symbols(row_symbols(layout.given_slots[0].tolist(), letter=letter))}"]
     lines = []
-    for name in dict.fromkeys(mixture.names):
-        row, number = mixture.names.index(name), mixture.names.count(name)
+    named = {one.source: (str(one), letters[which]) for which, one in enumerate(prompts)}
+    for source in dict.fromkeys(mixture.sources):
+        row, number = mixture.sources.index(source), mixture.sources.count(source)
         real = None if mask is None else mask[row].tolist()
-        picture = join_symbols(row_symbols(layout.given_slots[row].tolist(), real, letter=letter))
-        lines.append(f"{name}, {number} row{'s' * (number > 1)}, row {row}: {picture}")
+        name, own = named.get(source, (source[0], PADDING))
+        if planned.route == PREFIX:  # each row's own, at the end of the columns of the longest
+            slots = [*range(-layout.num_prompt_rows, 0), *range(batch.shape[1])]
+            symbols = [own if symbol == "P" else symbol for symbol in row_symbols(slots, real)]
+        else:
+            symbols = row_symbols(layout.given_slots[row].tolist(), real, letter=letter)
+        lines.append(f"{name}, {number} row{'s' * (number > 1)}, row {row}: {join_symbols(symbols)}")
     return lines
 
 
-def _single(host: Host, prompt: Prompt, planned: Plan, mask: Any) -> str:
+def _single(prompt: Prompt, planned: Plan, mask: Any) -> str:
     layout, length = planned.layout, planned.fields.shape[1]
     assert layout is not None
     rows = layout.num_prompt_rows

@@ -13,14 +13,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..base.positions import count_positions, counted_behind
-from .call import BASE, CONTINUE, SHARED, Plan
+from .call import BASE, CONTINUE, PREFIX, SPLICE, Plan
 from .generate_by_ids import generate_by_ids
 from .host import Host
 from .plan_generate import most_new_tokens, option, reads_ids
+from .prefix import PrefixStates, batch_size, filled, prefix_states
 from .shared import prompt_states
 from .splice import embedded, others_of, spliced
 from .states import PromptStates, fill
@@ -36,7 +38,11 @@ def run_generate(host: Host, plan: Plan) -> Any:
     if plan.route in (BASE, CONTINUE):
         with _counting(host, plan) if plan.route == CONTINUE else contextlib.nullcontext():
             return base.generate(**plan.fields.given(), **others)
-    states = prompt_states(host, plan.table, plan.mixture) if plan.route == SHARED else None
+    states: PromptStates | PrefixStates | None = None
+    if plan.route != SPLICE:
+        states = (prefix_states if plan.route == PREFIX else prompt_states)(host, plan.table, plan.mixture)
+    if host.facts.encoder_decoder and isinstance(states, PrefixStates):
+        return _generate_behind(host, plan, states)
     if host.facts.encoder_decoder:
         with spliced(host, plan) as arguments:
             return base.generate(**arguments, **others_of(plan))
@@ -58,9 +64,26 @@ def run_generate(host: Host, plan: Plan) -> Any:
     # transformers skips as many of the embeddings as the cache holds: the prompt's.
     size, length = arguments["inputs_embeds"].shape[:2]
     size, length = size * _copies(base, others), length + most_new_tokens(base, others)
-    others["past_key_values"] = _filled_cache(base, states, size, length, others)
+    own = others.get("past_key_values")
+    cache = (
+        _filled_cache(base, states, size, length, others) if own is None else filled(host, states.for_rows(size), own)
+    )
+    others["past_key_values"] = cache
     with _counting(host, plan):
         return base.generate(input_ids=ids, **arguments, **others)
+
+
+def _generate_behind(host: Host, plan: Plan, states: PrefixStates) -> Any:
+    """What an encoder-decoder's `generate` gives, whose decoder begins with a prefix in its cache."""
+    base, others, size = host.base_model, dict(plan.others), batch_size(plan)
+    cache, begun = states.for_rows(size * _copies(base, others)), others.get("decoder_input_ids")
+    if others.get("decoder_attention_mask") is None:
+        # By a mask that is longer than the ids transformers knows that the cache's tokens are not among these.
+        columns = cache.get_seq_length() + (1 if begun is None else begun.shape[1])
+        mask = torch.ones(size, columns, dtype=torch.int64, device=states.parts.device)
+        others["decoder_attention_mask"] = mask
+    others["past_key_values"] = filled(host, cache, others.get("past_key_values"))
+    return base.generate(**plan.fields.given(), **others)
 
 
 def _counting(host: Host, plan: Plan) -> contextlib.AbstractContextManager[None]:
@@ -80,7 +103,9 @@ def _told_positions(base: Any, first: int) -> Iterator[None]:
     """Within the block, and in its thread, steps without position ids get those that their mask tells: GIT's."""
     thread = threading.get_ident()
 
-    def tell(_: Any, args: tuple[Any, ...], call: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def tell(_: Any, args: tuple[Any, ...], call: dict[str, Any] | None = None) -> Any:
+        if call is None:  # another thread met the hook before torch had marked it as one that takes keywords
+            return None
         mask, tokens = call.get("attention_mask"), call.get("input_ids")
         tokens = call.get("inputs_embeds") if tokens is None else tokens
         if tokens is None or call.get("position_ids") is not None or threading.get_ident() != thread:
@@ -111,7 +136,9 @@ def _behind(host: Host, plan: Plan) -> dict[str, Any]:
     return given
 
 
-def _filled_cache(base: Any, states: PromptStates, size: int, length: int, kwargs: dict[str, Any]) -> Any:
+def _filled_cache(
+    base: Any, states: PromptStates | PrefixStates, size: int, length: int, kwargs: dict[str, Any]
+) -> Any:
     """A cache that holds the prompt for `size` rows: one that grows, or a static one of `length` positions."""
     kind = option(base, kwargs, "cache_implementation")
     kwargs.pop("cache_implementation", None)

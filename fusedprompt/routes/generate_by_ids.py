@@ -24,10 +24,13 @@ from ..base.virtual_ids import answered, check_known, vocabulary
 from ..layouts.layout import Layout
 from .call import Plan
 from .host import Host
+from .prefix import PrefixStates
 from .states import PromptStates, fill
 
 
-def generate_by_ids(host: Host, plan: Plan, states: PromptStates | None, others: Mapping[str, Any]) -> Any:
+def generate_by_ids(
+    host: Host, plan: Plan, states: PromptStates | PrefixStates | None, others: Mapping[str, Any]
+) -> Any:
     """What the base model's `generate` gives, without the prompt's columns."""
     if plan.fields.input_ids is None:
         raise ValueError("input_ids: expected ids, because the prompt must occupy columns of them here, got embeddings")
@@ -59,7 +62,7 @@ class _Wide:
     ids, mask, slots: (B, S). columns: (B, T), where each token of the text stands.
     """
 
-    def __init__(self, host: Host, plan: Plan, states: PromptStates | None) -> None:
+    def __init__(self, host: Host, plan: Plan, states: PromptStates | PrefixStates | None) -> None:
         ids, layout, mask = plan.fields.input_ids, plan.layout, plan.fields.attention_mask
         assert ids is not None and layout is not None
         self.host, self.states, self.thread = host, states, threading.get_ident()
@@ -77,8 +80,7 @@ class _Wide:
         size, length = ids.shape
         self.columns = layout.token_positions(size, length, ids.device, None if layout.slots is None else mask)
         check_known(ids, host.word_embeddings)
-        padded = plan.mixture is not None
-        self.rows = host.table(plan.table, padded=padded).to(ids.device) if states is None else None
+        self.rows = host.table(plan.table, plan.is_padded).to(ids.device) if states is None else None
 
     def answers(self) -> contextlib.AbstractContextManager[None]:
         """Within it the word embeddings know the prompt's rows by ids, for base models that must see ids."""
@@ -113,10 +115,10 @@ class _Wide:
         columns = self.columns.repeat_interleave(ids.shape[0] // self.columns.shape[0], 0).to(ids.device)
         return torch.cat((ids.gather(1, columns), ids[:, self.ids.shape[1] :]), 1)
 
-    def embed_prompt(
-        self, _: Any, args: tuple[Any, ...], call: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def embed_prompt(self, _: Any, args: tuple[Any, ...], call: dict[str, Any] | None = None) -> Any:
         """A hook before the base model's forward: the prompt's columns become its rows, or its states."""
+        if call is None:  # another thread met the hook before torch had marked it as one that takes keywords
+            return None
         given, cache = call.get("input_ids"), call.get("past_key_values")
         if threading.get_ident() != self.thread or given is None or given.shape[1] < self.ids.shape[1]:
             return args, call

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,11 +28,13 @@ class Host(Protocol):
     prompts, peft_config, prompt_encoder: each adapter's prompt and its place, its configuration, ours or PEFT's, and
         its module, in an `nn.ModuleDict`.
     prompt_cache: prompts' keys and values for calls that train nothing.
+    ties_layers: in an encoder-decoder two layers may have the same keys and values of a prefix; see `layer_order`.
     route: "auto", "shared" or "splice", for calls that name none. backend: of the ops.
     """
 
     sharing: SharingFacts
     text_head: TextHead
+    ties_layers: bool
 
     @property
     def base_model(self) -> Any: ...
@@ -56,18 +59,26 @@ class Host(Protocol):
     @property
     def backend(self) -> str: ...
 
-    def prompt_rows(self, adapter_name: str) -> Tensor:
-        """An adapter's prompt, (P, D)."""
+    def table(self, prompts: Sequence[Prompt], padded: bool = False) -> Tensor:
+        """(R, D): the tables of prompts, one after another, to which slots refer. padded: and a row of zeros.
 
-    def table(self, sources: Sequence[str], padded: bool = False) -> Tensor:
-        """(R, D): the tables of adapters, one after another, to which slots refer. padded: and a row of zeros."""
+        Prompts of one adapter's tasks that stand together are made together.
+        """
 
     def heads_for_rows(self, names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
         """Within it each row of a batch goes through its own adapter's copies of modules that are saved in full."""
 
 
-def joined(tables: Sequence[Tensor], padded: bool, width: int, device: torch.device) -> Tensor:
-    """`Host.table` of the adapters' tables."""
+def joined(
+    prompts: Sequence[Prompt],
+    make: Callable[[Sequence[Prompt]], Tensor],
+    padded: bool,
+    width: int,
+    device: torch.device,
+) -> Tensor:
+    """`Host.table`. make: of prompts of one adapter, (k, R, D)."""
+    groups = [list(group) for _, group in itertools.groupby(prompts, key=lambda prompt: prompt.name)]
+    tables = [make(group).flatten(0, 1) for group in groups]
     if len(tables) == 1 and not padded:
         return tables[0]
     like = tables[0] if tables else torch.empty(0, width, device=device)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..base.facts import device_of
 from ..base.state import evaluating
 from ..layouts.layout import IGNORE_INDEX, Layout
-from ..layouts.mixture import BASE
+from ..layouts.mixture import BASE, prompts_of, prompts_of_rows
 from ..layouts.prompt import Prompt
 from ..methods import find_method
 from .call import Call
@@ -36,6 +36,7 @@ def pack(
     max_length: int | None = None,
     pad_token_id: int = 0,
     adapter_names: Sequence[str] | None = None,
+    task_ids: Sequence[int | None] | None = None,
 ) -> dict[str, Any]:
     """Pack examples into rows, in their order: arguments for a causal language model's forward, `model(**packed)`.
 
@@ -44,18 +45,21 @@ def pack(
         max_length: the most columns of a row, prompts included; None puts everything into one row.
         pad_token_id: what fills rows that are shorter than the longest.
         adapter_names: the adapter of each example, "__base__" for none; by default the active one for all.
+        task_ids: the task of each example, for adapters with several; None for the rest.
 
     Returns:
         input_ids (B, T), slots, position_ids and labels (B, S) int64; the lengths of all examples one after another, as
         transformers names them for variable-length attention: cu_seq_lens_q and cu_seq_lens_k (examples + 1,) int32
         over the B·S columns, max_length_q and max_length_k; use_cache, which must be off; and, where they are needed,
-        adapter_names of the prompts that slots refer to, and attention_mask (B, 1, S, S).
+        adapter_names and task_ids of the prompts that slots refer to, and attention_mask (B, 1, S, S).
 
     Raises:
         ValueError: an example is empty, or too long, or has other labels than tokens; or the model cannot keep examples
             apart.
     """
-    return PackingCollator.of(model, max_length=max_length, pad_token_id=pad_token_id)(examples, adapter_names)
+    return PackingCollator.of(model, max_length=max_length, pad_token_id=pad_token_id)(
+        examples, adapter_names, task_ids
+    )
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,12 @@ class PackingCollator:
         return cls(rows, model.in_use, max_length, pad_token_id, model.facts.first_position, dtype)
 
     def __call__(
-        self, examples: Sequence[Mapping[str, Any]], adapter_names: Sequence[str] | None = None
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        adapter_names: Sequence[str] | None = None,
+        task_ids: Sequence[int | None] | None = None,
     ) -> dict[str, Any]:
-        """See `pack`. Examples may also name their adapter themselves, as `adapter_name`."""
+        """See `pack`. Examples may also name adapter and task themselves, as `adapter_name` and `task_id`."""
         if not examples:
             raise ValueError("examples: expected at least one, got none")
         names = adapter_names or [example.get("adapter_name", self.adapter) for example in examples]
@@ -109,14 +116,23 @@ class PackingCollator:
         for name in names:
             if name not in known:
                 raise ValueError(f"adapter_names: expected names of prompts in front, {[*known]}, got {name!r}")
-        table = [name for name in dict.fromkeys(names) if name != BASE]
-        first, total = {BASE: 0}, 0
-        for name in table:
-            first[name], total = total, total + known[name]
-        pieces = [self._piece(at, one, known[name], first[name]) for at, (one, name) in enumerate(zip(examples, names))]
+        tasks = [example.get("task_id") for example in examples] if task_ids is None else task_ids
+        if len(tasks) != len(examples):
+            raise ValueError(f"task_ids: expected {len(examples)} ids, one per example, got {len(tasks)}")
+        sources = [(name, None if task is None else int(task)) for name, task in zip(names, tasks)]
+        table = [source for source in dict.fromkeys(sources) if source[0] != BASE]
+        first, total = dict.fromkeys(sources, 0), 0
+        for source in table:
+            first[source], total = total, total + known[source[0]]
+        pieces = [
+            self._piece(at, one, known[source[0]], first[source])
+            for at, (one, source) in enumerate(zip(examples, sources))
+        ]
         packed = self._join(self._rows(pieces))
-        if table != [self.adapter]:
-            packed["adapter_names"] = table
+        if table != [(self.adapter, None)]:
+            packed["adapter_names"] = [name for name, _ in table]
+        if any(task is not None for _, task in table):
+            packed["task_ids"] = [task for _, task in table]
         return packed
 
     def _piece(self, index: int, example: Mapping[str, Any], rows: int, first: int) -> _Piece:
@@ -217,28 +233,39 @@ def block_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min).unsqueeze(1)
 
 
-def slots_of(host: Host, active: Prompt, call: Call) -> tuple[Call, Layout, tuple[str, ...]]:
-    """The layout that a caller says, and the adapters to whose tables its slots refer: the active one, or several.
+def slots_of(host: Host, active: Prompt, call: Call) -> tuple[Call, Layout, tuple[Prompt, ...]]:
+    """The layout that a caller says, and the prompts to whose tables its slots refer: the active one, or several.
 
     Raises:
-        ValueError: unknown adapters, or such whose heads cannot be told apart within a row.
+        ValueError: unknown adapters, or such whose heads cannot be told apart within a row; or `task_ids` that do not
+            fit.
     """
-    table: tuple[str, ...] = (active.name,)
     prompts = host.prompts
     assert call.slots is not None
     if call.adapter_names is not None:
-        table = tuple(call.adapter_names)
-        for name in table:
+        names = tuple(call.adapter_names)
+        for name in names:
             if name not in prompts:
                 raise ValueError(f"adapter_names: expected names among {[*prompts]} with slots, got {name!r}")
-            if host.peft_config[name].modules_to_save and table != (active.name,):
+            if host.peft_config[name].modules_to_save and names != (active.name,):
                 raise ValueError(f"adapter_names: expected adapters without modules_to_save with slots, got {name!r}")
-    layout = Layout.from_slots(call.slots, sum(prompts[name].table_rows for name in table))
+        table = tuple(one for one in prompts_of_rows(prompts, names, call.task_ids) if one is not None)
+        layout = Layout.from_slots(call.slots, sum(prompt.table_rows for prompt in table))
+    else:
+        layout, table = slots_of_one(host, active, call)
     batch, others, mask = call.batch, dict(call.others), call.batch.attention_mask
     if mask is not None and mask.dim() == 4:  # block-diagonal: it is the base model's own business
         others["attention_mask"], batch = mask, replace(batch, attention_mask=None)
     flash_arguments(host.base_model, others)
     return replace(call, batch=batch, others=others), layout, table
+
+
+def slots_of_one(host: Host, active: Prompt, call: Call) -> tuple[Layout, tuple[Prompt, ...]]:
+    """The layout whose slots refer to the active adapter's prompt, each row's to that of its own task."""
+    assert call.slots is not None
+    layout = Layout.from_slots(call.slots, active.table_rows)
+    active, mixture = prompts_of(host.prompts, active, None, call.task_ids, call.rows)
+    return (layout, (active,)) if mixture is None else (mixture.moved(layout), mixture.prompts)
 
 
 def flash_arguments(base: Any, others: dict[str, Any]) -> None:

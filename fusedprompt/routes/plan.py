@@ -11,7 +11,7 @@ from ..base.tasks import Task
 from ..layouts.batch import Batch
 from ..layouts.from_template import put_into_template, without_prefix_slots
 from ..layouts.layout import Layout
-from ..layouts.mixture import Mixture, refuse_cache
+from ..layouts.mixture import Mixture, prompts_of, refuse_cache
 from ..layouts.padding import choose_layout
 from ..layouts.prompt import Prompt
 from .call import CONTINUE, OURS, SPLICE, Call, Plan, check_logits, refuse, refuse_fields, with_cache, without_prompt
@@ -20,6 +20,7 @@ from .host import Host
 from .packing import slots_of
 from .plan_generate import plan_generate
 from .planner import Planner
+from .prefix import widened
 from .states import prompt_first
 
 __all__ = ["Call", "Plan", "plan"]
@@ -40,21 +41,27 @@ def plan(host: Host, call: Call, placement: str = OURS) -> Plan:
     if host.in_use is None:
         check_logits(call.logits, None)
         return without_prompt(call)
+    active = host.prompts[host.in_use]
+    if not (call.slots is None and call.pool_index is None and call.fields is None):
+        _check_places(host, active, call)
     if call.generates:
         return plan_generate(host, call, placement)
-    active = host.prompts[host.in_use]
     call, given, table = _slots(host, active, call)
-    mixture = None
-    if given is None and call.adapter_names is not None:
-        refuse_fields(call, "with adapter_names, whose templates may have others")
-        mixture = Mixture.of(host.prompts, active, call.adapter_names, call.batch.tokens)
-        table = mixture.adapters
-    task = active.task if mixture is None else mixture.task
-    check_logits(call.logits, task)
     if call.past_key_values is not None:
         if placement == OURS and not host.facts.encoder_decoder and cache_length(call.past_key_values) > 0:
             return _continued(host, active, call)
+        if host.facts.encoder_decoder and active.in_cache and cache_length(call.past_key_values) > 0:
+            return _decoded(host, active, call)
         call = replace(call, others=with_cache(call.others, call.past_key_values))
+    mixture = None
+    if given is None:
+        active, mixture = prompts_of(host.prompts, active, call.adapter_names, call.task_ids, call.rows)
+        table = (active,)
+    if mixture is not None:
+        refuse_fields(call, "with rows of several adapters or tasks, whose templates may have others")
+        table = mixture.prompts
+    task = active.task if mixture is None else mixture.task
+    check_logits(call.logits, task)
     call = _of_task(task, call, placement)
     if given is None and mixture is None and active.pattern is not None:
         placed = put_into_template(active, host.facts, call.batch, call.fields)
@@ -70,17 +77,36 @@ def plan(host: Host, call: Call, placement: str = OURS) -> Plan:
         task.token_types == "never" or (task.token_types == "placed" and (given is None or host.facts.causal))
     ):
         call = replace(call, batch=replace(batch, token_type_ids=None))
-    if placement == OURS and host.facts.encoder_decoder and call.others.get("encoder_outputs") is not None:
+    encoded = placement == OURS and host.facts.encoder_decoder and call.others.get("encoder_outputs") is not None
+    if encoded and not active.in_cache:
         return _encoded(host, active, call, mixture, given)
     begun = Plan(SPLICE, call, call.batch, placement=placement, task=task, table=table, mixture=mixture)
     return Planner(host, begun, active, given).plan()
 
 
-def _slots(host: Host, active: Prompt, call: Call) -> tuple[Call, Layout | None, tuple[str, ...]]:
-    """The layout that the caller gives, and the adapters whose tables it refers to. Slots that only say what is done
+def _check_places(host: Host, active: Prompt, call: Call) -> None:
+    """Refuse arguments that say where prompt rows go, for prefixes, which have none."""
+    named = call.adapter_names if isinstance(call.adapter_names, (list, tuple)) else [active.name]
+    prefix = next((one for name in named if (one := host.prompts.get(name)) is not None and one.in_cache), None)
+    if prefix is not None:
+        case = f"with {prefix.method}, whose keys and values stand in front of all text"
+        refuse("slots", call.slots, case)
+        refuse("pool_index", call.pool_index, case)
+        refuse_fields(call, case)
+
+
+def _decoded(host: Host, active: Prompt, call: Call) -> Plan:
+    """A decoder's tokens after its cache, in which the prefix stands."""
+    refuse_cache(call.adapter_names, call.task_ids)
+    others = with_cache(widened(host.facts, call.others, active.rows), call.past_key_values)
+    return Plan(CONTINUE, call, call.batch, "the cache holds the prompt", task=active.task, others=others)
+
+
+def _slots(host: Host, active: Prompt, call: Call) -> tuple[Call, Layout | None, tuple[Prompt, ...]]:
+    """The layout that the caller gives, and the prompts to whose tables it refers. Slots that only say what is done
     without them are none."""
     if call.slots is None:
-        return call, None, (active.name,)
+        return call, None, ()
     refuse_fields(call, "with slots, which are of a batch that is complete")
     call, layout, table = slots_of(host, active, call)
     if call.adapter_names is None and active.pattern is None and not active.start and call.pool_index is None:
@@ -103,7 +129,8 @@ def _of_task(task: Task, call: Call, placement: str) -> Call:
 def _continued(host: Host, active: Prompt, call: Call) -> Plan:
     """Tokens after a cache in which the prompt stands: it is not put in again, only counted in the mask."""
     refuse("slots", call.slots, "for tokens that follow a cache, in which the prompt stands already")
-    refuse_cache(call.adapter_names)
+    check_logits(call.logits, active.task)
+    refuse_cache(call.adapter_names, call.task_ids)
     refuse_fields(call, "for tokens that follow a cache")
     facts, batch, cache, rows = host.facts, call.batch, call.past_key_values, active.rows
     length, total = batch.shape[1], cache_length(cache) + batch.shape[1]
@@ -129,7 +156,8 @@ def _continued(host: Host, active: Prompt, call: Call) -> Plan:
 def _encoded(host: Host, active: Prompt, call: Call, mixture: Mixture | None, given: Layout | None) -> Plan:
     """The encoder has run already, with the prompt: its mask must cover the prompt's rows."""
     if mixture is not None:
-        raise ValueError("adapter_names: expected None with encoder_outputs, in which the prompts stand already")
+        names = "adapter_names" if call.adapter_names is not None else "task_ids"
+        raise ValueError(f"{names}: expected None with encoder_outputs, in which the prompts stand already")
     mask, length = call.batch.attention_mask, call.others["encoder_outputs"][0].shape[1]
     if mask is not None and mask.shape[1] != length and given is None:
         mask = choose_layout(host.facts, active.rows, mask, mask, start=active.start)[0].fill(mask, 1)

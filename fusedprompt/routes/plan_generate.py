@@ -21,13 +21,16 @@ from ..layouts.batch import Batch, Placed, check_length, place, put_in_front
 from ..layouts.from_template import put_into_template
 from ..layouts.layout import Layout
 from ..layouts.mixed_batch import place_mixture
-from ..layouts.mixture import BASE, Mixture, refuse_cache
+from ..layouts.mixture import BASE, Mixture, prompts_of, refuse_cache
 from ..layouts.padding import Turn, choose_layout, may_be_padded
 from ..layouts.prompt import Prompt
 from ..ops._backend import AUTO
-from .call import CONTINUE, FULL, PEFT, SHARED, SPLICE, Call, Plan, refuse, refuse_fields, with_cache
+from .call import BASE as BASE_ROUTE
+from .call import CONTINUE, FULL, PEFT, PREFIX, SHARED, SPLICE, Call, Plan, refuse, refuse_fields, with_cache
 from .choice import RouteUnavailable, why_not_as_peft, why_not_length, why_not_now, why_not_prompts
 from .host import Host
+from .packing import slots_of_one
+from .prefix import check_padding, check_served, widened
 from .states import prompt_first
 
 # Options that cover the virtual tokens, and such with other steps than one token at a time.
@@ -45,7 +48,7 @@ def plan_generate(host: Host, call: Call, placement: str) -> Plan:
         why = _why_not_peft(host, active, call)
         if why is not None and call.route == SHARED:
             raise RouteUnavailable(why)
-        return Plan(SHARED if why is None else SPLICE, call, call.batch, why, task=active.task, table=(active.name,))
+        return Plan(SHARED if why is None else SPLICE, call, call.batch, why, task=active.task, table=(active,))
     refuse("pool_index", call.pool_index, "in generate")
     refuse("logits", None if call.logits == FULL else call.logits, "in generate")
     call = replace(call, batch=replace(call.batch, token_type_ids=None))
@@ -54,24 +57,27 @@ def plan_generate(host: Host, call: Call, placement: str) -> Plan:
         call = replace(call, others={**call.others, "cache_implementation": "dynamic"})
     if call.slots is not None and call.adapter_names is not None:
         raise ValueError("adapter_names: expected None with slots, got both")
-    in_template = active.pattern is not None and call.slots is None and call.adapter_names is None
+    mixture = None
+    if call.slots is None and call.adapter_names is None:
+        active, mixture = prompts_of(host.prompts, active, None, call.task_ids, call.rows)
+    mixes = mixture is not None or call.adapter_names is not None
+    in_template = active.pattern is not None and call.slots is None and not mixes
     if not in_template:
         refuse_fields(call, "for an adapter without a template of several parts")
     if in_template or call.slots is not None:
         return _given(host, active, call)
-    if call.adapter_names is not None:
+    if mixes:
         if any(option(host.base_model, call.others, name) for name in ASSISTED):
-            raise ValueError(
-                "adapter_names: expected None with assisted decoding, which generates one row: use set_adapter"
-            )
+            name, hint = ("task_ids", "") if call.adapter_names is None else ("adapter_names", ": use set_adapter")
+            raise ValueError(f"{name}: expected None with assisted decoding, which generates one row{hint}")
         if cache_length(call.past_key_values):
-            refuse_cache(adapter_names=())
-    return _in_front(host, active, call)
+            refuse_cache(call.adapter_names, call.task_ids)
+    return _in_front(host, active, call, mixture)
 
 
 def _planned(host: Host, call: Call, active: Prompt, placed: Placed, others: Mapping[str, Any], **more: Any) -> Plan:
     """The plan of a batch with its prompt in its place."""
-    given = {"route": SPLICE, "table": (active.name,), "others": with_cache(others, call.past_key_values), **more}
+    given = {"route": SPLICE, "table": (active,), "others": with_cache(others, call.past_key_values), **more}
     return Plan(call=call, task=active.task, layout=placed.layout, fields=placed.batch, carries=placed.carries, **given)
 
 
@@ -90,28 +96,37 @@ def _to_splice(batch: Batch) -> Batch:
     return batch if batch.inputs_embeds is None else replace(batch, input_ids=None)
 
 
-def _in_front(host: Host, active: Prompt, call: Call) -> Plan:
-    """Behind a prompt in front of all text, or each row behind its own adapter's."""
+def _in_front(host: Host, active: Prompt, call: Call, mixture: Mixture | None) -> Plan:
+    """Behind a prompt in front of all text, or each row behind its own adapter's or task's."""
     base, facts = host.base_model, host.facts
-    if facts.encoder_decoder and call.others.get("encoder_outputs") is not None:
+    if facts.encoder_decoder and not active.in_cache and call.others.get("encoder_outputs") is not None:
         raise ValueError(
             "encoder_outputs: expected None, because the prompt goes through the encoder; pass input_ids instead"
         )
     if not facts.encoder_decoder and call.batch.input_ids is None and call.batch.inputs_embeds is None:
         call = replace(call, batch=replace(call.batch, input_ids=_start_of_text(host, call.others)))
     call = _with_mask(host, call)
-    batch, others, cache, mixture = call.batch, dict(call.others), call.past_key_values, None
+    batch, others, cache = call.batch, dict(call.others), call.past_key_values
     ids, embeds, mask = batch.input_ids, batch.inputs_embeds, batch.attention_mask
     if not facts.encoder_decoder:
         _count_new_tokens(base, batch.shape[1], others)
     if call.adapter_names is not None:
-        mixture = Mixture.of(host.prompts, active, call.adapter_names, batch.tokens)
+        mixture = Mixture.of(host.prompts, active, call.adapter_names, batch.tokens, call.task_ids)
     elif not facts.encoder_decoder and ids is not None and mask is not None and mask.shape[1] != ids.shape[1]:
         return _continued(host, active, call, others)
     if embeds is not None and ids is not None and embeds.shape[1] != ids.shape[1]:
         raise ValueError(f"inputs_embeds: expected the length of input_ids, {ids.shape[1]}, got {embeds.shape[1]}")
     prompts, rows = ((active,), active.rows) if mixture is None else (mixture.prompts, mixture.longest)
-    why = _choice(host, replace(call, others=others), prompts, rows)
+    in_cache = (*prompts, active)[0].in_cache
+    if in_cache and not prompts:
+        others = dict(with_cache(others, cache))
+        return Plan(BASE_ROUTE, call, batch, "no row has a prompt", task=active.task, mixture=mixture, others=others)
+    if in_cache:
+        _check_behind(host, replace(call, others=others), prompts or (active,), rows)
+    if in_cache and facts.encoder_decoder:
+        others = dict(with_cache(widened(facts, others, rows, mixture), cache))
+        return Plan(PREFIX, call, batch, task=active.task, table=prompts, mixture=mixture, others=others)
+    why = None if in_cache else _choice(host, replace(call, others=others), prompts, rows)
     tokens = _to_splice(batch)
     if why is None:
         check_length(facts, rows, tokens.shape[1])
@@ -128,7 +143,7 @@ def _in_front(host: Host, active: Prompt, call: Call) -> Plan:
         placed = replace(placed, batch=replace(placed.batch, attention_mask=mask))
     else:
         placed = put_in_front(facts, rows, tokens, start=active.start)
-    found = {"route": SPLICE if why else SHARED, "table": tuple(prompt.name for prompt in prompts), "mixture": mixture}
+    found = {"route": PREFIX if in_cache else SPLICE if why else SHARED, "table": prompts, "mixture": mixture}
     return _planned(host, call, active, _counted(facts, placed, call), others, why=why, **found)
 
 
@@ -171,6 +186,7 @@ def _given(host: Host, active: Prompt, call: Call) -> Plan:
     """Behind rows whose layout is the template's, or given. Padding at the right is moved to the left, as decoders
     need it."""
     facts, others, pattern = host.facts, dict(call.others), active.pattern
+    table: tuple[Prompt, ...] = (active,)
     if call.slots is None:
         assert pattern is not None
         if cache_length(call.past_key_values):
@@ -190,7 +206,8 @@ def _given(host: Host, active: Prompt, call: Call) -> Plan:
             raise ValueError("input_ids: expected input_ids or inputs_embeds with slots, got neither")
         if cache_length(call.past_key_values):
             raise ValueError("slots: expected None for tokens that follow a cache, in which the prompt stands already")
-        placed = Placed(Layout.from_slots(call.slots, active.table_rows), call.batch)
+        layout, table = slots_of_one(host, active, call)
+        placed = Placed(layout, call.batch)
     why = "the slots say where each prompt row goes"
     if call.route == SHARED:
         raise RouteUnavailable(why)
@@ -204,7 +221,8 @@ def _given(host: Host, active: Prompt, call: Call) -> Plan:
     if decoder:
         _count_new_tokens(host.base_model, batch.shape[1], others)
         placed = _counted(facts, placed, call)
-    return _planned(host, call, active, placed, others, why="it was asked for" if call.route == SPLICE else why)
+    why = "it was asked for" if call.route == SPLICE else why
+    return _planned(host, call, active, placed, others, why=why, table=table)
 
 
 def _choice(host: Host, call: Call, prompts: tuple[Prompt, ...], rows: int) -> str | None:
@@ -221,6 +239,37 @@ def _choice(host: Host, call: Call, prompts: tuple[Prompt, ...], rows: int) -> s
     if objection is not None and call.route == SHARED:
         raise RouteUnavailable(objection)
     return objection
+
+
+def _check_behind(host: Host, call: Call, prompts: tuple[Prompt, ...], rows: int) -> None:
+    """Refuse a call whose prompts are prefixes, if they cannot be put into its cache.
+
+    Raises:
+        RouteUnavailable, ValueError: with the reason.
+    """
+    check_served(host, prompts, call.route)
+    if cache_length(call.past_key_values):
+        return  # the prefix is in it
+    base, others, own = host.base_model, call.others, call.past_key_values is not None
+    objection = None if own else why_not_own_cache(host, others)
+    if objection is None and call.batch.position_ids is not None:
+        objection = "transformers counts position_ids behind a prefix by itself"
+    if host.facts.encoder_decoder:
+        if objection is None and not own and option(base, others, "cache_implementation") == "static":
+            objection = "an encoder-decoder's prefix stands in a cache that grows"
+        if objection is None and option(base, others, "use_cache") is False:
+            objection = "a decoder without a cache has no place for a prefix"
+    elif objection is None and own and reads_ids(host, others):
+        objection = "ids of the prompt go through a cache of transformers' own making"
+    length = 0 if host.facts.encoder_decoder else call.batch.shape[1] + most_new_tokens(base, others)
+    if objection is None and _is_static(host, call):
+        objection = why_not_length(host, rows + length)
+    if objection is not None:
+        raise RouteUnavailable(objection, PREFIX)
+    uneven = call.adapter_names is not None and (
+        len({prompt.rows for prompt in prompts}) > 1 or BASE in call.adapter_names
+    )
+    check_padding(host, call.batch.attention_mask, rows, length, uneven or _is_static(host, call))
 
 
 def _is_static(host: Host, call: Call) -> bool:
@@ -246,17 +295,26 @@ def _why_not_arguments(host: Host, call: Call) -> str | None:
         return "transformers counts position_ids of a cached prompt by itself"
     if call.past_key_values is not None:
         return "the caller's own cache is to be filled"
-    kind, own = option(base, others, "cache_implementation"), base.generation_config.cache_implementation
-    if kind not in (None, "dynamic", "static") or (own is not None and others.get("generation_config") is None):
-        return f"transformers makes the cache of kind '{kind}' by itself"
-    if reads_ids(host, others) and (kind == "static" or option(base, others, "use_cache") is False):
-        return "ids of the prompt go through the base model's own cache, if any"
+    objection = why_not_own_cache(host, others)
+    if objection is not None:
+        return objection
     known = {*vars(base.generation_config), *inspect.signature(base.generate).parameters, *_OF_GENERATE}
     of_forward = next((name for name, value in others.items() if value is not None and name not in known), None)
     if of_forward is not None:
         return f"{of_forward} is an argument of the base model that would have to cover the virtual tokens"
     covering = next((name for name in _COVERING if option(base, others, name)), None)
     return None if covering is None else f"{covering} covers the virtual tokens"
+
+
+def why_not_own_cache(host: Host, others: Mapping[str, Any]) -> str | None:
+    """An objection to beginning `generate` with a cache that is made here, or None."""
+    base = host.base_model
+    kind, own = option(base, others, "cache_implementation"), base.generation_config.cache_implementation
+    if kind not in (None, "dynamic", "static") or (own is not None and others.get("generation_config") is None):
+        return f"transformers makes the cache of kind '{kind}' by itself"
+    if reads_ids(host, others) and (kind == "static" or option(base, others, "use_cache") is False):
+        return "ids of the prompt go through the base model's own cache, if any"
+    return None
 
 
 def _why_not_peft(host: Host, active: Prompt, call: Call) -> str | None:

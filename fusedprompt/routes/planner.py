@@ -21,9 +21,10 @@ from ..layouts.prompt import Prompt
 from ..methods import Targets, find_method
 from ..ops._backend import AUTO
 from . import choice
-from .call import FULL, OURS, PEFT, SHARED, SPLICE, TEXT, Plan
+from .call import FULL, OURS, PEFT, PREFIX, SHARED, SPLICE, TEXT, Plan
 from .host import Host
 from .loss import Answers, Loss, NextToken, OwnFunction, Weighted, has_transformers_loss
+from .prefix import behind_prefix, check_padding, check_served, widened
 
 
 class Planner:
@@ -36,7 +37,8 @@ class Planner:
         self.mixture, self.table = begun.mixture, begun.table
         self.batch, self.facts = begun.fields, host.facts
         self.rows = active.rows if self.mixture is None else self.mixture.longest
-        if self.placement == OURS and self._has_gaps():
+        self.in_cache = (active if self.mixture is None else (*self.mixture.prompts, active)[0]).in_cache
+        if self.placement == OURS and not self.in_cache and self._has_gaps():
             self.facts = replace(self.facts, padding_last=self._wants_padding_last())
         self.targets_of = self._own_targets()
         self.labelled = self.batch.labels is not None and self.task.predicts_next
@@ -44,6 +46,8 @@ class Planner:
     def plan(self) -> Plan:
         """The route, and what becomes of the call on it: the cheapest question first."""
         host, batch, route = self.host, self.batch, self.call.route
+        if self.in_cache:
+            return replace(self.begun, **self._prefixed())
         if (
             self.facts.needs_layer_inputs
             and batch.input_ids is None
@@ -53,7 +57,7 @@ class Planner:
         objection: str | None = "it was asked for" if route == SPLICE else self._why_not_this()
         cost = None
         if route == AUTO:
-            kept, device = choice.is_kept(host, self.table), batch.tokens.device.type
+            kept, device = choice.is_kept(host, [one.name for one in self.table]), batch.tokens.device.type
             cost = choice.cost_rule(self.rows, *batch.shape, kept, device, len(self.table))
         if objection is None and cost is None:
             objection = choice.why_not_now(host) or self._why_not_found()
@@ -64,8 +68,8 @@ class Planner:
 
     def _why_not_this(self) -> str | None:
         """An objection to sharing this call's prompts that asks no part of the base model, or None."""
-        host, prompts = self.host, [self.host.prompts[name] for name in self.table]
-        objection = choice.why_not_prompts(host, prompts)
+        host = self.host
+        objection = choice.why_not_prompts(host, self.table)
         if objection is None and self.placement == PEFT:
             objection = choice.why_not_as_peft(self.facts)
         objection = objection or choice.why_not_batch(
@@ -103,7 +107,7 @@ class Planner:
 
     def _own_targets(self) -> Callable[[Layout, Batch], Targets] | None:
         """What a method's own loss counts, of a layout and fields; None for the base model's loss."""
-        host, own = self.host, {name: find_method(self.host.prompts[name].method) for name in self.table}
+        host, own = self.host, {prompt.name: find_method(prompt.method) for prompt in self.table}
         has_own = next((one.name for one in own.values() if one is not None and one.targets is not None), None)
         if self.mixture is not None or (self.call.slots is not None and self.call.adapter_names is not None):
             if has_own and self.batch.labels is not None:
@@ -131,6 +135,33 @@ class Planner:
         """What else the base model gets; PEFT asks CPT's base model for an output with names."""
         named = self.placement == PEFT and self.targets_of is not None and self.labelled
         return {**self.call.others, **({"return_dict": True} if named else {})}
+
+    # Route prefix
+
+    def _prefixed(self) -> dict[str, Any]:
+        """Text behind an adapter's keys and values. Its labels and all that comes out are the text's alone."""
+        host, facts, task, mixture, batch = self.host, self.facts, self.task, self.mixture, self.batch
+        others = self._others()
+        check_served(host, self.table or (self.active,), self.call.route)
+        if facts.encoder_decoder:  # the prefix is its decoder's
+            return {"route": PREFIX, "fields": batch, "others": widened(facts, others, self.rows, mixture)}
+        ours = self.placement == OURS
+        if ours:
+            batch.checked(facts)
+            uneven = mixture is not None and not mixture.even
+            check_padding(host, batch.attention_mask, self.rows, batch.shape[1], uneven, task.pools)
+            if self._is_of_next_tokens() and may_be_padded(batch.attention_mask, 0):
+                # Nothing predicts a row's first token, as without padding.
+                unseen = unpredicted(batch.attention_mask)
+                batch = replace(batch, labels=batch.labels.masked_fill(unseen, IGNORE_INDEX))
+        fields, looks_up = behind_prefix(facts, batch, self.rows, mixture, task.pools, not ours)
+        fields, layout = replace(fields, input_type_mask=None), Layout.prefix(self.rows)
+        found = {"route": PREFIX, "fields": fields, "others": others, "looks_up": looks_up, "layout": layout}
+        if not (self.labelled and self._withholds(others)):
+            return found
+        waits = not host.text_head.read
+        loss = NextToken(counted=others.get("num_items_in_batch")) if waits else None
+        return {**found, "loss": loss, "waits": waits, "reads": not waits}
 
     # Route splice
 
@@ -171,7 +202,7 @@ class Planner:
         """Prompts, tokens and padding in their places."""
         facts, task, batch = self.facts, self.task, self.batch
         if self.placement == PEFT:
-            layout, types = Layout.prefix(self.rows), batch.token_type_ids
+            layout, types = self._prefix(), batch.token_type_ids
             types = None if types is None else layout.fill(types, 0).long()
             return Placed(layout, replace(batch, token_type_ids=types), carries=True)
         # CPM-Ant masks what comes first.
@@ -185,6 +216,10 @@ class Planner:
         if mask is not None and facts.causal and self.targets_of is None and self._is_of_next_tokens():
             batch = replace(batch, labels=batch.labels.masked_fill(unpredicted(mask), IGNORE_INDEX))
         return place(facts, self.given, batch, Turn.of(task, facts), self.call.pool_index)
+
+    def _prefix(self) -> Layout:
+        """PEFT's place: in front of text and padding."""
+        return Layout.prefix(self.rows) if self.mixture is None else self.mixture.prefix(self.batch.shape[1])
 
     def _is_of_next_tokens(self) -> bool:
         """Whether labels are compared with what stands before them, so that nothing predicts a row's first."""
@@ -250,7 +285,7 @@ class Planner:
             if facts.first_position:  # it would count padding's ids, which PEFT's embeddings do not show it
                 counted = torch.arange(rows, rows + length, device=tokens.device) + facts.first_position
                 batch = replace(batch, position_ids=counted.unsqueeze(0))
-            return replace(batch, attention_mask=wide_mask), Layout.prefix(rows), None
+            return replace(batch, attention_mask=wide_mask), self._prefix(), None
         check_length(facts, rows, length)
         batch.checked(facts)
         # With ids the base model would look for a classifier's padding by its token; the mask has said where it is.

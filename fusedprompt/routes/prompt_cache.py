@@ -6,31 +6,29 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ..base.stamp import Stamp, stamp
-from .states import PromptStates
+from ..layouts.prompt import Source
+
+Kept = TypeVar("Kept", bound=Any)
 
 
 @dataclass
 class _Entry:
     base: Stamp
     own: Stamp
-    states: PromptStates
+    states: Any
     all_logits: bool
     bytes: int
 
 
-def _size(states: PromptStates) -> int:
-    tensors = [states.logits, *(part for layer in states.cache.layers for part in (layer.keys, layer.values))]
-    return sum(tensor.nbytes for tensor in tensors)
-
-
 class PromptCache:
-    """The prompts of a model's adapters as the base model's keys and values, the last used kept longest.
+    """The prompts of a model's adapters, and of their tasks, as the base model's keys and values, the last used kept
+    longest.
 
     An entry serves until its adapter's or the base model's weights, dtype, device or settings change. Use from several
     threads is safe: entries are not changed, and each call works on a cache of its own.
@@ -41,7 +39,7 @@ class PromptCache:
 
     def __init__(self, max_bytes: int = 1 << 30) -> None:
         self.max_bytes = max_bytes
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._entries: OrderedDict[Source, _Entry] = OrderedDict()
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -53,28 +51,29 @@ class PromptCache:
             return sum(entry.bytes for entry in self._entries.values())
 
     def clear(self, adapter_name: str | None = None) -> None:
-        """Forget one adapter's prompt, or all."""
+        """Forget one adapter's prompts, or all."""
         with self._lock:
-            if adapter_name is None:
-                self._entries.clear()
-            self._entries.pop(str(adapter_name), None)
+            for source in [*self._entries]:
+                if adapter_name in (None, source[0]):
+                    del self._entries[source]
 
     def get(
         self,
         base: nn.Module,
-        encoders: Mapping[str, nn.Module],
+        encoders: Mapping[Source, nn.Module],
         all_logits: bool,
-        make: Callable[[str], PromptStates],
-    ) -> list[PromptStates]:
-        """The entries of adapters, made by `make(name)` without gradients where there is none that still holds.
+        make: Callable[[Source], Kept],
+    ) -> list[Kept]:
+        """The entries of sources, made by `make(source)` without gradients where there is none that still holds.
 
+        base: what the states depend on beside an adapter's encoder.
         all_logits: the entries must have every virtual token's logits.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            now, found = stamp(base), []
+            now, found = stamp(base), list[Any]()
             unchanged: list[Stamp] = []  # stamps of the base model that hold: entries made in one call have the same
-            for name, encoder in encoders.items():
-                own, entry = stamp(encoder), self._entries.pop(name, None)
+            for source, encoder in encoders.items():
+                own, entry = stamp(encoder), self._entries.pop(source, None)
                 if entry is not None and not (
                     (entry.all_logits or not all_logits)
                     and now is not None
@@ -84,14 +83,14 @@ class PromptCache:
                 ):
                     entry = None
                 if entry is None:
-                    states = make(name)
+                    states = make(source)
                     if now is None or own is None:
                         found.append(states)
                         continue
-                    entry = _Entry(now, own, states, all_logits, _size(states))
+                    entry = _Entry(now, own, states, all_logits, states.nbytes)
                 unchanged.append(entry.base)
                 found.append(entry.states)
-                self._entries[name] = entry
+                self._entries[source] = entry
             while self.nbytes() > self.max_bytes:
                 self._entries.popitem(last=False)
             return found

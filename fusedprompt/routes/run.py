@@ -10,11 +10,12 @@ from ..base.facts import transformers_model
 from ..base.first_use import why_not_embeddings
 from ..base.positions import numbered
 from ..ops._backend import AUTO
-from .call import BASE, CONTINUE, PEFT, SHARED, Plan
+from .call import BASE, CONTINUE, PEFT, PREFIX, SHARED, SPLICE, Plan
 from .choice import RouteUnavailable
 from .generate import run_generate
 from .host import Host
 from .plan import plan as plan_again
+from .prefix import run_prefix
 from .shared import run_shared
 from .splice import GLOBAL_ATTENTION, run_spliced
 
@@ -29,19 +30,21 @@ def run(host: Host, plan: Plan) -> Any:
         RouteUnavailable: the same, where "shared" was asked for.
         ValueError: the base model cannot run on embeddings, or not on this call even without a prompt.
     """
-    names = plan.mixture.names if plan.mixture is not None else None
+    names = None if plan.mixture is None else plan.mixture.names
+    if names is not None and {*names} == {host.in_use}:
+        names = None  # rows of several tasks of the active adapter: its heads are in their places
     try:
         with host.heads_for_rows(names):
             if plan.call.generates:
                 return run_generate(host, plan)
             if plan.route in (BASE, CONTINUE):
                 return _continued(host, plan)
-            return (run_shared if plan.route == SHARED else run_spliced)(host, plan)
+            return _RUNNERS[plan.route](host, plan)
     except RouteUnavailable:
         if plan.route != SHARED or plan.call.route != AUTO:
             raise
     except _CODE_ERRORS as error:
-        says_enough = plan.route == BASE or _is_ours(error) or isinstance(error, torch.OutOfMemoryError)
+        says_enough = plan.route in (BASE, PREFIX) or _is_ours(error) or isinstance(error, torch.OutOfMemoryError)
         reason = None if says_enough or "CUDA" in str(error) else _why_not_embeddings(host, plan, error)
         if reason is None:
             raise
@@ -51,6 +54,9 @@ def run(host: Host, plan: Plan) -> Any:
             f"{reason}"
         ) from error
     return run(host, plan_again(host, plan.call, plan.placement))
+
+
+_RUNNERS = {SHARED: run_shared, SPLICE: run_spliced, PREFIX: run_prefix}
 
 
 def _why_not_embeddings(host: Host, plan: Plan, error: Exception) -> str | None:

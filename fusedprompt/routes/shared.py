@@ -24,6 +24,7 @@ from ..base.stamp import as_now
 from ..base.state import active_noise, evaluating
 from ..layouts.layout import Layout
 from ..layouts.mixture import Mixture
+from ..layouts.prompt import Prompt, Source
 from .call import FULL, Plan
 from .choice import RouteUnavailable, is_kept
 from .head import TextHead, Withheld
@@ -35,7 +36,7 @@ from .states import PromptStates
 
 def run_prompt(
     host: Host,
-    names: Sequence[str],
+    prompts: Sequence[Prompt],
     mixture: Mixture | None = None,
     *,
     all_logits: bool,
@@ -43,7 +44,7 @@ def run_prompt(
     wait: bool = False,
     own_heads: bool = False,
 ) -> PromptStates:
-    """Run an adapter's prompt through the base model, or all prompts of a mixture as one batch.
+    """Run a prompt through the base model, or all prompts of a mixture as one batch.
 
     all_logits: of every virtual token, and not of the last one alone, where the base model can leave out logits.
     wait: instead of all logits, be ready to make them: by the head alone or, where it cannot wait, in a second pass.
@@ -52,8 +53,9 @@ def run_prompt(
     Raises:
         RouteUnavailable: the base model answers with a cache that cannot be shared. `auto` will not try again.
     """
-    tables = [host.prompt_rows(name) for name in names]
-    rows = tables[0] if mixture is None else mixture.stack(tables)
+    rows = host.table(prompts)
+    if mixture is not None:
+        rows = mixture.stack(rows.split_with_sizes(mixture.counts))
     table: Any = getattr(host.word_embeddings, "weight", None)
     # Of a quantised module it is no plain tensor, or none at all.
     plain = isinstance(table, Tensor) and table.is_floating_point()
@@ -76,8 +78,8 @@ def run_prompt(
     if host.facts.placeholder is not None:
         ids = torch.full(arguments["inputs_embeds"].shape[:2], host.facts.placeholder, device=device)
         arguments["per_layer_inputs"] = layer_inputs(host.base_model, ids)
-    of_rows = names if own_heads or mixture is not None else None
-    if host.prompts[names[0]].task.token_outputs:  # such outputs have no field for a cache
+    of_rows = [prompt.name for prompt in prompts] if own_heads or mixture is not None else None
+    if prompts[0].task.token_outputs:  # such outputs have no field for a cache
         options["past_key_values"] = new_cache(host.base_model)
 
     shape = torch.Size(arguments["inputs_embeds"].shape[:2])
@@ -122,7 +124,7 @@ def _all_logits(host: Host, given: dict[str, Any], names: Sequence[str] | None) 
 
 def prompt_states(
     host: Host,
-    names: Sequence[str],
+    prompts: Sequence[Prompt],
     mixture: Mixture | None = None,
     *,
     all_logits: bool = False,
@@ -134,14 +136,15 @@ def prompt_states(
     all_logits: of every virtual token, and not of the last one alone.
     wait: a pass of their own may leave logits of all virtual tokens until they are read.
     """
-    if hidden_states or not is_kept(host, names):
+    if hidden_states or not is_kept(host, [prompt.name for prompt in prompts]):
         waits = all_logits and wait
         options: dict[str, Any] = {"all_logits": all_logits and not waits, "hidden_states": hidden_states}
-        return run_prompt(host, names, mixture, wait=waits, **options)
-    encoders = {name: host.prompt_encoder[name] for name in names}
+        return run_prompt(host, prompts, mixture, wait=waits, **options)
+    encoders = {prompt.source: host.prompt_encoder[prompt.name] for prompt in prompts}
+    of_source = {prompt.source: prompt for prompt in prompts}
 
-    def make(name: str) -> PromptStates:
-        return run_prompt(host, (name,), None, all_logits=all_logits, own_heads=mixture is not None)
+    def make(source: Source) -> PromptStates:
+        return run_prompt(host, (of_source[source],), None, all_logits=all_logits, own_heads=mixture is not None)
 
     states = host.prompt_cache.get(host.base_model, encoders, all_logits, make)
     return states[0] if mixture is None else PromptStates.stacked(states, mixture)

@@ -51,7 +51,7 @@ def spliced(host: Host, plan: Plan) -> Iterator[dict[str, Any]]:
     """
     batch, layout, facts = plan.fields, plan.layout, host.facts
     assert layout is not None
-    tables = host.table(plan.table, padded=plan.mixture is not None).to(batch.tokens.device)
+    tables = host.table(plan.table, padded=plan.is_padded).to(batch.tokens.device)
     arguments: dict[str, Any] = {"position_ids": batch.position_ids, "token_type_ids": batch.token_type_ids}
     context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if facts.needs_ids:
@@ -161,11 +161,11 @@ def run_spliced(host: Host, plan: Plan) -> Any:
         if loss is None or isinstance(loss, Answers):
             output = cut(plan, call(), mask, loss, base)
         else:
-            output = cut(plan, _with_loss(host, call, loss.of, plan.waits), mask)
+            output = cut(plan, with_loss(host, call, loss.of, plan.waits), mask)
     return output.to_tuple() if as_dict is False else output
 
 
-def _with_loss(host: Host, call: Callable[[], Any], loss_of: Callable[[Source], Tensor], wait: bool) -> Any:
+def with_loss(host: Host, call: Callable[[], Any], loss_of: Callable[[Source], Tensor], wait: bool) -> Any:
     """The output of `call()`, which runs the base model without labels, with the loss of its logits.
 
     wait: the logits may be left until they are read; `loss_of` then gets the head that would make them.

@@ -37,16 +37,17 @@ class PromptStates:
 
     def for_rows(self, size: int) -> Any:
         """A cache of its own for `size` rows of text. Of one prompt its tensors are views: no row has a copy."""
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        for layer in cache.layers:
-            layer.keys, layer.values = self._of_rows(layer.keys, size), self._of_rows(layer.values, size)
-        cache.prompt_first = True
-        return cache
+        return cache_for_rows(self.cache, size, self.mixture)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        tensors = [self.logits, *(part for layer in self.cache.layers for part in (layer.keys, layer.values))]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def last_logits(self, size: int) -> Tensor:
         """(size, V): logits of each row's last virtual token."""
-        return self._of_rows(self.logits[:, -1], size)
+        return of_rows(self.logits[:, -1], size, self.mixture)
 
     def table(self, values: Tensor) -> Tensor:
         """(R, X): values (A, P, X) of the prompts as a table for the slots of a layout."""
@@ -56,11 +57,6 @@ class PromptStates:
         """(A, P, X) of the prompts and (B, T, X) of the text as (B, P + T, X), in the order that splice gives them."""
         return ops.splice(self.table(prompt), layout, inputs_embeds=text)
 
-    def _of_rows(self, values: Tensor, size: int) -> Tensor:
-        if self.mixture is None:
-            return values.expand(size, *values.shape[1:])
-        return self.mixture.take(values, size // len(self.mixture.names))
-
     @classmethod
     def stacked(cls, states: Sequence[PromptStates], mixture: Mixture) -> PromptStates:
         """The states of each of a mixture's prompts, (1, ...), as one."""
@@ -68,6 +64,8 @@ class PromptStates:
         cache.layers = [copy.copy(layer) for layer in cache.layers]
         for index, layer in enumerate(cache.layers):
             own = [one.cache.layers[index] for one in states]
+            if hasattr(layer, "cumulative_length"):  # a layer with a window does not count by its tensors
+                layer.cumulative_length = mixture.longest
             # Positions first: a stack pads its members' first dimension.
             layer.keys, layer.values = (
                 mixture.stack([tensor[0].transpose(0, 1) for tensor in tensors]).transpose(1, 2)
@@ -84,13 +82,40 @@ class PromptStates:
         return cls(cache, logits, None, all_logits, mixture)
 
 
+def of_rows(values: Tensor, size: int, mixture: Mixture | None) -> Tensor:
+    """Each row's part of (A, ...) values, (size, ...)."""
+    if mixture is None:
+        return values.expand(size, *values.shape[1:])
+    return mixture.take(values, size // len(mixture.sources))
+
+
+def cache_for_rows(kept: Any, size: int, mixture: Mixture | None) -> Any:
+    """A cache of its own for `size` rows of text, of one with a row for each of A prompts."""
+    cache = copy.copy(kept)
+    cache.layers = [copy.copy(layer) for layer in kept.layers]
+    for layer in cache.layers:
+        layer.keys, layer.values = of_rows(layer.keys, size, mixture), of_rows(layer.values, size, mixture)
+    cache.prompt_first = True
+    return cache
+
+
 def prompt_first(cache: Any) -> bool:
     """Whether a cache was begun by `PromptStates.for_rows`: prompt, padding, text in this order."""
     return getattr(cache, "prompt_first", False)
 
 
 def fill(cache: Any, source: Any) -> None:
-    """Put all keys and values of one cache into another, empty one."""
+    """Put all keys and values of one cache into another, empty one.
+
+    Raises:
+        ValueError: a layer with a window holds but the last of them.
+    """
     for index, layer in enumerate(source.layers):
+        length = layer.keys.shape[-2]
+        if getattr(layer, "cumulative_length", length) != length:
+            raise ValueError(
+                f"past_key_values: expected None for {layer.cumulative_length} virtual tokens, of which a layer with a "
+                f"window keeps {length}"
+            )
         positions = torch.arange(layer.keys.shape[-2], device=layer.keys.device)
         cache.update(layer.keys, layer.values, index, {"cache_position": positions})

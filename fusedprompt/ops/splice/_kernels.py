@@ -89,8 +89,7 @@ def splice_forward(
         row = tl.load(ids_ptr + token_at, mask=is_token, other=0).to(tl.int64)
         from_rows = is_token & (row >= 0) & (row < V)
     else:
-        row = token_at
-        from_rows = is_token
+        row, from_rows = token_at, is_token
     for start in range(0, D, BLOCK_D):
         d = (start + tl.arange(0, BLOCK_D))[None, :]
         in_row = d < D

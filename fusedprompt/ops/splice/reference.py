@@ -38,6 +38,10 @@ def _fill(layout: Layout, fields: Sequence[Tensor], fills: Sequence[int]) -> Ten
     """Carry k (B, T) fields of one dtype to (k, B, S): two ops for all of them, and none that copies from the host."""
     first = fields[0]
     batch = first.shape[0]
+    if layout.slots is not None and max(fills) < POSITIONS and first.shape[1]:
+        tokens = layout.slots.clamp(min=0).expand(len(fields), -1, -1)
+        heads = _heads(tuple(fills), first.dtype, first.device)
+        return torch.where(layout.slots < 0, heads, torch.stack(tuple(fields)).gather(2, tokens))
     if layout.slots is not None or max(fills) >= POSITIONS:
         return torch.stack([_carry(layout, field, value) for field, value in zip(fields, fills)])
     if len(fields) == 1:
