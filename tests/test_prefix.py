@@ -386,6 +386,14 @@ def test_a_step_computes_the_texts_tokens_alone_and_the_encoder_once() -> None:
     assert found[0] == ([3 * 7] * 4, [3 * 4])  # PEFT: the projection of every row
 
 
+def test_a_step_whose_logits_nobody_reads_makes_none() -> None:
+    model, inputs = ours("Llama", method="PREFIX").train(), task_inputs("CAUSAL_LM", tokens(8))
+    for _ in range(3):
+        model(**inputs).loss.backward()
+        assert not model.text_head.read
+    assert model(**inputs).logits.shape == (8, 7, 67) and model.text_head.read
+
+
 def test_rows_share_one_copy_of_the_prefix() -> None:
     model = ours("Llama", method="PREFIX").requires_grad_(False)
     weight = model.prompt_encoder["default"].embedding.weight.requires_grad_(True)

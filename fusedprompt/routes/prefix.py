@@ -246,6 +246,7 @@ def run_prefix(host: Host, plan: Plan) -> Any:
     if plan.table:  # some row has a prefix
         cache = filled(host, prefix_states(host, plan.table, plan.mixture).for_rows(size), own)
     as_dict, use_cache = others.pop("return_dict", None), others.pop("use_cache", None)
+    wants_cache = getattr(base.config, "use_cache", True) if use_cache is None else use_cache
     if loss is not None:
         assert isinstance(loss, NextToken)
         loss = replace(loss, labels=arguments.pop("labels"))
@@ -256,12 +257,11 @@ def run_prefix(host: Host, plan: Plan) -> Any:
     ):
 
         def call() -> Any:
-            return base(**arguments, **others, **given, return_dict=True)
+            output = base(**arguments, **others, **given, return_dict=True)
+            drops = not wants_cache and "past_key_values" in output
+            return replaced(output, past_key_values=None) if drops else output
 
         output = call() if loss is None else with_loss(host, call, loss.of, plan.waits)
-    wants_cache = getattr(base.config, "use_cache", True) if use_cache is None else use_cache
-    if "past_key_values" in output and not wants_cache:
-        output = replaced(output, past_key_values=None)
     if plan.reads:
         output = host.text_head.told_of(output, dict)
     return output.to_tuple() if as_dict is False else output
