@@ -67,7 +67,7 @@ def why_not_cuda() -> str | None:
 def toolkit() -> str | None:
     """The path of nvcc. torch's own CUDA_HOME is None for every CPU build of torch."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    return (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None) or shutil.which("nvcc")
 
 
 def gencode(architectures: str) -> list[str]:

@@ -106,6 +106,8 @@ def test_cuda_is_built_by_toolkit_torch_and_switch_never_by_whether_a_gpu_is_the
     if toolkit:
         (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\n")
         (tmp_path / "bin" / "nvcc").chmod(0o755)
+    else:
+        no_toolkit(monkeypatch)
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
     script = setup(FUSEDPROMPT_CUDA=switch, CUDA_HOME=str(tmp_path))
@@ -168,6 +170,20 @@ def test_cuda_1_without_a_toolkit_is_refused(setup: Any, monkeypatch: pytest.Mon
     no_toolkit(monkeypatch)
     with pytest.raises(SystemExit, match="FUSEDPROMPT_CUDA=1: no CUDA toolkit found"):
         setup(FUSEDPROMPT_CUDA="1")
+
+
+def test_nvcc_in_path_is_found_where_cuda_home_has_none(
+    setup: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for folder in ("home/bin", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "other" / "nvcc").write_text("#!/bin/sh\n")
+    (tmp_path / "other" / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "other"), prepend=os.pathsep)
+    script = setup(FUSEDPROMPT_CUDA="1", CUDA_HOME=str(tmp_path / "home"))
+    assert "fusedprompt._cuda" in names(script) and script["toolkit"]() == str(tmp_path / "other" / "nvcc")
+    shutil.copy(tmp_path / "other" / "nvcc", tmp_path / "home" / "bin" / "nvcc")
+    assert script["toolkit"]() == str(tmp_path / "home" / "bin" / "nvcc")
 
 
 def test_architectures_become_flags_of_nvcc(setup: Any) -> None:

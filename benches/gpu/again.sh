@@ -20,8 +20,10 @@ if [[ ! -e ${library[0]} || $dry || $(find csrc setup.py -newer "${library[0]}")
   finish build
 fi
 
-mapfile -t failed < <("$PYTHON" -m benches.gpu.keep "$FIRST/tests.jsonl" tests/)
-if [[ ${failed[*]} ]]; then
+if [[ ! -e $FIRST/tests.jsonl ]]; then
+  note failed-tests "FAILED: no $FIRST/tests.jsonl"
+elif mapfile -t failed < <("$PYTHON" -m benches.gpu.keep "$FIRST/tests.jsonl" tests/)
+  [[ ${failed[*]} ]]; then
   tests failed-tests 60 3 "${failed[@]}"
 else
   note failed-tests "none in $FIRST"

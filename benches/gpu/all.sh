@@ -19,8 +19,9 @@ finish build
 if [[ $parts == *" test "* ]]; then
   step doctor 120 doctor.txt "$PYTHON" -m fusedprompt doctor
   for file in ops head_loss machinery lstm_cuda two_streams; do # what may hang is last
-    tests "test-$file" 900 1 "tests/gpu/test_$file.py"
+    tests "test-$file" 900 1 "tests/gpu/test_$file.py" -k "not compile"
   done
+  each=300 tests test-compile 900 1 tests/gpu/test_machinery.py tests/gpu/test_lstm_cuda.py -k compile
 fi
 
 if [[ $parts == *" sanitize "* ]]; then

@@ -1,7 +1,8 @@
 """A pytest plugin that keeps each test's outcome at once: `python -m pytest -p benches.gpu.keep --keep FILE`.
 
 pytest tells of failures when it ends, and a run that is killed has no end. Run by itself, `python -m benches.gpu.keep
-FILE FOLDER` prints the tests under FOLDER that failed, or began and never ended: those that hung.
+FILE FOLDER` prints the tests under FOLDER that failed, or began and never ended (those that hung), and last those that
+never ran: their step was killed before their turn, or the device was lost.
 """
 
 from __future__ import annotations
@@ -15,10 +16,27 @@ import pytest
 
 from .._rows import append, read
 
+LOST = "the device is lost"  # the reason for which tests/gpu/conftest.py skips
+
 
 class Keeper:
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.collected: set[str] = set()
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        self.collect(item.nodeid for item in session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self.collect(ids)
+
+    def collect(self, tests: Iterable[str]) -> None:
+        """Every worker of pytest-xdist collects the same."""
+        for test in tests:
+            if test not in self.collected:
+                self.collected.add(test)
+                append(self.path, {"test": test, "outcome": "collected"})
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         append(self.path, {"test": nodeid, "outcome": "begun"})
@@ -50,12 +68,18 @@ def pytest_configure(config: Any) -> None:
 
 
 def failed(lines: Iterable[dict[str, Any]]) -> list[str]:
-    """The tests of a file that failed or never ended, in the order in which they began."""
+    """The tests of a file that failed or never ended, in the order in which they began; then those that never ran."""
     last: dict[str, str] = {}
     for line in lines:
-        if line["outcome"] == "begun" or last.get(line["test"]) != "failed":
-            last[line["test"]] = line["outcome"]
-    return [test for test, outcome in last.items() if outcome in ("begun", "failed")]
+        test, outcome = line["test"], line["outcome"]
+        if outcome == "begun":
+            last.pop(test, None)
+        if outcome == "skipped" and LOST in line["message"]:
+            outcome = "collected"
+        if last.get(test) != "failed":
+            last[test] = outcome
+    bad = [test for test, outcome in last.items() if outcome in ("begun", "failed")]
+    return bad + [test for test, outcome in last.items() if outcome == "collected"]
 
 
 if __name__ == "__main__":

@@ -92,13 +92,13 @@ has() { "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1'
 
 # shellcheck disable=SC2034  # used where this is sourced
 large="3072 or 3073 or many_times or variant-L or long_sequences" # LSTM tests that take long
-few=() device=cuda
+few=() device=cuda each=60
 # tests NAME SECONDS WORKERS ARGUMENTS...: pytest with a time-out for each test and in parallel, where the plugins are there.
 tests() {
   local name=$1 seconds=$2 workers=$3 options=()
   shift 3
   ((workers > 1)) && has xdist && options+=(-n "$workers")
-  has pytest_timeout && options+=(--timeout 60 --timeout-method thread)
+  has pytest_timeout && options+=(--timeout "$each" --timeout-method thread)
   step "$name" "$seconds" tests.log "$PYTHON" -m pytest -q -p no:cacheprovider -p benches.gpu.keep \
     --keep "$OUT/tests.jsonl" "${few[@]}" "${options[@]}" "$@"
 }
