@@ -87,6 +87,8 @@ def has_begun(step: str, out: Path) -> bool:
 
 def run(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [str(ROOT / "benches" / "gpu" / script), *map(str, arguments)]
+    # Or pytest-benchmark would take the script's pytest for a worker of this one, and measure nothing.
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
 
 
