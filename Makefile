@@ -55,7 +55,7 @@ kernels: $(READY)  ## compile every Triton kernel for every chip, without a GPU,
 
 OLDEST_TRITON := build/triton-3.6.0
 $(OLDEST_TRITON)/triton:
-	$(PIP) --no-deps --target $(OLDEST_TRITON) triton==3.6.0
+	$(BIN)/python -m pip install -q --no-deps --target $(OLDEST_TRITON) triton==3.6.0
 
 kernels-oldest: $(READY) $(OLDEST_TRITON)/triton  ## the same with the oldest Triton that is supported
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m benches.compile_table
