@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format types check shim families kernels kernels-oldest triton-oldest versions trl bench bench-routes bench-scaling bench-metamath \
+.PHONY: help demo test lint format types check shim families kernels kernels-oldest triton-oldest versions trl bench bench-prefix bench-routes bench-scaling bench-metamath \
         bench-apply bench-compare pictures doctor wheel sdist clean \
         gpu-first gpu-again gpu gpu-test gpu-sanitize gpu-bench gpu-steps
 
@@ -108,6 +108,9 @@ bench-scaling: $(READY)  ## measure time against size, in about 8 minutes
 
 bench-metamath: $(READY)  ## measure the shapes of PEFT's MetaMathQA comparison, in about 14 minutes
 	$(call run_bench,benches/test_bench_metamath.py,metamath,metamath)
+
+bench-prefix: $(READY)  ## measure prefixes of keys and values, in about 3 minutes
+	$(call run_bench,benches/test_bench_prefix.py,prefix,prefix)
 
 bench-compare: $(READY)  ## what changed between two results: make bench-compare OLD=... NEW=...
 	$(BIN)/python -m benches.compare $(OLD) $(NEW)

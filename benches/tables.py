@@ -18,7 +18,7 @@ from .pictures import MACHINE, load
 from .report import rows_of
 
 ROOT = Path(__file__).parents[1]
-FILES = ("README.md", "docs/peft.md", "docs/routes.md", "docs/gpu.md")
+FILES = ("README.md", "docs/peft.md", "docs/routes.md", "docs/prefixes.md", "docs/gpu.md")
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
@@ -156,6 +156,20 @@ def cost() -> list[list[str]]:
     return lines
 
 
+def prefix() -> list[list[str]]:
+    return [
+        ["fp32, 6-layer Llama (D=512, V=32000)", "PEFT", "fusedprompt", "ratio", "peak MB"],
+        *(
+            compared(title, find("prefix", "prefix", case))
+            for title, case in (
+                ("training step, B=4, N=200, T=210", "training step B=4"),
+                ("training step, B=16, N=200, T=64, projection (H=512)", "training step B=16"),
+                ("24 tokens generated, B=8, N=2000, T=32, prefix kept", "generate"),
+            )
+        ),
+    ]
+
+
 TABLES: dict[str, Callable[[], list[list[str]]]] = {
     "steps": steps,
     "lstm": lstm,
@@ -163,6 +177,7 @@ TABLES: dict[str, Callable[[], list[list[str]]]] = {
     "patched": patched,
     "routes": routes,
     "cost": cost,
+    "prefix": prefix,
     **{f"gpu_kernels_{key}": functools.partial(page.kernels, key) for key in page.ASSUMED},
     **{f"gpu_steps_{key}": functools.partial(page.steps, key) for key in page.ASSUMED},
 }
