@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from benches import compile_table
+from benches._machine_code import why_too_early
 from benches.compile_table import Compiled
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,7 @@ import dataclasses, json
 import triton
 import triton.language as tl
 from benches import compile_table
+from benches._machine_code import why_too_early
 from benches.compile_table import Configuration
 
 @triton.jit
@@ -139,6 +141,22 @@ def test_kernels_that_touch_memory_too_early_are_found(tmp_path: Path) -> None:
         "never_waits": "never waits",
         "waits_at_times": "BRA around the wait",
     }
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("NOP ; RET.REL.NODEC R2 0x0 ;", None),
+        ("LDG.E R4, [R2] ; RET.REL.NODEC R2 0x0 ;", "CALL.REL.NOINC before the wait"),
+        ("BRA 0x10 ; RET.REL.NODEC R2 0x0 ;", "CALL.REL.NOINC before the wait"),
+        ("NOP ;", "CALL.REL.NOINC before the wait"),
+    ],
+)
+def test_a_call_before_the_wait_must_touch_nothing_and_return(body: str, found: str | None) -> None:
+    start = "CALL.REL.NOINC 0x40 ; ACQBULK ; PREEXIT ; EXIT ; "
+    lines = [line.strip() for line in (start + body).split(";") if line.strip()]
+    text = "\n".join(f"        /*{16 * index:04x}*/  {line} ;" for index, line in enumerate(lines))
+    assert why_too_early(text) == found
 
 
 def test_rows_are_moved_in_128_bit_accesses_where_widths_allow(disassembled: list[Compiled]) -> None:
