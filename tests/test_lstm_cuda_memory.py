@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cuda_shim.machine import COMPILER, Gpu, KernelFailed, Machine, build_watched, build_with_faults
-from test_lstm_cuda_shim import GPUS, Shape, check, make, name, on_machine
+from test_lstm_cuda_shim import GPUS, Shape, check, drawn, make, name, on_machine
 from tolerance import LOW, Tensors, dtypes, examples, generator, normal, one_thread  # noqa: F401
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
@@ -84,15 +84,7 @@ def test_kernels_have_no_races_and_stand_late_stores(
 @examples(5 * len(SEEDS))
 @given(data=st.data())
 def test_any_shape_on_any_device_has_no_races_and_stands_late_stores(watched: Machine, data: st.DataObject) -> None:
-    shape = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 8), st.integers(1, 40), st.integers(1, 2)))
-    gpu = Gpu(
-        blocks=data.draw(st.integers(1, 8)),
-        shared=data.draw(st.sampled_from([2, 8, 64])) << 10,
-        registers=data.draw(st.sampled_from([0, 16, 64])) << 10,
-        clusters=data.draw(st.booleans()),
-        threads=data.draw(st.sampled_from([32, 64, 128])),
-        seed=data.draw(st.integers(0, 2**31)),
-    )
+    shape, gpu = drawn(data)
     check(watched, gpu, shape, data.draw(st.sampled_from(LOW)))
 
 

@@ -52,9 +52,8 @@ class SharingFacts:
         if count is None:
             return cls(f"{type(decoder).__name__} does not say how many layers a cache of it has")
         layers = new_cache(decoder).layers
-        odd = [type(layer).__name__ for layer in layers if not keeps_all(layer)]
-        if odd or len(layers) != count:
-            found = f"a layer of kind {odd[0]}" if odd else f"{len(layers)} cached layers of {count}"
+        found = _odd_layer(layers) or (None if len(layers) == count else f"{len(layers)} cached layers of {count}")
+        if found is not None:
             return cls(f"the base model's cache has {found}, which does not hold every token's keys and values")
         windows = [layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")]
         # Those of `sliding_window` are the cache's, where they are in use; of others it knows nothing (GPT-Neo's).
@@ -82,9 +81,8 @@ def why_no_prefix(base: nn.Module, facts: BaseFacts) -> str | None:
     if facts.stateful or (facts.causal and supports is not None and not supports()):
         return f"{type(model).__name__} keeps a state that is not a key/value cache"
     layers = new_cache(model).layers
-    odd = [type(layer).__name__ for layer in layers if not keeps_all(layer)]
-    if odd or not layers:
-        found = f"a layer of kind {odd[0]}" if odd else "no number of layers"
+    found = _odd_layer(layers) or (None if layers else "no number of layers")
+    if found is not None:
         return f"its cache has {found}, which does not hold every token's keys and values"
     return None
 
@@ -94,6 +92,11 @@ def new_cache(base: nn.Module) -> Any:
     from transformers.cache_utils import DynamicCache
 
     return DynamicCache(config=transformers_model(base).config)
+
+
+def _odd_layer(layers: Any) -> str | None:
+    """The first layer of a cache that does not keep all, in words."""
+    return next((f"a layer of kind {type(layer).__name__}" for layer in layers if not keeps_all(layer)), None)
 
 
 def keeps_all(layer: Any) -> bool:

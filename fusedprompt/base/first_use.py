@@ -94,8 +94,7 @@ def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any)
     model = transformers_model(base)
     if model is None:
         return unknown
-    all_held = _of_model.get(model) or {}
-    held = all_held.get(name)
+    held = (_of_model.get(model) or {}).get(name)
     if torch.compiler.is_compiling():
         return unknown if held is None else held[1]
     # A loss may have terms that are for training alone.
