@@ -222,7 +222,7 @@ def flags() -> tuple[bool, bool]:
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
-def test_truth_and_contenders_of_a_run_are_computed_without_tf32(tf32: None) -> None:
+def test_truth_and_contenders_of_a_run_are_computed_without_tf32(tf32: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN takes it unasked; 5e-4 away from the truth, PEFT's LSTM in fp32 would be no peer, or the truth wrong."""
     found: list[tuple[bool, bool]] = []
 
@@ -232,6 +232,7 @@ def test_truth_and_contenders_of_a_run_are_computed_without_tf32(tf32: None) -> 
         watched.forward = lambda: (found.append(flags()), inner())[1]
         return watched
 
+    monkeypatch.setattr(torch, "set_default_device", lambda device: None)  # for the rest of this process, otherwise
     conftest.pytest_configure(Options())
     case = case_of(recording(OURS), recording(PEFT), rounds=(2, 2))
     case.truth = recording("truth")

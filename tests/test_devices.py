@@ -1,4 +1,6 @@
-"""Random numbers come from generators whose device is written down.
+"""What is made names its device: `torch.set_default_device` is the user's.
+
+Random numbers come from generators whose device is written down.
 
 `torch.Generator()` is on the CPU whatever the default device is, and `torch.randn(..., generator=...)` is not: where
 the default device is a GPU, as in `pytest benches --device cuda`, the two together are an error.
@@ -54,4 +56,32 @@ def test_what_is_undecided_is_found(source: str, found: int) -> None:
 
 def test_every_generator_has_a_device_that_is_written_down() -> None:
     found = {str(path.relative_to(ROOT)): list(undecided(path.read_text())) for path in SOURCES}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+# What these rooms make is a batch's, on its device, or a table of the host's. Encoders follow the default device as
+# every module of PyTorch does.
+NAMED = [
+    path
+    for room in ("base", "layouts", "ops", "routes", "model")
+    for path in (ROOT / "fusedprompt" / room).rglob("*.py")
+]
+MAKERS = set("arange as_tensor empty eye full linspace ones rand randint randn tensor zeros".split())
+
+
+def without_device(source: str) -> Iterator[str]:
+    """Each tensor that torch makes on the default device."""
+    for node in ast.walk(ast.parse(source)):
+        made = isinstance(node, ast.Call) and ast.unparse(node.func).removeprefix("torch.") in MAKERS
+        if made and "device" not in {keyword.arg for keyword in node.keywords}:
+            yield f"line {node.lineno}: {ast.unparse(node.func)} without a device"
+
+
+@pytest.mark.parametrize(("source", "found"), [("torch.arange(3)", 1), ("torch.tensor([1], device='cpu')", 0)])
+def test_what_has_no_device_is_found(source: str, found: int) -> None:
+    assert len(list(without_device(source))) == found
+
+
+def test_everything_that_is_made_has_a_device() -> None:
+    found = {str(path.relative_to(ROOT)): list(without_device(path.read_text())) for path in NAMED}
     assert {path: lines for path, lines in found.items() if lines} == {}

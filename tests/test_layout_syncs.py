@@ -77,6 +77,21 @@ def test_a_batch_is_laid_out_without_a_wait(case: str, monkeypatch: pytest.Monke
     assert found["inputs_embeds"].shape[1] == (9 if "slots" in inputs else sum_of(template, inputs))
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda name: name.replace(" ", "-"))
+def test_a_batch_is_laid_out_whatever_the_default_device(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.set_default_device` is the user's: a batch stays where its model is, and the host's tables on the host."""
+    task, template, inputs = CASES[case]
+    model = model_on_meta(task, template)
+    monkeypatch.setattr(model.base_model, "forward", lambda **given: given)
+    expected = model(**inputs)
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            found = model(**inputs)
+        for name, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                assert (found[name].shape, found[name].device.type) == (value.shape, "meta")
+
+
 def sum_of(template: str | None, inputs: dict[str, Any]) -> int:
     """Columns: 4 prompt rows, the ids, and the anchor or the special tokens of a pair."""
     return 4 + 10 + 2 if template == PAIR else 4 + 5 + 1

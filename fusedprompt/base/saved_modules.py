@@ -78,10 +78,10 @@ def _call_by_rows(stand_in: Any, names: Sequence[str], *args: Any, **kwargs: Any
         return value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
 
     order = [row for rows in rows_of.values() for row in rows]
-    back = to_device(torch.tensor(order).argsort(), device)
+    back = to_device(torch.tensor(order, device="cpu").argsort(), device)
     results = []
     for module, numbers in rows_of.items():
-        rows = to_device(torch.tensor(numbers), device)
+        rows = to_device(torch.tensor(numbers, device="cpu"), device)
         results.append(module(*(part(v, rows) for v in args), **{k: part(v, rows) for k, v in kwargs.items()}))
     if isinstance(results[0], Tensor):
         return torch.cat(results)[back]

@@ -196,7 +196,7 @@ def without_prefix_slots(batch: Batch, slots: Tensor, num_prompt_rows: int) -> B
     size, length = batch.shape
     if slots.device.type != "cpu" or torch.compiler.is_compiling() or batch.position_ids is not None:
         return None
-    prefix = torch.cat((torch.arange(-1, -num_prompt_rows - 1, -1), torch.arange(length)))
+    prefix = torch.cat((torch.arange(-1, -num_prompt_rows - 1, -1, device="cpu"), torch.arange(length, device="cpu")))
     if slots.shape != (size, prefix.shape[0]) or not bool((slots == prefix).all()):
         return None
     text = {}

@@ -77,11 +77,13 @@ def _by_templates(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: b
         groups.setdefault(source if pattern_of.get(source) is not None else None, []).append(row)
     device, parts = batch.tokens.device, list[tuple[Tensor, Batch]]()
     for numbers in groups.values():
-        rows, part = to_device(torch.tensor(numbers), device), mixture.part(numbers)
+        rows, part = to_device(torch.tensor(numbers, device="cpu"), device), mixture.part(numbers)
         given = {key: field.index_select(0, rows) for key, field in batch.given().items() if isinstance(field, Tensor)}
         parts.append(_of_part(part, facts, Batch(**given)))
     width = max(slots.shape[1] for slots, _ in parts)
-    order = to_device(torch.tensor([row for numbers in groups.values() for row in numbers]).argsort(), device)
+    order = to_device(
+        torch.tensor([row for numbers in groups.values() for row in numbers], device="cpu").argsort(), device
+    )
 
     def join(fields: list[Tensor | None], blank: int) -> Any:
         """(B, S) of what the parts have, in the batch's order."""

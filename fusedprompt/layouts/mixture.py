@@ -76,14 +76,14 @@ class Mixture:
             first += prompt.table_rows
         sources = tuple(_NONE if prompt is None else prompt.source for prompt in found)
         columns = [[of_source[source][which] for source in sources] for which in range(4)]
-        rows = torch.tensor(columns, dtype=torch.int64)
+        rows = torch.tensor(columns, dtype=torch.int64, device="cpu")
         task = own[0].task if own else active.task
         return cls(sources, own, first, task, to_device(rows, tokens.device))
 
     def part(self, rows: Sequence[int]) -> Mixture:
         """Some rows of the batch alone, with the same table."""
         sources = tuple(self.sources[row] for row in rows)
-        index = to_device(torch.tensor(rows), self.rows.device)
+        index = to_device(torch.tensor(rows, device="cpu"), self.rows.device)
         prompts = tuple(prompt for prompt in self.prompts if prompt.source in sources)
         return replace(self, sources=sources, prompts=prompts, rows=self.rows.index_select(1, index))
 
@@ -148,7 +148,7 @@ class Mixture:
         """(A, N) int64: 1 at the prompt rows of a stack; None if there is nothing else."""
         if len(set(self.counts)) <= 1:
             return None
-        mask = torch.tensor([[0] * (self.longest - count) + [1] * count for count in self.counts])
+        mask = torch.tensor([[0] * (self.longest - count) + [1] * count for count in self.counts], device="cpu")
         return to_device(mask, device)
 
     def prompt_first_mask(self, mask: Tensor | None, length: int) -> Tensor | None:
@@ -326,7 +326,7 @@ _NONE: Source = (BASE, None)
 def _prefix_slots(num_prompt_rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(P + T,) int64: the slots of a prefix, and 1 where they are the prompt's. Copied to a device once."""
     with torch.inference_mode(False):
-        slots = torch.cat((~torch.arange(num_prompt_rows), torch.arange(length)))
+        slots = torch.cat((~torch.arange(num_prompt_rows, device="cpu"), torch.arange(length, device="cpu")))
         return to_device(slots, device), to_device((slots < 0).to(torch.int64), device)
 
 

@@ -105,7 +105,7 @@ def render(
     if per_token:
         batch["labels"] = _padded(token_labels, length, IGNORE_INDEX, left)
     elif labels is not None:
-        batch["labels"] = torch.as_tensor(labels)
+        batch["labels"] = torch.as_tensor(labels, device="cpu")
     if not slots:
         batch["attention_mask"] = _padded([[1] * len(row) for row in ids], length, 0, left)
         return batch
@@ -241,20 +241,20 @@ def _add_layout(
 ) -> Tensor:
     """Give a batch of ids its slots, mask and token types, (B, S); returns which columns are not padding."""
     pieces, size = pieces_of(template), batch["input_ids"].shape[0]
-    lengths = torch.tensor([piece.length for piece in pieces]).expand(size, -1).clone()
-    from_prompt = torch.tensor([isinstance(piece.part, Prompt) for piece in pieces])
+    lengths = torch.tensor([piece.length for piece in pieces], device="cpu").expand(size, -1).clone()
+    from_prompt = torch.tensor([isinstance(piece.part, Prompt) for piece in pieces], device="cpu")
     for index, piece in enumerate(pieces):
         if isinstance(piece.part, Field):
-            lengths[:, index] = torch.tensor([len(ids) for ids in values[piece.part.name]])
+            lengths[:, index] = torch.tensor([len(ids) for ids in values[piece.part.name]], device="cpu")
     of_tokens = lengths * ~from_prompt
     padding = total - lengths.sum(1, keepdim=True)
     tokens = of_tokens.cumsum(1) - of_tokens + padding * left
-    firsts = torch.where(from_prompt, torch.tensor([~(piece.row or 0) for piece in pieces]), tokens)
+    firsts = torch.where(from_prompt, torch.tensor([~(piece.row or 0) for piece in pieces], device="cpu"), tokens)
     filler = 0 if left else total - template.num_prompt_rows - 1  # a padding token
     slots, real, of_column = lay_out(lengths, firsts, torch.where(from_prompt, -1, 1), total, left, filler)
     batch.update(attention_mask=real.long(), slots=slots)
     if template.specials is not None and template.specials.types is not None:
-        types = torch.tensor([piece.token_type for piece in pieces])
+        types = torch.tensor([piece.token_type for piece in pieces], device="cpu")
         batch["token_type_ids"] = types[of_column] * real
     return real
 
@@ -262,4 +262,4 @@ def _add_layout(
 def _padded(rows: Sequence[Ids], length: int, fill: int, left: bool) -> Tensor:
     """(B, length) int64."""
     filled = [[fill] * (length - len(row)) + row if left else row + [fill] * (length - len(row)) for row in rows]
-    return torch.tensor(filled, dtype=torch.int64).view(len(rows), length)
+    return torch.tensor(filled, dtype=torch.int64, device="cpu").view(len(rows), length)

@@ -133,7 +133,7 @@ class CPTTemplate:
         def filled(values: list[list[int]], fill: int) -> Tensor:
             gaps = [[fill] * (length - len(row)) for row in values]
             joined = [gap + row if side == "left" else row + gap for gap, row in zip(gaps, values)]
-            return torch.tensor(joined, dtype=torch.int64).view(len(rows), length)
+            return torch.tensor(joined, dtype=torch.int64, device="cpu").view(len(rows), length)
 
         ids, codes = ([row[which] for row in rows] for which in range(2))
         batch = {"input_ids": filled(ids, pad), "attention_mask": filled([[1] * len(row) for row in ids], 0)}

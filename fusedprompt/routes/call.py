@@ -52,8 +52,9 @@ class Call:
         """Of what the batch has a row each; without any tokens, as `generate` may begin, it is one row."""
         if self.batch.input_ids is not None or self.batch.inputs_embeds is not None:
             return self.batch.tokens
-        given: Any = next(iter((self.fields or {}).values()), torch.empty(1))
-        return torch.as_tensor(given[0] if isinstance(given, tuple) else given)
+        given: Any = next(iter((self.fields or {}).values()), torch.empty(1, device="cpu"))
+        ids = given[0] if isinstance(given, tuple) else given
+        return ids if isinstance(ids, Tensor) else torch.as_tensor(ids, device="cpu")
 
     @classmethod
     def of(cls, given: Mapping[str, Any], route: str, generates: bool = False) -> Call:

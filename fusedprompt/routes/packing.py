@@ -136,9 +136,9 @@ class PackingCollator:
         return packed
 
     def _piece(self, index: int, example: Mapping[str, Any], rows: int, first: int) -> _Piece:
-        ids = torch.as_tensor(example["input_ids"], dtype=torch.int64)
+        ids = torch.as_tensor(example["input_ids"], dtype=torch.int64, device="cpu")
         labels = example.get("labels")
-        labels = ids if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+        labels = ids if labels is None else torch.as_tensor(labels, dtype=torch.int64, device="cpu")
         if ids.dim() != 1 or not len(ids):
             raise ValueError(f"examples[{index}]['input_ids']: expected shape (T,), T >= 1, got {tuple(ids.shape)}")
         if labels.shape != ids.shape:
@@ -171,12 +171,12 @@ class PackingCollator:
         for row in rows:
             if missing := columns - _columns(row):
                 # What fills a row is an example of its own, which nobody reads.
-                filler = torch.full((missing,), self.pad_token_id)
+                filler = torch.full((missing,), self.pad_token_id, device="cpu")
                 row = [*row, _Piece(0, 0, filler, torch.full_like(filler, IGNORE_INDEX))]
             before = itertools.accumulate((len(piece.ids) for piece in row), initial=0)
             fields["input_ids"].append(torch.cat([piece.ids for piece in row]))
             fields["slots"].append(torch.cat([piece.slots(count) for piece, count in zip(row, before)]))
-            fields["position_ids"].append(torch.cat([torch.arange(piece.columns) for piece in row]))
+            fields["position_ids"].append(torch.cat([torch.arange(piece.columns, device="cpu") for piece in row]))
             fields["labels"].append(torch.cat([F.pad(p.labels, (p.rows, 0), value=IGNORE_INDEX) for p in row]))
             lengths += [piece.columns for piece in row]
         # Rows with fewer tokens have more prompts: no slot refers to what is added here.
@@ -185,7 +185,7 @@ class PackingCollator:
             for name, values in fields.items()
         }
         packed["position_ids"] += self.first_position
-        ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        ends = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
         packed.update(zip(_FLASH, (ends, ends, max(lengths), max(lengths))))
         packed["use_cache"] = False
         if self.mask_dtype is not None:
@@ -213,8 +213,8 @@ class _Piece:
         return self.rows + len(self.ids)
 
     def slots(self, tokens_before: int) -> Tensor:
-        prompt = ~torch.arange(self.first, self.first + self.rows)
-        return torch.cat((prompt, torch.arange(tokens_before, tokens_before + len(self.ids))))
+        prompt = ~torch.arange(self.first, self.first + self.rows, device="cpu")
+        return torch.cat((prompt, torch.arange(tokens_before, tokens_before + len(self.ids), device="cpu")))
 
 
 def _columns(row: Sequence[_Piece]) -> int:
@@ -230,7 +230,7 @@ def block_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
     example = begins.cumsum(1)
     column = torch.arange(position_ids.shape[1], device=position_ids.device)
     sees = (example.unsqueeze(2) == example.unsqueeze(1)) & (column.unsqueeze(1) >= column)
-    return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min).unsqueeze(1)
+    return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def slots_of(host: Host, active: Prompt, call: Call) -> tuple[Call, Layout, tuple[Prompt, ...]]:
