@@ -66,7 +66,7 @@ NAMED = [
     for room in ("base", "layouts", "ops", "routes", "model")
     for path in (ROOT / "fusedprompt" / room).rglob("*.py")
 ]
-MAKERS = set("arange as_tensor empty eye full linspace ones rand randint randn tensor zeros".split())
+MAKERS = {"arange", "as_tensor", "empty", "eye", "full", "ones", "rand", "randint", "randn", "tensor", "zeros"}
 
 
 def without_device(source: str) -> Iterator[str]:
