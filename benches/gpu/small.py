@@ -22,7 +22,7 @@ def draw(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def run_triton() -> None:
-    """Forward and backward of the MLP, of the splice and of the head's loss, in each dtype and kind of layout."""
+    """Forward and backward of MLP, splice, the head's loss and CPT, in each dtype and kind of layout."""
     for dtype in DTYPES:
         for rows, width, hidden in ((1, 1, 1), (7, 33, 17), (20, 64, 96), (32, 16, 48)):
             x, table = draw(rows, width, dtype=dtype), draw(11, width, dtype=dtype)
@@ -38,6 +38,8 @@ def run_triton() -> None:
             labels = torch.randint(-1, 12, (rows,), device=DEVICE)  # the last is out of range
             head = table.detach()
             ops.head_loss(prompt, head, labels, soft_cap=2.0, backend="triton").backward(retain_graph=True)
+            limits = torch.ones(rows, device=DEVICE), torch.arange(rows, device=DEVICE) % 2 == 0
+            ops.cpt(x.detach(), x, *limits, backend="triton")[0].sum().backward()
     for rows, width, hidden, outputs in ((3, 5, 33, 16417), (20, 16, 64, 18432)):  # keys and values of all layers
         shapes = (rows, width), (hidden, width), (hidden,), (outputs, hidden), (outputs,)
         x, *layers = (draw(*shape, dtype=torch.float32) for shape in (shapes if ON_GPU else shapes[:3]))

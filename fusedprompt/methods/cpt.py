@@ -133,13 +133,10 @@ class CPTEmbedding(PromptModule):
         self.delta_embedding = nn.Embedding(self.total_virtual_tokens, self.token_dim)
         nn.init.zeros_(self.delta_embedding.weight)
         self.register_buffer("token_types", torch.tensor(config.cpt_tokens_type_mask), persistent=False)
-        self._epsilons = _epsilons(config)
 
     def get_epsilon(self) -> Tensor:
         """The largest norm of each row's change, (P,) fp32."""
-        kind = self.token_types % 4
-        epsilon = torch.where(kind == 2, self._epsilons[2], _FROZEN_EPSILON)
-        return torch.where((kind == 1) | (kind == 3), self._epsilons[1], epsilon).float()
+        return _context(self.config, self.token_types.device).epsilon.clone()
 
     def encode(self) -> Tensor:
         """The prompt rows (P, D): context embeddings plus the projected change.
@@ -149,8 +146,9 @@ class CPTEmbedding(PromptModule):
         """
         if self.inference_mode:
             return self.embedding.weight
-        trainable = self.token_types % 4 != 0
-        return _encode(self.embedding.weight, self.delta_embedding.weight, self.get_epsilon(), trainable)
+        delta = self.delta_embedding.weight
+        context = _context(self.config, delta.device)
+        return _encode(self.embedding.weight, delta, context.epsilon, context.trainable)
 
 
 def _epsilons(config: Any) -> tuple[float, float, float, float]:
@@ -280,7 +278,8 @@ def _ball(config: Any, delta: Tensor) -> tuple[Tensor, Tensor]:
         norm = delta.float().norm(dim=1)
         rounding = 8 * max(torch.finfo(dtype).eps for dtype in (delta.dtype, torch.float32))
         inside = norm <= context.epsilon * (1 + rounding)
-        return torch.where(inside, torch.maximum(norm, context.epsilon), context.epsilon), context.trainable
+        # Twice as much room, because another backend's norm is another sum.
+        return torch.where(inside, context.epsilon * (1 + 2 * rounding), context.epsilon), context.trainable
 
 
 def _peft_targets(config: Any, settings: Any, layout: Layout, batch: Batch) -> Targets:

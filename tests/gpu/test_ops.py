@@ -154,6 +154,26 @@ def test_mlp_is_deterministic(device: torch.device) -> None:
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (5, 2500), (64, 4096)], ids=str)
+def test_cpt_and_its_gradient_match_fp64_oracle(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    source = generator(0)
+    embedding, delta = (normal(shape, dtype, source) for _ in range(2))
+    epsilon = (torch.rand(shape[0], generator=source, device="cpu") + 0.5) * shape[1] ** 0.5
+    delta[1::5] = 0.0
+    types = [row % 9 for row in range(shape[0])]
+    trainable = torch.tensor([code % 4 != 0 for code in types], device=device)
+    leaf = delta.to(device).requires_grad_()
+    rows, projected = ops.cpt(embedding.to(device), leaf, epsilon.to(device), trainable, backend="triton")
+    for value, true in zip((rows, projected), oracle.cpt(embedding, delta, epsilon)):
+        assert largest(value.double().cpu() - true) <= 4 * ulp(largest(true), dtype)
+    d_rows = normal(shape, dtype, source)
+    (d_delta,) = torch.autograd.grad(rows, leaf, d_rows.to(device))
+    assert torch.equal(d_delta.double().cpu(), oracle.cpt_gradient(d_rows, types))
+
+
 # B, R, T, D, V
 SPLICES = [
     (1, 1, 1, 1, 1),

@@ -17,6 +17,7 @@ STUB = stub_driver.install()
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from fusedprompt.ops import _triton  # noqa: E402
+from fusedprompt.ops.cpt import triton as cpt  # noqa: E402
 from fusedprompt.ops.head_loss import triton as head_loss  # noqa: E402
 from fusedprompt.ops.mlp import triton as mlp  # noqa: E402
 from fusedprompt.ops.splice import triton as splice  # noqa: E402
@@ -47,6 +48,13 @@ def projection_step(width: int = 48, rows: int = 4) -> None:
     weights = [torch.zeros(out, into, requires_grad=True) for into, out in itertools.pairwise(sizes)]
     biases = [torch.zeros(out, requires_grad=True) for out in sizes[1:]]
     mlp.mlp(x, weights, biases, [], "tanh").sum().backward()
+
+
+def context_step(dtype: torch.dtype = torch.float32, width: int = 48, rows: int = 4) -> None:
+    """CPT's context, and back."""
+    embedding, delta = (torch.zeros(rows, width, dtype=dtype) for _ in range(2))
+    limits = (torch.zeros(rows), torch.ones(rows, dtype=torch.bool))
+    cpt.cpt(embedding, delta.requires_grad_(), *limits)[0].sum().backward()
 
 
 @pytest.fixture
@@ -97,6 +105,7 @@ def test_driver_gets_what_triton_dispatch_gives_it(compared: list[str], dtype: t
     for layout in (None, slots):
         training_step(dtype, width, slots=layout)
     projection_step(width)
+    context_step(dtype, width)
     assert set(compared) == {
         "linear_forward",
         "linear_backward",
@@ -105,6 +114,8 @@ def test_driver_gets_what_triton_dispatch_gives_it(compared: list[str], dtype: t
         "splice_prefix_backward",
         "segment_sum",
         "loss_in_place",
+        "cpt_forward",
+        "cpt_backward",
     }
 
 
@@ -145,3 +156,11 @@ def test_projection_launches_two_kernels_forward_and_three_backward(request: pyt
     before = STUB.num_launches
     projection_step()
     assert STUB.num_launches - before == 2 + 3
+
+
+def test_context_launches_one_kernel_forward_and_one_backward(request: pytest.FixtureRequest) -> None:
+    context_step(rows=4)
+    request.getfixturevalue("without_dispatch")
+    before = STUB.num_launches
+    context_step(rows=16)
+    assert STUB.num_launches - before == 1 + 1

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ...base import check
 from .._backend import Op, never_objects
+from .._requirements import why_not_triton
 from . import reference
+
+
+def _triton(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+    from . import triton
+
+    return triton.cpt(*arguments)
+
+
+def _why_not_triton(embedding: Tensor, *others: Any) -> str | None:
+    """Also of the embedding alone, for `explain`. The change has its dtype."""
+    return why_not_triton(embedding)
+
 
 OP = Op("cpt")
 OP.add("reference", reference.cpt, never_objects)
+OP.add("triton", _triton, _why_not_triton)
 
 
 def cpt(
@@ -30,13 +44,14 @@ def cpt(
         delta: (P, D) learned change, in embedding's dtype.
         epsilon: (P,) fp32 largest L2 norms.
         trainable: (P,) bool.
-        backend: "auto" or "reference".
+        backend: "auto", "reference" or "triton" (CUDA).
 
     Returns:
         rows and projected, (P, D) each; no gradient flows through `projected`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape.
+        BackendUnavailable: the requested backend cannot run on these arguments.
     """
     check.tensor("embedding", embedding, "(P, D)", 2)
     check.floating("embedding", embedding)

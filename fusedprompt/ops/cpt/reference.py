@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...layouts.layout import IGNORE_INDEX
-from .._library import below_autograd, define
+from ._op import register
 
 
 def _cpt(embedding: Tensor, delta: Tensor, epsilon: Tensor, trainable: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,32 +22,11 @@ def _cpt_fake(embedding: Tensor, delta: Tensor, epsilon: Tensor, trainable: Tens
     return torch.empty_like(embedding), torch.empty_like(delta)
 
 
-class _CPT(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, embedding: Tensor, delta: Tensor, epsilon: Tensor, trainable: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(trainable)
-        rows, projected = below_autograd("cpt", embedding, delta, epsilon, trainable)
-        ctx.mark_non_differentiable(projected)
-        return rows, projected
-
-    @staticmethod
-    def backward(ctx: Any, d_rows: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        (trainable,) = ctx.saved_tensors
-        return None, d_rows * trainable.unsqueeze(1), None, None
+def _cpt_backward(d_rows: Tensor, trainable: Tensor) -> Tensor:
+    return torch.where(trainable.unsqueeze(1), d_rows, 0)
 
 
-define(
-    "cpt(Tensor embedding, Tensor delta, Tensor epsilon, Tensor trainable) -> (Tensor, Tensor)",
-    _cpt,
-    _cpt_fake,
-    _CPT.apply,
-)
-
-
-def cpt(embedding: Tensor, delta: Tensor, epsilon: Tensor, trainable: Tensor) -> tuple[Tensor, Tensor]:
-    return cast("tuple[Tensor, Tensor]", torch.ops.fusedprompt.cpt(embedding, delta, epsilon, trainable))
+cpt = register("", _cpt, _cpt_fake, _cpt_backward)
 
 
 def is_label(token_types: Tensor) -> Tensor:
