@@ -30,6 +30,13 @@ def mlp(rows: int, width: int, hidden: int, itemsize: int) -> dict[str, Work]:
     return _modes(weights, biases, ends, rows, itemsize)
 
 
+def projection(rows: int, layers: int, width: int, itemsize: int) -> dict[str, Work]:
+    """A prefix's projection, Linear(D, D), Linear(D, 2 L D), on (P, D)."""
+    outputs = 2 * layers * width
+    weights, biases = width * (width + outputs), width + outputs
+    return _modes(weights, biases, rows * (width + outputs), rows, itemsize)
+
+
 def lstm(rows: int, width: int, hidden: int, itemsize: int) -> dict[str, Work]:
     """Two layers in both directions at batch 1: (P, D) to (P, 2H). Each weight is read once for all steps, as if all of
     them stayed on the chip: larger layers cannot reach that."""
@@ -81,12 +88,29 @@ def head_loss(rows: int, width: int, vocabulary: int, itemsize: int) -> dict[str
 
 def mlp_kernels(rows: int, width: int, hidden: int, itemsize: int) -> dict[str, list[Work]]:
     """What each Triton kernel of `mlp` does: one a layer in either direction."""
+    return _kernels_of_layers(rows, ((width, hidden), (hidden, hidden), (hidden, width)), itemsize)
+
+
+def projection_kernels(rows: int, layers: int, width: int, itemsize: int) -> dict[str, list[Work]]:
+    """The same of a projection, and the sum of the parts of its last layer's backward, which come from L2."""
+    found = _kernels_of_layers(rows, ((width, width), (width, 2 * layers * width)), itemsize)
+    return {FORWARD: found[FORWARD], BACKWARD: [*found[BACKWARD], Work(2 * rows * width * itemsize, 0.0)]}
+
+
+def _kernels_of_layers(rows: int, layers: tuple[tuple[int, int], ...], itemsize: int) -> dict[str, list[Work]]:
     forward, backward = [], []
-    for inputs, outputs in ((width, hidden), (hidden, hidden), (hidden, width)):
+    for inputs, outputs in layers:
         weights, ends = inputs * outputs, rows * (inputs + outputs)
         forward.append(Work((weights + outputs + ends) * itemsize, 2.0 * rows * weights))
         backward.append(Work((2 * weights + outputs + ends + rows * inputs) * itemsize, 4.0 * rows * weights))
     return {FORWARD: forward, BACKWARD: forward + backward}
+
+
+def cpt_kernels(rows: int, width: int, itemsize: int) -> dict[str, list[Work]]:
+    """What each Triton kernel of `cpt` does: one in either direction."""
+    least = cpt(rows, width, itemsize)
+    forward = least[FORWARD]
+    return {FORWARD: [forward], BACKWARD: [forward, Work(least[BACKWARD].bytes - forward.bytes, 0.0)]}
 
 
 def splice_kernels(

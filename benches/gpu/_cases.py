@@ -107,10 +107,38 @@ _KINDS: dict[str, tuple[torch.dtype, torch.dtype | None, str, tuple[float, float
 
 def mlp_case(rows: int, width: int, kind: str, device: torch.device) -> Case:
     """P-tuning's encoder: three layers, D = H = width."""
-    dtype, autocast, precision, tolerance = _KINDS[kind]
     config = encoder_config("MLP", rows, width, width)
-    indices = torch.arange(rows, device=device).unsqueeze(0)
-    d_out = _normal(_seeded(1), rows, width).to(device, autocast or dtype)
+    modules = (lambda: peft.PromptEncoder(config), lambda: fusedprompt.PromptEncoder(config))
+    return _encoder_case(shapes.mlp(rows, width, kind), modules, (rows, width), kind, device)
+
+
+def projection_case(rows: int, layers: int, width: int, kind: str, device: torch.device) -> Case:
+    """Prefix tuning's encoder: keys and values of L layers from two layers, D = H = width."""
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=rows,
+        token_dim=width,
+        num_layers=layers,
+        num_attention_heads=1,
+        encoder_hidden_size=width,
+        prefix_projection=True,
+    )
+    modules = (lambda: peft.PrefixEncoder(config), lambda: fusedprompt.PrefixEncoder(config))
+    shape = shapes.projection(rows, layers, width, kind)
+    return _encoder_case(shape, modules, (rows, 2 * layers * width), kind, device)
+
+
+def _encoder_case(
+    shape: Shape,
+    modules: tuple[Callable[[], nn.Module], Callable[[], Any]],
+    sizes: tuple[int, int],
+    kind: str,
+    device: torch.device,
+) -> Case:
+    """modules: make PEFT's and ours. sizes: of what they give."""
+    dtype, autocast, precision, tolerance = _KINDS[kind]
+    indices = torch.arange(sizes[0], device=device).unsqueeze(0)
+    d_out = _normal(_seeded(1), *sizes).to(device, autocast or dtype)
 
     def within(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         if autocast is None:
@@ -126,11 +154,11 @@ def mlp_case(rows: int, width: int, kind: str, device: torch.device) -> Case:
     def make_module(index: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(index)
-            return peft.PromptEncoder(config).to(device, dtype)
+            return modules[0]().to(device, dtype)
 
     def make_ours(index: int, backend: str) -> Work:
         theirs = make_module(index)
-        module = fusedprompt.PromptEncoder(config).to(device, dtype)
+        module = modules[1]().to(device, dtype)
         module.load_state_dict(theirs.state_dict())
 
         def forward() -> Tensor:
@@ -158,10 +186,8 @@ def mlp_case(rows: int, width: int, kind: str, device: torch.device) -> Case:
         work = Work(lambda: module(indices).squeeze(0), list(module.parameters()), d_out.double())
         return work.both()
 
-    weights = 3 * width * width + 3 * width
-    itemsize, rows_bytes = dtype.itemsize, rows * width * dtype.itemsize
     return Case(
-        shape=shapes.mlp(rows, width, kind),
+        shape=shape,
         contenders={
             OURS: lambda index: make_ours(index, "auto"),  # cuBLAS's products, where there are many rows
             ATEN: lambda index: make_ours(index, "reference"),
@@ -170,8 +196,57 @@ def mlp_case(rows: int, width: int, kind: str, device: torch.device) -> Case:
         },
         truth=truth,
         tolerance=tolerance,
-        set_bytes=weights * itemsize + rows_bytes,
+        set_bytes=sum(parameter.nbytes for parameter in template.parameters()),
         precision=precision,
+    )
+
+
+def cpt_case(rows: int, width: int, device: torch.device) -> Case:
+    """A context and its change, in a ball for each row. PEFT is its encoder, whose indices wait for the device."""
+    types = [row % 5 for row in range(rows)]
+    config = peft.CPTConfig(
+        task_type="CAUSAL_LM", cpt_token_ids=list(range(rows)), cpt_mask=[1] * rows, cpt_tokens_type_mask=types
+    )
+    config.token_dim = width
+    indices, d_out = torch.arange(rows, device=device).unsqueeze(0), _normal(_seeded(1), rows, width).to(device)
+    epsilon = torch.where(torch.tensor(types) % 4 == 0, 1e-10, 0.1 * (width / 2048) ** 0.5).to(device)
+    trainable = (torch.tensor(types) % 4 != 0).to(device)
+
+    def draw(index: int) -> tuple[Tensor, Tensor]:
+        source = _seeded(index)
+        return _normal(source, rows, width).to(device), _normal(source, rows, width).to(device).requires_grad_()
+
+    def make_ours(index: int, backend: str) -> Work:
+        table, delta = draw(index)
+        return Work(lambda: ops.cpt(table, delta, epsilon, trainable, backend=backend)[0], [delta], d_out)
+
+    def make_theirs(index: int) -> Work:
+        table, delta = draw(index)
+        module = peft.CPTEmbedding(config, nn.Embedding(rows, width)).to(device)
+        module.embedding.weight.data, parameter = table, module.delta_embedding.weight
+
+        def forward() -> Tensor:
+            parameter.data = delta.detach()  # it gives the parameter new memory in every call
+            out: Tensor = module(indices)[0]
+            return out
+
+        return Work(forward, [parameter], d_out)
+
+    def truth() -> tuple[Tensor, Sequence[Tensor]]:
+        table, delta = (tensor.detach().double() for tensor in draw(0))
+        scale = (epsilon.double() / delta.norm(dim=1)).clamp(max=1).unsqueeze(1)
+        return table + delta * scale, [d_out.double() * trainable.unsqueeze(1)]
+
+    return Case(
+        shape=shapes.cpt(rows, width),
+        contenders={
+            OURS: lambda index: make_ours(index, "triton"),
+            ATEN: lambda index: make_ours(index, "reference"),
+            PEFT: make_theirs,
+        },
+        truth=truth,
+        tolerance=(1e-6, 0.0),
+        set_bytes=4 * rows * width * 4,
     )
 
 
@@ -346,12 +421,16 @@ def cases(device: torch.device) -> Iterator[Planned]:
     lstms = shapes.LSTMS if on_gpu else ((5, 16, 24),)
     heads = shapes.HEADS if on_gpu else ((9, 16, 40),)
     mlps = shapes.MLPS if on_gpu else ((5, 16),)
+    projections = shapes.PROJECTIONS if on_gpu else ((5, 2, 16),)
+    contexts = shapes.CPTS if on_gpu else ((5, 16),)
     half, others = ("bf16", "fp32"), ("bf16 autocast", "tf32")
     in_turns = itertools.zip_longest(
         ((splice_case, *sizes) for sizes in splices),
         ((lstm_case, *sizes, kind) for sizes in lstms for kind in half),
         ((head_case, *sizes, kind) for sizes in heads for kind in half),
         ((mlp_case, *sizes, kind) for kind in (*half, *others) for sizes in mlps),
+        ((projection_case, *sizes, kind) for sizes in projections for kind in (*half, *others)),
+        ((cpt_case, *sizes) for sizes in contexts),
     )
     planned: list[Any] = [case for turn in in_turns for case in turn if case is not None]
     if on_gpu:

@@ -51,6 +51,19 @@ def mlp(rows: int, width: int, kind: str) -> Shape:
     return _by_kernels("mlp", f"P={rows} D=H={width}", kind, _work.mlp(*sizes), _work.mlp_kernels(*sizes))
 
 
+def projection(rows: int, layers: int, width: int, kind: str) -> Shape:
+    """Prefix tuning's projection to keys and values of L layers: two layers, D = H = width."""
+    sizes = (rows, layers, width, ITEMSIZE[kind])
+    name = f"P={rows} L={layers} D=H={width}"
+    return _by_kernels("projection", name, kind, _work.projection(*sizes), _work.projection_kernels(*sizes))
+
+
+def cpt(rows: int, width: int) -> Shape:
+    """A context and its change."""
+    sizes = (rows, width, ITEMSIZE["fp32"])
+    return _by_kernels("cpt", f"P={rows} D={width}", "fp32", _work.cpt(*sizes), _work.cpt_kernels(*sizes))
+
+
 def lstm(rows: int, width: int, hidden: int, kind: str) -> Shape:
     """P-tuning's LSTM: two layers, bidirectional, batch 1."""
     dtype = "bfloat16" if kind == "bf16" else "float32"
@@ -79,13 +92,17 @@ SPLICES = ((32, 2048, 4096), (8, 512, 4096))
 LSTMS = ((100, 1024, 1024), (20, 768, 256), (50, 3072, 3072), (20, 768, 768), (100, 4096, 4096))
 HEADS = ((840, 3072, 128256), (8192, 4096, 32000))
 MLPS = ((20, 4096), (50, 3072), (20, 768), (100, 4096), (20, 3072), (100, 8192))
+PROJECTIONS = ((30, 28, 1024),)
+CPTS = ((250, 4096),)
 
 
 def shown() -> Iterator[Shape]:
     """Those of docs/gpu.md."""
     for sizes in SPLICES:
         yield splice(*sizes)
-    for function, all_sizes in ((mlp, MLPS), (lstm, LSTMS), (head, HEADS)):
+    for sizes in CPTS:
+        yield cpt(*sizes)
+    for function, all_sizes in ((mlp, MLPS), (projection, PROJECTIONS), (lstm, LSTMS), (head, HEADS)):
         for sizes in sorted(all_sizes):
             for kind in ("fp32", "bf16"):
                 yield function(*sizes, kind)
