@@ -24,9 +24,15 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, oracle.Slots, int]:
     """A layout, the oracle's slots for it, and the number of tokens; of each kind, with at least one row."""
     batch = draw(st.integers(1, 4))
     num_prompt_rows, length = draw(st.integers(0, 5)), draw(st.integers(0, 5))
-    kind = draw(st.sampled_from(("prefix", "insert", "slots")))
+    kind = draw(st.sampled_from(("prefix", "prefixes", "insert", "slots")))
     if kind == "prefix":
         return Layout.prefix(num_prompt_rows), oracle.prefix_slots(batch, num_prompt_rows, length), length
+    if kind == "prefixes":
+        num_prompts = draw(st.integers(1, 3))
+        which = draw(st.lists(st.integers(0, num_prompts - 1), min_size=batch, max_size=batch))
+        own = [[-one * num_prompt_rows - row - 1 for row in range(num_prompt_rows)] for one in which]
+        layout = Layout.prefixes(num_prompt_rows, torch.tensor(which), num_prompts)
+        return layout, [[*rows, *range(length)] for rows in own], length
     if kind == "insert":
         starts = draw(st.lists(st.integers(0, length), min_size=batch, max_size=batch))
         shifts = draw(st.none() | st.lists(st.integers(-length, length), min_size=batch, max_size=batch))
@@ -46,9 +52,11 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, oracle.Slots, int]:
 def test_slots_and_output_length_are_those_of_the_oracle(case: tuple[Layout, oracle.Slots, int]) -> None:
     layout, slots, length = case
     assert layout.output_length(length) == len(slots[0])
-    if layout.slots is not None:
-        assert layout.slots.dtype == torch.int64
-        assert layout.slots.tolist() == slots
+    spelled = layout.spelled(length)
+    assert (spelled is layout) == (layout.which is None) and spelled.num_prompt_rows == layout.table_rows
+    if spelled.slots is not None:
+        assert spelled.slots.dtype == torch.int64
+        assert spelled.slots.tolist() == slots
 
 
 @examples(60)
@@ -70,7 +78,7 @@ def test_fill_rows_puts_one_value_at_each_prompt_row_as_the_oracle_does(
 ) -> None:
     layout, slots, length = case
     values = torch.randint(0, 99, (len(slots), length), generator=generator(0), device="cpu")
-    rows = torch.arange(100, 100 + layout.num_prompt_rows)
+    rows = torch.arange(100, 100 + layout.table_rows)
     filled = layout.fill_rows(values, rows)
     assert filled.dtype == torch.int64
     assert filled.tolist() == oracle.carry(values, slots, rows.tolist())
@@ -84,7 +92,7 @@ def test_position_ids_count_the_prompt_from_first_and_move_the_tokens_behind_it(
     layout, slots, length = case
     values = torch.randint(0, 9, (len(slots), length), generator=generator(0), device="cpu")
     rows = layout.num_prompt_rows
-    expected = oracle.carry(values + rows, slots, [first + row for row in range(rows)])
+    expected = oracle.carry(values + rows, slots, [first + row for row in range(rows)] * layout.num_prompts)
     assert layout.position_ids(values, first).tolist() == expected
 
 
@@ -138,6 +146,8 @@ def test_a_layout_shows_its_first_row() -> None:
     slots = torch.tensor([[-1, 0, 1, -2], [0, 0, -1, -2]])
     assert repr(Layout.from_slots(slots, 2)) == "Layout(num_prompt_rows=2, slots=(2, 4)): P t t P"
     assert repr(Layout.prefix(3)) == "Layout.prefix(3): P P P t ..."
+    own = Layout.prefixes(3, torch.tensor([1, 0]), 2)
+    assert repr(own) == "Layout.prefixes(3, which, 2): P P P t ..."
     assert repr(Layout.prefix(200)) == "Layout.prefix(200): 200P t ..."
     long = torch.tensor([[*range(-1, -21, -1), *range(30), -21, 5]])
     assert repr(Layout.from_slots(long, 21)) == "Layout(num_prompt_rows=21, slots=(1, 52)): 20P 30t 1P 1t"
@@ -198,12 +208,28 @@ def test_from_slots_refuses_a_wrong_tensor(slots: Any, error: type[Exception], m
 
 
 @pytest.mark.parametrize(
+    ("which", "number", "error", "message"),
+    [
+        (torch.zeros(3, 1, dtype=torch.int64), 2, ValueError, r"which: expected int64 of shape \(B,\).*\(3, 1\)"),
+        (torch.zeros(3, dtype=torch.int32), 2, ValueError, r"which: expected int64 .*torch.int32"),
+        ([0, 1], 2, TypeError, r"which: expected an int64 tensor of shape \(B,\), got list"),
+        (torch.zeros(3, dtype=torch.int64), 0, ValueError, r"num_prompts: expected an int >= 1, got 0"),
+        (torch.zeros(3, dtype=torch.int64), True, ValueError, r"num_prompts: expected an int >= 1, got True"),
+    ],
+)
+def test_prefixes_refuse_a_wrong_argument(which: Any, number: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Layout.prefixes(2, which, number)
+
+
+@pytest.mark.parametrize(
     "build",
     [
+        lambda rows: Layout.prefixes(rows, torch.zeros(1, dtype=torch.int64), 2),
         lambda rows: Layout.from_slots(torch.zeros(1, 1, dtype=torch.int64), rows),
         lambda rows: Layout.insert(rows, 3, torch.zeros(1, dtype=torch.int64)),
     ],
-    ids=["from_slots", "insert"],
+    ids=["prefixes", "from_slots", "insert"],
 )
 def test_every_layout_refuses_a_negative_number_of_prompt_rows(build: Any) -> None:
     with pytest.raises(ValueError, match=r"num_prompt_rows: expected an int >= 0, got -2"):

@@ -94,8 +94,13 @@ def splice_samples() -> Iterator[Arguments]:
             yield grad(3, 8), where, None, None, embeds, [], []
         yield grad(3, 8, layout="transposed"), where, None, None, grad(2, 4, 8, layout="transposed"), [], []
 
+    own = torch.tensor([1, 0]), 3  # prefixes of one row each
+    yield grad(3, 8), None, ids, rand(6, 8), None, [mask, labels], [1, -100], *own
+    yield grad(3, 8, layout="transposed"), None, None, None, grad(2, 4, 8), [], [], *own
+
 
 def splice_backward_samples() -> Iterator[Arguments]:
+    yield rand(2, 5, 8), None, 3, 4, True, True, torch.tensor([1, 0]), 3
     for layout in ("contiguous", "transposed"):
         for where in (None, slots()):
             for prompt, tokens in ((True, True), (True, False), (False, True)):

@@ -7,6 +7,7 @@ repeat, cast, embedding and cat.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +42,7 @@ Shape = tuple[int, int, int, int, int]
 SHAPES = [(1, 1, 1, 1, 1), (3, 7, 33, 97, 50), (7, 33, 1, 33, 7), (2, 20, 97, 64, 1000)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-R{}-T{}-D{}-V{}".format(*s))
 sources = pytest.mark.parametrize("source", ["table", "inputs_embeds"])
-arrangements = pytest.mark.parametrize("arrangement", ["prefix", "insert", "any"])
+arrangements = pytest.mark.parametrize("arrangement", ["prefix", "own", "insert", "any"])
 
 
 def any_slots(shape: Shape, seed: int) -> oracle.Slots:
@@ -58,6 +59,12 @@ def arrange(arrangement: str, shape: Shape) -> tuple[Layout, oracle.Slots]:
     batch, num_prompt_rows, length, *_ = shape
     if arrangement == "prefix":
         return Layout.prefix(num_prompt_rows), oracle.prefix_slots(batch, num_prompt_rows, length)
+    if arrangement == "own":
+        num_prompts = {33: 3, 20: 4}.get(num_prompt_rows, num_prompt_rows)
+        rows = num_prompt_rows // num_prompts
+        which = torch.randint(0, num_prompts, (batch,), generator=generator(6), device="cpu")
+        slots = [[-a * rows - r - 1 for r in range(rows)] + [*range(length)] for a in which.tolist()]
+        return Layout.prefixes(rows, which, num_prompts), slots
     if arrangement == "any":
         slots = any_slots(shape, 5)
         return Layout.from_slots(torch.tensor(slots), num_prompt_rows), slots
@@ -350,8 +357,9 @@ def test_a_row_of_a_splice_does_not_depend_on_the_other_rows(arrangement: str, s
         alone = {**inputs, "prompt": inputs["prompt"]}
         if source == "inputs_embeds":
             alone[source] = inputs[source][row : row + 1]
-        slots = None if layout.slots is None else layout.slots[row : row + 1]
-        one = fused(Layout(7, slots), input_ids[row : row + 1], backend)(alone)
+        slots, which = (None if own is None else own[row : row + 1] for own in (layout.slots, layout.which))
+        of_row = dataclasses.replace(layout, slots=slots, which=which)
+        one = fused(of_row, input_ids[row : row + 1], backend)(alone)
         assert torch.equal(one[0], together[row])
 
 

@@ -15,6 +15,8 @@ STARTS, SHIFTS = [0, 4, 2], [1, 0, -2]
 def layout_of(kind: str) -> tuple[Layout, oracle.Slots]:
     if kind == "prefix":
         return Layout.prefix(7), oracle.prefix_slots(3, 7, 5)
+    if kind == "own":  # positions are the same whichever prompt a row has
+        return Layout.prefixes(7, torch.tensor([1, 0, 1]), 2), oracle.prefix_slots(3, 7, 5)
     if kind == "empty":
         return Layout.prefix(0), oracle.prefix_slots(3, 0, 5)
     return Layout.insert(7, 5, torch.tensor(STARTS), torch.tensor(SHIFTS)), oracle.insert_slots(7, 5, STARTS, SHIFTS)
@@ -28,7 +30,7 @@ def positions_of(positions: Tensor, slots: oracle.Slots, num_prompt_rows: int, f
     ]
 
 
-@pytest.mark.parametrize("kind", ["prefix", "insert", "empty"])
+@pytest.mark.parametrize("kind", ["prefix", "own", "insert", "empty"])
 @pytest.mark.parametrize("source", ["table", "inputs_embeds"])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
@@ -41,7 +43,7 @@ def test_splice_batch_counts_the_prompt_and_moves_the_tokens_positions_behind_it
     tokens = {"input_ids": ids, "table": torch.randn(4, 9)} if source == "table" else {source: torch.randn(3, 5, 9)}
     positions = torch.tensor([[0, 1, 2, 3, 4], [1, 1, 0, 1, 2], [5, 6, 7, 8, 9]], dtype=dtype)
     labels = torch.ones(3, 5, dtype=torch.int64)
-    prompt = torch.randn(rows, 9)
+    prompt = torch.randn(layout.table_rows, 9)
     batch = ops.splice_batch(
         prompt, layout, **tokens, labels=labels, position_ids=positions, first_position=first, backend="reference"
     )

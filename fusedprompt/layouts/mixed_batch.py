@@ -29,7 +29,7 @@ def place_mixture(mixture: Mixture, facts: BaseFacts, batch: Batch, pool_last: b
         raise ValueError(f"position_ids: expected None with prompts inside of text, got {tuple(positions.shape)}")
     if positions is None and is_plain(mixture, facts, batch.attention_mask, pool_last):
         check_length(facts, mixture.longest, length)
-        layout, types = mixture.prefix(length), batch.token_type_ids
+        layout, types = mixture.prefix(), batch.token_type_ids
         types = None if types is None else layout.fill(types, 0)
         return Placed(layout, taken(facts, replace(batch, token_type_ids=types)), carries=True)
     lay_out = _by_templates if mixture.has_patterns else _in_front

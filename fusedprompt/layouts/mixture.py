@@ -7,7 +7,6 @@ causal model, behind in an encoder.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -127,10 +126,10 @@ class Mixture:
         """R, and the row of zeros that pads where the prompts are uneven."""
         return self.table_rows + (not self.even)
 
-    def prefix(self, length: int) -> Layout:
-        """(B, N + T) slots for prompts of N rows each, in front of the text."""
-        slots, is_prompt = _prefix_slots(self.longest, length, self.rows.device)
-        return Layout.from_slots(torch.addcmul(slots, self.rows[2].unsqueeze(1), is_prompt, value=-1), self.table_rows)
+    def prefix(self) -> Layout:
+        """Prompts of N rows each, in front of the text."""
+        assert self.table_rows == self.longest * len(self.prompts), "prompts of one length, and tables of nothing else"
+        return Layout.prefixes(self.longest, self.rows[0], len(self.prompts))
 
     def stack(self, prompts: Sequence[Tensor]) -> Tensor:
         """(A, N, ...): all prompts, the shorter ones padded by zeros in front."""
@@ -234,7 +233,7 @@ def arrange(
             shift = (-at_right if right else None) if first_in_row else at_left
             padding = (at_left + at_right if right else at_left) if first_in_row else None
     if is_plain(mixture, facts, attention_mask, pool_last):
-        return Arrangement(mixture.prefix(length), None, None, None, facts.first_position)
+        return Arrangement(mixture.prefix().spelled(length), None, None, None, facts.first_position)
     position = torch.arange(longest + length, device=device)
     # `text` counts the row's text as it stands: padding tokens of its own, then tokens, and the prompt among them.
     filler_in_front = first_in_row and not mixture.even
@@ -320,14 +319,6 @@ def prompts_of(
 
 _ID = (int, type(None))
 _NONE: Source = (BASE, None)
-
-
-@functools.lru_cache(maxsize=64)
-def _prefix_slots(num_prompt_rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(P + T,) int64: the slots of a prefix, and 1 where they are the prompt's. Copied to a device once."""
-    with torch.inference_mode(False):
-        slots = torch.cat((~torch.arange(num_prompt_rows, device="cpu"), torch.arange(length, device="cpu")))
-        return to_device(slots, device), to_device((slots < 0).to(torch.int64), device)
 
 
 def refuse_cache(adapter_names: Sequence[str] | None, task_ids: Any = None) -> None:

@@ -133,9 +133,10 @@ class MultitaskPromptEmbedding(PromptEmbedding):
     def encode_tasks(self, task_ids: Sequence[int]) -> Tensor:
         """The prompts (k, R, D) of k tasks."""
         first, count = task_ids[0], len(task_ids)
+        step = task_ids[1] - first if count > 1 else 1
         matrices = (self.prefix_task_cols, self.prefix_task_rows)
-        if [*task_ids] == [*range(first, first + count)]:  # a view
-            cols, rows = (matrix[first : first + count] for matrix in matrices)
+        if step > 0 and [*task_ids] == [*range(first, first + count * step, step)]:  # a view, as of any two tasks
+            cols, rows = (matrix[first : task_ids[-1] + 1 : step] for matrix in matrices)
         else:
             which = _index(tuple(task_ids), self.embedding.weight.device)
             cols, rows = (matrix.index_select(0, which) for matrix in matrices)

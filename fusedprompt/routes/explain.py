@@ -125,7 +125,8 @@ def _pictures(host: Host, planned: Plan) -> list[str]:
             slots = [*range(-layout.num_prompt_rows, 0), *range(batch.shape[1])]
             symbols = [own if symbol == "P" else symbol for symbol in row_symbols(slots, real)]
         else:
-            symbols = row_symbols(layout.given_slots[row].tolist(), real, letter=letter)
+            slots = layout.spelled(batch.shape[1]).given_slots[row].tolist()
+            symbols = row_symbols(slots, real, letter=letter)
         lines.append(f"{name}, {number} row{'s' * (number > 1)}, row {row}: {join_symbols(symbols)}")
     return lines
 

@@ -72,7 +72,8 @@ class _Wide:
         self.mask: Tensor = mask
         columns = torch.arange(mask.shape[1], device=ids.device).expand(ids.shape[0], -1)
         # Slots over the wide ids: every column is itself, but for the prompt's.
-        prompt_slots = layout.slots if layout.slots is not None else ~columns
+        given = layout.spelled(ids.shape[1]).slots
+        prompt_slots = ~columns if given is None else given
         self.slots = torch.where(layout.fill(torch.zeros_like(ids), 1) > 0, prompt_slots, columns)
         wide = layout.fill(ids, 0)
         first = wide.gather(1, ((mask != 0) & (self.slots >= 0)).to(torch.int8).argmax(1, keepdim=True))

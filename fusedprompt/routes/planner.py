@@ -219,7 +219,7 @@ class Planner:
 
     def _prefix(self) -> Layout:
         """PEFT's place: in front of text and padding."""
-        return Layout.prefix(self.rows) if self.mixture is None else self.mixture.prefix(self.batch.shape[1])
+        return Layout.prefix(self.rows) if self.mixture is None else self.mixture.prefix()
 
     def _is_of_next_tokens(self) -> bool:
         """Whether labels are compared with what stands before them, so that nothing predicts a row's first."""

@@ -11,13 +11,17 @@ from ...layouts.layout import IGNORE_INDEX, Layout
 from .._backend import Op, never_objects
 from .._requirements import why_not_triton
 from . import reference
-from ._op import POSITIONS, filled_dtype
+from ._op import POSITIONS, Arguments, filled_dtype
 
 
 def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
     from . import triton
 
-    return triton.splice(*arguments)
+    given = Arguments(*arguments)
+    if given.which is not None:  # the kernel reads slots
+        length = given.sources()[0].shape[1]
+        given = given._replace(slots=given.layout.spelled(length).slots, which=None, num_prompts=1)
+    return triton.splice(*given)
 
 
 def _why_not_triton(prompt: Tensor, *others: Any) -> str | None:
@@ -74,7 +78,8 @@ def splice(
         BackendUnavailable: the requested backend cannot run on these arguments.
     """
     _check_arguments(prompt, layout, input_ids, table, inputs_embeds)
-    return cast(Tensor, OP.run(backend, prompt, layout.slots, input_ids, table, inputs_embeds, [], [])[0])
+    given = (prompt, layout.slots, input_ids, table, inputs_embeds)
+    return cast(Tensor, OP.run(backend, *given, [], [], layout.which, layout.num_prompts)[0])
 
 
 def splice_batch(
@@ -112,8 +117,9 @@ def splice_batch(
         check.tensor(name, field, "(B, T)", 2)
         check.shape(name, field, "(B, T)", tokens.shape[:2])
         check.same_device(name, field, "the tokens", tokens)
-        # Fields of the ids' dtype travel with them, as one tensor; any other is carried by itself.
-        if field.dtype == filled_dtype(input_ids):
+        # Fields of the ids' dtype travel with them, as one tensor; any other is carried by itself. So are positions
+        # where each row has its own prefix: slots, which a backend may make of it, would count rows of the whole table.
+        if field.dtype == filled_dtype(input_ids) and not (name == "position_ids" and layout.which is not None):
             together[name] = field
         elif name == "position_ids":
             check.token_ids(name, field)
@@ -121,7 +127,8 @@ def splice_batch(
         else:
             carried[name] = layout.fill(field, fills[name])
     fields, values = list(together.values()), [fills[name] for name in together]
-    embeds, filled = OP.run(backend, prompt, layout.slots, input_ids, table, inputs_embeds, fields, values)
+    given = (prompt, layout.slots, input_ids, table, inputs_embeds)
+    embeds, filled = OP.run(backend, *given, fields, values, layout.which, layout.num_prompts)
     carried.update(zip(together, filled.unbind(0)))
     return SplicedBatch(embeds, carried.get("attention_mask"), carried.get("labels"), carried.get("position_ids"))
 
@@ -134,7 +141,7 @@ def _check_arguments(
         raise TypeError(f"layout: expected a fusedprompt.Layout, got {type(layout).__name__}")
     check.tensor("prompt", prompt, "(R, D)", 2)
     check.floating("prompt", prompt)
-    check.shape("prompt", prompt, "(R, D)", (layout.num_prompt_rows, prompt.shape[1]))
+    check.shape("prompt", prompt, "(R, D)", (layout.table_rows, prompt.shape[1]))
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
     if inputs_embeds is not None:
@@ -153,4 +160,7 @@ def _check_arguments(
     if layout.slots is not None:
         check.shape("layout.slots", layout.slots, "(B, S)", (tokens.shape[0], layout.slots.shape[1]))
         check.same_device("layout.slots", layout.slots, "prompt", prompt)
+    if layout.which is not None:
+        check.shape("layout.which", layout.which, "(B,)", tokens.shape[:1])
+        check.same_device("layout.which", layout.which, "prompt", prompt)
     return tokens

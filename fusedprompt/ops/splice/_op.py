@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...layouts.layout import Layout
 from .._library import below_autograd, define, is_traced, not_leaf
 
 CHECK_IDS = os.environ.get("FUSEDPROMPT_CHECK", "0") == "1"
@@ -33,6 +34,13 @@ class Arguments(NamedTuple):
     inputs_embeds: Tensor | None
     fields: Sequence[Tensor]
     fills: Sequence[int]
+    which: Tensor | None = None
+    num_prompts: int = 1
+
+    @property
+    def layout(self) -> Layout:
+        """Where each row comes from; the prompt table may be that of several prefixes."""
+        return Layout(self.prompt.shape[0] // self.num_prompts, self.slots, self.which, self.num_prompts)
 
     def sources(self) -> tuple[Tensor, Tensor]:
         """The tokens, and what their rows come from: ids and their table, or the embeddings, which are both."""
@@ -45,7 +53,8 @@ class Arguments(NamedTuple):
 def _splice_fake(*args: Any) -> tuple[Tensor, Tensor]:
     given = Arguments(*args)
     (tokens, rows), slots = given.sources(), given.slots
-    batch, length = tokens.shape[0], given.prompt.shape[0] + tokens.shape[1] if slots is None else slots.shape[1]
+    in_front = given.prompt.shape[0] // given.num_prompts
+    batch, length = tokens.shape[0], in_front + tokens.shape[1] if slots is None else slots.shape[1]
     embeds = rows.new_empty(batch, length, given.prompt.shape[1])
     return embeds, tokens.new_empty((len(given.fields), batch, length), dtype=filled_dtype(given.input_ids))
 
@@ -56,7 +65,7 @@ def filled_dtype(input_ids: Tensor | None) -> torch.dtype:
 
 
 def _splice_backward_fake(
-    d_out: Tensor, slots: Tensor | None, num_prompt_rows: int, num_tokens: int, prompt: bool, tokens: bool
+    d_out: Tensor, slots: Tensor | None, num_prompt_rows: int, num_tokens: int, prompt: bool, tokens: bool, *of: Any
 ) -> tuple[Tensor, Tensor]:
     batch, _, width = d_out.shape
     accumulate = torch.promote_types(d_out.dtype, torch.float32)
@@ -74,8 +83,9 @@ def register(
 
     forward: `Arguments`, one by one -> (embeds, filled). `fields` are integer tensors (B, T) in
         `filled_dtype`, with the fill of each at prompt rows; they come back as (k, B, S).
-    backward: (d_out, slots, R, T, prompt, tokens) -> (d_prompt, d_tokens): each prompt row's gradients summed over its
-        uses, (R, D) in fp32 (fp64 for fp64), and each token's, (B, T, D) in d_out's dtype; empty if not asked for.
+    backward: (d_out, slots, R, T, prompt, tokens, which, num_prompts) -> (d_prompt, d_tokens): each prompt row's
+        gradients summed over its uses, (R, D) in fp32 (fp64 for fp64), and each token's, (B, T, D) in d_out's dtype;
+        empty if not asked for.
     table_gradient: (d_tokens, input_ids, V) -> (V, D), of anything that torch can trace.
     """
 
@@ -83,7 +93,8 @@ def register(
         @staticmethod
         def forward(ctx: Any, run: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> tuple[Tensor, Tensor]:
             given = Arguments(*args)
-            ctx.save_for_backward(given.slots, given.input_ids)
+            ctx.save_for_backward(given.slots, given.input_ids, given.which)
+            ctx.num_prompts = given.num_prompts
             ctx.num_prompt_rows, ctx.num_tokens = given.prompt.shape[0], given.sources()[0].shape[1]
             ctx.prompt_dtype = given.prompt.dtype
             ctx.table_rows = 0 if given.table is None else given.table.shape[0]
@@ -93,27 +104,29 @@ def register(
 
         @staticmethod
         def backward(ctx: Any, d_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-            slots, input_ids = ctx.saved_tensors
+            slots, input_ids, which = ctx.saved_tensors
             needs_prompt = ctx.needs_input_grad[1]
             needs_table, needs_embeds = ctx.needs_input_grad[4:6]
             run = backward_operator if is_traced(d_out) else backward
-            of_prompt, of_tokens = run(
-                d_out, slots, ctx.num_prompt_rows, ctx.num_tokens, needs_prompt, needs_table or needs_embeds
-            )
+            given = (slots, ctx.num_prompt_rows, ctx.num_tokens, needs_prompt, needs_table or needs_embeds)
+            of_prompt, of_tokens = run(d_out, *given, which, ctx.num_prompts)
             d_prompt = of_prompt.to(ctx.prompt_dtype) if needs_prompt else None
             d_table = table_gradient(of_tokens, input_ids, ctx.table_rows) if needs_table else None
-            return None, d_prompt, None, None, d_table, of_tokens if needs_embeds else None, None, None
+            return None, d_prompt, None, None, d_table, of_tokens if needs_embeds else None, *[None] * 4
 
-    apply: Any = Splice.apply
+    def apply(run: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> Any:
+        function: Any = Splice.apply
+        return function(run, *Arguments(*args))
+
     define(
         f"splice_backward{suffix}(Tensor d_out, Tensor? slots, SymInt num_prompt_rows, SymInt num_tokens, bool prompt, "
-        "bool tokens) -> (Tensor, Tensor)",
+        "bool tokens, Tensor? which=None, SymInt num_prompts=1) -> (Tensor, Tensor)",
         backward,
         _splice_backward_fake,
     )
     define(
         f"splice{suffix}(Tensor prompt, Tensor? slots, Tensor? input_ids, Tensor? table, Tensor? inputs_embeds, "
-        "Tensor[] fields, int[] fills) -> (Tensor, Tensor)",
+        "Tensor[] fields, int[] fills, Tensor? which=None, SymInt num_prompts=1) -> (Tensor, Tensor)",
         forward,
         _splice_fake,
         lambda *args: apply(functools.partial(below_autograd, f"splice{suffix}"), *args),

@@ -15,10 +15,11 @@ from ._op import CHECK_IDS, POSITIONS, Arguments, filled_dtype, out_of_range, re
 
 
 def _splice(*args: Any) -> tuple[Tensor, Tensor]:
-    prompt, slots, input_ids, table, inputs_embeds, fields, fills = Arguments(*args)
-    layout = Layout(prompt.shape[0], slots)
+    given = Arguments(*args)
+    prompt, slots, input_ids, table, inputs_embeds, fields, fills = given[:7]
+    layout = given.layout
     if inputs_embeds is not None:
-        embeds = _join(prompt.to(inputs_embeds.dtype), slots, inputs_embeds)
+        embeds = _join(prompt.to(inputs_embeds.dtype), layout, inputs_embeds)
         if fields:
             return embeds, _fill(layout, fields, fills)
         return embeds, embeds.new_empty((0, *embeds.shape[:2]), dtype=filled_dtype(input_ids))
@@ -27,11 +28,19 @@ def _splice(*args: Any) -> tuple[Tensor, Tensor]:
     # copies every token row twice, at every size tried (B=8, T=512, D=2048: 11.4 against 19.8 ms).
     filled = _fill(layout, [*fields, input_ids], [*fills, 0])
     embeds = _embedding(filled[-1], table)
-    if slots is None:
+    if slots is not None:
+        embeds = _overwrite(embeds, slots, prompt)
+    elif layout.which is None:
         embeds[:, : layout.num_prompt_rows] = prompt
     else:
-        embeds = _overwrite(embeds, slots, prompt)
+        rows, places = _own(prompt.to(embeds.dtype), layout), embeds[:, : layout.num_prompt_rows]
+        torch.index_select(rows, 0, layout.which, out=places)
     return embeds, filled[:-1]
+
+
+def _own(prompt: Tensor, layout: Layout) -> Tensor:
+    """(A, P, D): the prefixes of a table (A * P, D)."""
+    return prompt.view(layout.num_prompts, layout.num_prompt_rows, prompt.shape[1])
 
 
 def _fill(layout: Layout, fields: Sequence[Tensor], fills: Sequence[int]) -> Tensor:
@@ -91,8 +100,11 @@ def _overwrite(embeds: Tensor, slots: Tensor, prompt: Tensor) -> Tensor:
     return torch.where((slots < 0).unsqueeze(-1), rows, embeds)
 
 
-def _join(prompt: Tensor, slots: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+def _join(prompt: Tensor, layout: Layout, inputs_embeds: Tensor) -> Tensor:
+    slots = layout.slots
     if slots is None:
+        if layout.which is not None:
+            prompt = _own(prompt, layout).index_select(0, layout.which)
         return torch.cat((prompt.expand(inputs_embeds.shape[0], -1, -1), inputs_embeds), dim=1)
     if not inputs_embeds.shape[1]:
         return prompt[~slots]
@@ -101,16 +113,26 @@ def _join(prompt: Tensor, slots: Tensor | None, inputs_embeds: Tensor) -> Tensor
 
 
 def _splice_backward(
-    d_out: Tensor, slots: Tensor | None, num_prompt_rows: int, num_tokens: int, prompt: bool, tokens: bool
+    d_out: Tensor,
+    slots: Tensor | None,
+    num_prompt_rows: int,
+    num_tokens: int,
+    prompt: bool,
+    tokens: bool,
+    which: Tensor | None = None,
+    num_prompts: int = 1,
 ) -> tuple[Tensor, Tensor]:
     accumulate = torch.promote_types(d_out.dtype, torch.float32)
     d_prompt, d_tokens = d_out.new_empty(0, dtype=accumulate), d_out.new_empty(0)
     batch, _, width = d_out.shape
     if slots is None:
-        if prompt:
-            d_prompt = d_out[:, :num_prompt_rows].sum(0, dtype=accumulate)
+        in_front = num_prompt_rows // num_prompts
+        if prompt and which is not None:
+            d_prompt = _sum_of_rows(d_out[:, :in_front].to(accumulate), which, num_prompts).flatten(0, 1)
+        elif prompt:
+            d_prompt = d_out[:, :in_front].sum(0, dtype=accumulate)
         if tokens:
-            d_tokens = d_out[:, num_prompt_rows:].clone(memory_format=torch.contiguous_format)
+            d_tokens = d_out[:, in_front:].clone(memory_format=torch.contiguous_format)
         return d_prompt, d_tokens
     if prompt and d_out.device.type == "cpu":
         flat = slots.flatten()
@@ -127,17 +149,19 @@ def _splice_backward(
 
 
 def _segment_sum(rows: Tensor, target: Tensor, num_targets: int) -> Tensor:
-    """Sum (B, S, D) rows by target (B, S), in a fixed order; rows for target `num_targets` are dropped.
+    """Sum (B, S, D) rows by target (B, S), in a fixed order; rows for target `num_targets` are dropped."""
+    return _sum_of_rows(rows.reshape(-1, rows.shape[-1]), target.flatten(), num_targets + 1)[:num_targets]
+
+
+def _sum_of_rows(rows: Tensor, target: Tensor, num_targets: int) -> Tensor:
+    """Sum (N, ...) rows by target (N,), in a fixed order.
 
     On several CPU threads index_put_ adds in any order, and on CUDA index_add_ does.
     """
-    width = rows.shape[-1]
-    sums = rows.new_zeros(num_targets + 1, width)
+    sums = rows.new_zeros(num_targets, *rows.shape[1:])
     if rows.device.type == "cpu":
-        sums.index_add_(0, target.flatten(), rows.reshape(-1, width))
-    else:
-        sums.index_put_((target.flatten(),), rows.reshape(-1, width), accumulate=True)
-    return sums[:num_targets]
+        return sums.index_add_(0, target, rows)
+    return sums.index_put_((target,), rows, accumulate=True)
 
 
 def _table_gradient(d_tokens: Tensor, input_ids: Tensor, num_table_rows: int) -> Tensor:

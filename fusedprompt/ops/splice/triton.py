@@ -54,7 +54,7 @@ def _launch(kernel: Any, config: dict[str, int], pdl: bool, **constants: Any) ->
 
 def _splice(*args: Any) -> tuple[Tensor, Tensor]:
     arguments = Arguments(*args)
-    prompt, slots, input_ids, _, inputs_embeds, fields, fills = arguments
+    prompt, slots, input_ids, _, inputs_embeds, fields, fills = arguments[:7]
     tokens, rows = arguments.sources()
     if CHECK_IDS and inputs_embeds is None and bool(((tokens < 0) | (tokens >= rows.shape[0])).any()):
         raise out_of_range(tokens, rows)
@@ -83,7 +83,7 @@ def _splice(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _splice_backward(
-    d_out: Tensor, slots: Tensor | None, num_prompt_rows: int, num_tokens: int, prompt: bool, tokens: bool
+    d_out: Tensor, slots: Tensor | None, num_prompt_rows: int, num_tokens: int, prompt: bool, tokens: bool, *of: Any
 ) -> tuple[Tensor, Tensor]:
     d_prompt, d_tokens = d_out.new_empty(0, dtype=torch.float32), d_out.new_empty(0)
     batch, _, width = d_out.shape
