@@ -79,7 +79,7 @@ def _matrices(encoder: Any) -> tuple[Tensor, Tensor]:
 
 def test_prompts_and_gradients_equal_the_formula_in_fp64() -> None:
     encoder = multitask().prompt_encoder["default"].double()
-    for task_ids in ((1,), (0, 1, 2), (3, 0), (2, 2, 1)):
+    for task_ids in ((1,), (0, 1, 2), (3, 0), (2, 2, 1), (0, 3), (1, 3), (0, 1, 3)):
         rows = encoder(task_ids=task_ids)
         expected = torch.stack([formula(encoder, task_id) for task_id in task_ids])
         torch.testing.assert_close(rows, expected, rtol=1e-12, atol=1e-12)
@@ -92,7 +92,7 @@ def test_prompts_and_gradients_equal_the_formula_in_fp64() -> None:
 def test_a_tasks_prompt_has_the_same_bits_whatever_else_is_in_the_batch() -> None:
     model = multitask()
     encoder = model.prompt_encoder["default"]
-    for task_ids in ((0, 1, 2, 3), (0, 2), (3, 1)):
+    for task_ids in ((0, 1, 2, 3), (0, 2), (3, 1), (0, 3), (0, 1, 3)):
         for rows, task_id in zip(encoder(task_ids=task_ids), task_ids):
             assert torch.equal(rows, model.prompt_rows(task_id=task_id))
             assert largest(rows) > 0.1
