@@ -66,7 +66,9 @@ class PeftHost:
 
     @property
     def word_embeddings(self) -> Any:
-        return self.model.word_embeddings
+        """PEFT's; the base model's own, where PEFT looks for a table of another size and finds none."""
+        found = self.model.word_embeddings
+        return self.base_model.get_input_embeddings() if found is None else found
 
     @property
     def in_use(self) -> str:

@@ -21,7 +21,7 @@ from ..ops._backend import BackendUnavailable, using
 from ..routes.call import SHARED, SPLICE, Call
 from ..routes.choice import RouteUnavailable, why_not_model
 from ..routes.plan import plan
-from ..routes.prefix import filled, prefix_states
+from ..routes.prefix import check_served, filled, prefix_states
 from ..routes.run import run
 from .calls import TASKS, PeftTask, bind, has_tasks, run_as_ours, run_as_peft, why_not_call
 from .encoders import encode, prompt_rows, why_not_adapter
@@ -166,6 +166,7 @@ class Patch(Record):
             return original(batch_size, *args, **kwargs)
         prompt = self.host.prompts[self.model.active_adapter]
         if prompt.in_cache:
+            check_served(self.host, (prompt,), self.route, as_peft=True)
             return filled(self.host, prefix_states(self.host, (prompt,)).for_rows(batch_size))
         if without_prompt(self):
             table = next(self.model.prompt_encoder[self.model.active_adapter].embedding.parameters())

@@ -98,7 +98,7 @@ def _check_places(host: Host, active: Prompt, call: Call) -> None:
 def _decoded(host: Host, active: Prompt, call: Call) -> Plan:
     """A decoder's tokens after its cache, in which the prefix stands."""
     refuse_cache(call.adapter_names, call.task_ids)
-    others = with_cache(widened(host.facts, call.others, active.rows), call.past_key_values)
+    others = with_cache(widened(host, call.others, active.rows), call.past_key_values)
     return Plan(CONTINUE, call, call.batch, "the cache holds the prompt", task=active.task, others=others)
 
 

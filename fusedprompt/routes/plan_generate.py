@@ -30,7 +30,7 @@ from .call import CONTINUE, FULL, PEFT, PREFIX, SHARED, SPLICE, Call, Plan, refu
 from .choice import RouteUnavailable, why_not_as_peft, why_not_length, why_not_now, why_not_prompts
 from .host import Host
 from .packing import slots_of_one
-from .prefix import check_padding, check_served, widened
+from .prefix import check_padding, check_served, padding_behind, widened
 from .states import prompt_first
 
 # Options that cover the virtual tokens, and such with other steps than one token at a time.
@@ -75,8 +75,23 @@ def plan_generate(host: Host, call: Call, placement: str) -> Plan:
     return _in_front(host, active, call, mixture)
 
 
+def _check_steps(host: Host, others: Mapping[str, Any]) -> None:
+    """Refuse what takes another first step than the one that the prompt goes into.
+
+    Raises:
+        ValueError: text is to be read in chunks.
+    """
+    size = option(host.base_model, others, "prefill_chunk_size")
+    if size is not None:
+        raise ValueError(
+            "prefill_chunk_size: expected None with a prompt, because transformers cuts ids into chunks, and "
+            f"the prompt is not among them, got {size}"
+        )
+
+
 def _planned(host: Host, call: Call, active: Prompt, placed: Placed, others: Mapping[str, Any], **more: Any) -> Plan:
     """The plan of a batch with its prompt in its place."""
+    _check_steps(host, others)
     given = {"route": SPLICE, "table": (active,), "others": with_cache(others, call.past_key_values), **more}
     return Plan(call=call, task=active.task, layout=placed.layout, fields=placed.batch, carries=placed.carries, **given)
 
@@ -124,7 +139,9 @@ def _in_front(host: Host, active: Prompt, call: Call, mixture: Mixture | None) -
     if in_cache:
         _check_behind(host, replace(call, others=others), prompts or (active,), rows)
     if in_cache and facts.encoder_decoder:
-        others = dict(with_cache(widened(facts, others, rows, mixture), cache))
+        _check_steps(host, others)
+        others = dict(with_cache(widened(host, others, rows, mixture), cache))
+        batch = padding_behind(batch, others)
         return Plan(PREFIX, call, batch, task=active.task, table=prompts, mixture=mixture, others=others)
     why = None if in_cache else _choice(host, replace(call, others=others), prompts, rows)
     tokens = _to_splice(batch)
@@ -259,6 +276,10 @@ def _check_behind(host: Host, call: Call, prompts: tuple[Prompt, ...], rows: int
             objection = "an encoder-decoder's prefix stands in a cache that grows"
         if objection is None and option(base, others, "use_cache") is False:
             objection = "a decoder without a cache has no place for a prefix"
+        if objection is None and any(option(base, others, name) for name in ASSISTED):
+            objection = (
+                "in assisted decoding transformers cuts a decoder's mask to its ids, behind which the prefix is not"
+            )
     elif objection is None and own and reads_ids(host, others):
         objection = "ids of the prompt go through a cache of transformers' own making"
     length = 0 if host.facts.encoder_decoder else call.batch.shape[1] + most_new_tokens(base, others)

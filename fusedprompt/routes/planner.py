@@ -23,8 +23,8 @@ from ..ops._backend import AUTO
 from . import choice
 from .call import FULL, OURS, PEFT, PREFIX, SHARED, SPLICE, TEXT, Plan
 from .host import Host
-from .loss import Answers, Loss, NextToken, OwnFunction, Weighted, has_transformers_loss
-from .prefix import behind_prefix, check_padding, check_served, widened
+from .loss import Answers, Loss, NextToken, OwnFunction, PerToken, Weighted, has_transformers_loss, masks_labels
+from .prefix import behind_prefix, check_padding, check_served, padding_behind, widened
 
 
 class Planner:
@@ -142,10 +142,15 @@ class Planner:
         """Text behind an adapter's keys and values. Its labels and all that comes out are the text's alone."""
         host, facts, task, mixture, batch = self.host, self.facts, self.task, self.mixture, self.batch
         others = self._others()
-        check_served(host, self.table or (self.active,), self.call.route)
-        if facts.encoder_decoder:  # the prefix is its decoder's
-            return {"route": PREFIX, "fields": batch, "others": widened(facts, others, self.rows, mixture)}
         ours = self.placement == OURS
+        check_served(host, self.table or (self.active,), self.call.route, as_peft=not ours)
+        if facts.encoder_decoder:  # the prefix is its decoder's
+            encoded = others.get("encoder_outputs") is not None
+            if ours and not encoded:
+                batch.checked(facts)
+                batch = padding_behind(batch, others, task)
+            others = widened(host, others, self.rows, mixture, 1 if encoded else batch.shape[1])
+            return {"route": PREFIX, "fields": batch, "others": others}
         if ours:
             batch.checked(facts)
             uneven = mixture is not None and not mixture.even
@@ -154,14 +159,29 @@ class Planner:
                 # Nothing predicts a row's first token, as without padding.
                 unseen = unpredicted(batch.attention_mask)
                 batch = replace(batch, labels=batch.labels.masked_fill(unseen, IGNORE_INDEX))
+        of_tokens = self._of_tokens(batch, others)
+        batch = batch if of_tokens is None else replace(batch, labels=None)
         fields, looks_up = behind_prefix(facts, batch, self.rows, mixture, task.pools, not ours)
         fields, layout = replace(fields, input_type_mask=None), Layout.prefix(self.rows)
         found = {"route": PREFIX, "fields": fields, "others": others, "looks_up": looks_up, "layout": layout}
+        found["loss"] = of_tokens
         if not (self.labelled and self._withholds(others)):
             return found
         waits = not host.text_head.read
         loss = NextToken(counted=others.get("num_items_in_batch")) if waits else None
         return {**found, "loss": loss, "waits": waits, "reads": not waits}
+
+    def _of_tokens(self, batch: Batch, others: dict[str, Any]) -> PerToken | None:
+        """The loss of a classifier of tokens, if its own would take the mask of prefix and text for the text's."""
+        labels, mask = batch.labels if self.placement == OURS else others.get("labels"), batch.attention_mask
+        if self.task.labels != "tokens" or self.task.predicts_next or not isinstance(labels, Tensor):
+            return None
+        if not masks_labels(self.host.base_model):
+            return None
+        others.pop("labels", None)
+        if self.placement == OURS and mask is not None:  # PEFT's counts labels of padding too
+            labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
+        return PerToken(labels)
 
     # Route splice
 

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..base.cache import cache_length, cache_taker, new_cache
+from ..base.cache import cache_length, cache_taker, new_cache, reads_another, shortest_window, told_key_shapes
 from ..base.facts import BaseFacts, device_of, transformers_model
-from ..base.first_use import first_use, key_shapes, remembered
+from ..base.first_use import counts_columns, first_use, key_shapes, remembered
 from ..base.layer_inputs import layer_inputs
 from ..base.outputs import replaced
 from ..base.own_forward import own_forward, replaced_forwards
 from ..base.positions import numbered
+from ..base.tasks import Task
 from ..layouts.batch import Batch, check_length
 from ..layouts.mixture import Mixture
 from ..layouts.padding import count_padding, may_be_padded
@@ -30,7 +31,7 @@ from ..layouts.prompt import Prompt, Source
 from .call import SPLICE, Plan
 from .choice import RouteUnavailable, is_kept
 from .host import Host
-from .loss import NextToken
+from .loss import NextToken, PerToken
 from .splice import embedded, with_loss
 from .states import cache_for_rows, fill
 
@@ -98,8 +99,14 @@ def _cache(host: Host, parts: Tensor) -> Any:
     """A cache whose layers hold the parts."""
     cache, pieces = new_cache(host.base_model), parts.unbind(0)
     order = layer_order(len(pieces) // 2, host.facts.encoder_decoder, host.ties_layers)
-    for layer, index in zip(cache.layers, order):
-        keys, values = pieces[2 * index], pieces[2 * index + 1]
+    shapes = key_shapes(host.base_model, host.facts)
+    for number, (layer, index) in enumerate(zip(cache.layers, order)):
+        pair = pieces[2 * index : 2 * index + 2]
+        if isinstance(shapes, tuple) and 2 * number < len(shapes):
+            pair = tuple(cut for cut in map(cut_to, pair, shapes[2 * number :]) if cut is not None)
+        if len(pair) < 2 or reads_another(layer):
+            continue  # as PEFT, which leaves such a layer without a prefix
+        keys, values = pair
         window = getattr(layer, "sliding_window", None)
         if window is not None:  # such a layer holds what the next token sees, and counts the rest
             layer.cumulative_length = keys.shape[-2]
@@ -108,6 +115,19 @@ def _cache(host: Host, parts: Tensor) -> Any:
         layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         layer.keys, layer.values = keys, values
     return cache
+
+
+def cut_to(part: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """The first heads and columns of (A, heads, N, width), as many as a layer has; None if it has more."""
+    heads, width = shape
+    if heads > part.shape[1] or width > part.shape[3]:
+        return None
+    return part if part.shape[1::2] == shape else part[:, :heads, :, :width]
+
+
+def largest(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """(heads, width) that hold the keys and values of every layer."""
+    return max((heads for heads, _ in shapes), default=0), max((width for _, width in shapes), default=0)
 
 
 def layer_order(count: int, encoder_decoder: bool, ties: bool = False) -> list[int]:
@@ -126,8 +146,8 @@ def layer_order(count: int, encoder_decoder: bool, ties: bool = False) -> list[i
 # Deciding
 
 
-def check_served(host: Host, prompts: Sequence[Prompt], route: str) -> None:
-    """Refuse what no text can be run behind: now, whatever the batch.
+def check_served(host: Host, prompts: Sequence[Prompt], route: str, as_peft: bool = False) -> None:
+    """Refuse what no text can be run behind: now, whatever the batch. as_peft: layers may be without a prefix.
 
     Raises:
         RouteUnavailable: it was asked to be spliced.
@@ -141,18 +161,27 @@ def check_served(host: Host, prompts: Sequence[Prompt], route: str) -> None:
             f"gradient checkpointing: expected it to be off with {method}, because it runs layers without the cache, "
             "which is where the prefix is: base_model.gradient_checkpointing_disable()"
         )
+    for prompt in prompts:
+        check_keys(host, prompt.name, host.peft_config[prompt.name], method, as_peft)
+
+
+def check_keys(host: Host, name: str, config: Any, method: str, as_peft: bool = False) -> None:
+    """Refuse an adapter whose keys do not fit those of the base model; see `check_served`."""
     shapes = key_shapes(host.base_model, host.facts)
     if isinstance(shapes, str):
         raise ValueError(f"base_model: expected one that reads a prefix of {method}, but {shapes}")
-    for prompt in prompts if shapes is not None else ():
-        config = host.peft_config[prompt.name]
-        heads, width = int(config.num_attention_heads), int(config.token_dim)
-        if set(shapes or ()) != {(heads, width // heads)}:
-            found = ", ".join(f"{one} heads of width {each}" for one, each in dict.fromkeys(shapes or ()))
-            raise ValueError(
-                f"token_dim, num_attention_heads: expected those of the base model's keys, {found}, "
-                f"got {width} for {heads} heads in adapter {prompt.name!r}"
-            )
+    if shapes is None:
+        return
+    heads, width = int(config.num_attention_heads), int(config.token_dim)
+    fits = (heads, width // heads) == largest(shapes)
+    if as_peft and told_key_shapes(host.base_model) is not None:
+        fits = any(one <= heads and each <= width // heads for one, each in shapes)
+    if not fits:
+        found = ", ".join(f"{one} heads of width {each}" for one, each in dict.fromkeys(shapes))
+        raise ValueError(
+            f"token_dim, num_attention_heads: expected those of the base model's keys, {found}, "
+            f"got {width} for {heads} heads in adapter {name!r}"
+        )
 
 
 def check_padding(
@@ -163,16 +192,17 @@ def check_padding(
     Raises:
         ValueError: with the reason.
     """
-    if not host.facts.causal:
+    if host.facts.encoder_decoder:
         return
-    found = first_use(host.base_model, host.facts, shares=True)
+    found = first_use(host.base_model, host.facts, shares=host.facts.causal)
     if found.sharing is not None:
         raise ValueError(f"base_model: expected one that reads a prefix, but {found.sharing}")
-    window, reason = host.sharing.window, found.gap
+    # Looking makes the host wait for a device; most base models have no such reason.
+    window, reason = shortest_window(host.base_model) if host.facts.causal else None, found.gap
     if window is not None and rows + length > window:
         reason = f"{rows + length} positions are more than its window of {window}, in which padding counts"
-    # Looking makes the host wait for a device; most base models have no such reason.
-    padded = (may_be_padded(mask, side) and bool((mask[:, side] == 0).any()) for side in ((0, -1) if pools else (0,)))
+    sides = (0,) if not pools else (0, -1) if host.facts.pools_last else ()
+    padded = (may_be_padded(mask, side) and bool((mask[:, side] == 0).any()) for side in sides)
     if reason is not None and (uneven or any(padded)):
         where = "padding" if pools else "padding at the left"
         raise ValueError(f"attention_mask: expected rows without {where}, because of the base model: {reason}")
@@ -247,12 +277,13 @@ def run_prefix(host: Host, plan: Plan) -> Any:
         cache = filled(host, prefix_states(host, plan.table, plan.mixture).for_rows(size), own)
     as_dict, use_cache = others.pop("return_dict", None), others.pop("use_cache", None)
     wants_cache = getattr(base.config, "use_cache", True) if use_cache is None else use_cache
-    if loss is not None:
-        assert isinstance(loss, NextToken)
+    if isinstance(loss, NextToken):
         loss = replace(loss, labels=arguments.pop("labels"))
+    if loss is not None:
+        assert isinstance(loss, (NextToken, PerToken))
         others.pop("num_items_in_batch", None)
     with (
-        _given(base, cache, facts.causal or facts.encoder_decoder) as given,
+        _given(base, cache, facts.causal) as given,
         numbered(base, arguments, facts.takes_position_ids),
     ):
 
@@ -287,19 +318,24 @@ def batch_size(plan: Plan) -> int:
     return plan.fields.shape[0] if encoded is None else int(encoded[0].shape[0])
 
 
-def widened(facts: BaseFacts, others: Mapping[str, Any], rows: int, mixture: Mixture | None = None) -> dict[str, Any]:
-    """Arguments of an encoder-decoder whose decoder has a prefix of `rows`."""
+def widened(
+    host: Host, others: Mapping[str, Any], rows: int, mixture: Mixture | None = None, length: int = 1
+) -> dict[str, Any]:
+    """Arguments of an encoder-decoder whose decoder has a prefix of `rows`. length: of the decoder's text, if the
+    arguments do not tell: what it makes of the encoder's, or the one token with which it begins."""
     given = dict(others)
     mask = given.get("decoder_attention_mask")
+    own = next((given[name] for name in _OF_DECODER if given.get(name) is not None), None)
+    length = length if own is None else own.shape[1]
+    check_length(host.facts, rows, length)
     if mixture is not None and not mixture.even:
-        if facts.position_limit is not None:
+        if counts_columns(host.base_model, host.facts):
             lengths = {prompt.name: prompt.rows for prompt in mixture.prompts}
             raise ValueError(
                 f"adapter_names: expected prefixes of one length in every row, got {lengths}, because the base model's "
                 "decoder counts positions from the end of the longest"
             )
-        own = next((given[name] for name in _OF_DECODER if given.get(name) is not None), None)
-        given["decoder_attention_mask"] = mixture.prompt_first_mask(mask, 1 if own is None else own.shape[1])
+        given["decoder_attention_mask"] = mixture.prompt_first_mask(mask, length)
     elif isinstance(mask, Tensor):
         given["decoder_attention_mask"] = F.pad(mask, (rows, 0), value=1)
     if isinstance(given.get("decoder_position_ids"), Tensor):
@@ -307,8 +343,26 @@ def widened(facts: BaseFacts, others: Mapping[str, Any], rows: int, mixture: Mix
     return given
 
 
-# What tells the length of a decoder's text; without any it begins with one token.
+# What tells the length of a decoder's text.
 _OF_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+
+
+def padding_behind(batch: Batch, others: Mapping[str, Any], task: Task | None = None) -> Batch:
+    """An encoder's batch with its padding behind the text: of the order of its columns nobody behind a decoder knows.
+
+    Raises:
+        ValueError: padding at the left would be in the outputs that a task reads of a decoder of the same ids.
+    """
+    mask = batch.attention_mask
+    if others.get("encoder_outputs") is not None or not may_be_padded(mask, 0):
+        return batch
+    if task is not None and task.token_outputs and not any(others.get(name) is not None for name in _OF_DECODER):
+        if bool((mask[:, 0] == 0).any()):
+            raise ValueError(
+                "attention_mask: expected rows without padding at the left, because the decoder reads the same ids"
+            )
+        return batch
+    return turned(batch, mask, to_left=False)
 
 
 def turned(batch: Batch, mask: Tensor, to_left: bool) -> Batch:

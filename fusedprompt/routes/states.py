@@ -94,7 +94,8 @@ def cache_for_rows(kept: Any, size: int, mixture: Mixture | None) -> Any:
     cache = copy.copy(kept)
     cache.layers = [copy.copy(layer) for layer in kept.layers]
     for layer in cache.layers:
-        layer.keys, layer.values = of_rows(layer.keys, size, mixture), of_rows(layer.values, size, mixture)
+        if layer.keys is not None:  # some read those of an earlier layer
+            layer.keys, layer.values = of_rows(layer.keys, size, mixture), of_rows(layer.values, size, mixture)
     cache.prompt_first = True
     return cache
 
@@ -111,6 +112,8 @@ def fill(cache: Any, source: Any) -> None:
         ValueError: a layer with a window holds but the last of them.
     """
     for index, layer in enumerate(source.layers):
+        if layer.keys is None:
+            continue
         length = layer.keys.shape[-2]
         if getattr(layer, "cumulative_length", length) != length:
             raise ValueError(
