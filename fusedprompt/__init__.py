@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .integrations.peft import apply as apply
     from .layouts.collator import TemplateCollator as TemplateCollator
     from .layouts.layout import Layout as Layout
+    from .layouts.shared_text import find_shared_prefix as find_shared_prefix
+    from .layouts.shared_text import split_shared_prefix as split_shared_prefix
     from .layouts.template import Template as Template
     from .methods.cartridge import CartridgeConfig as CartridgeConfig
     from .methods.cartridge import CartridgeEncoder as CartridgeEncoder
@@ -55,6 +57,7 @@ _NAMES_IN = {
     "integrations.peft": ("apply",),
     "layouts.collator": ("TemplateCollator",),
     "layouts.layout": ("Layout",),
+    "layouts.shared_text": ("find_shared_prefix", "split_shared_prefix"),
     "layouts.template": ("Template",),
     "methods.cartridge": ("CartridgeConfig", "CartridgeEncoder"),
     "methods.config": ("PeftType", "PromptLearningConfig"),

@@ -18,6 +18,7 @@ from ..methods import method_of
 from ..methods.method import CACHE
 from ..ops import explain
 from ..ops._backend import BackendUnavailable, using
+from ..routes.attention import attending, cache_to_read
 from ..routes.call import SHARED, SPLICE, Call
 from ..routes.choice import RouteUnavailable, why_not_model
 from ..routes.plan import plan
@@ -152,7 +153,7 @@ class Patch(Record):
         if given is None:
             return original(*args, **kwargs)
         fixes = self.fix and why_not_adapter(self.model.active_peft_config) is None
-        if fixes or "adapter_names" in given:
+        if fixes or "adapter_names" in given or "shared_prefix" in given:
             return run_as_ours(self.host, given)
         reason = why_not_call(self.model, task, given)
         if reason is not None:
@@ -166,7 +167,8 @@ class Patch(Record):
             return original(batch_size, *args, **kwargs)
         prompt = self.host.prompts[self.model.active_adapter]
         if prompt.in_cache:
-            return filled(self.host, prefix_states(self.host, (prompt,)).for_rows(batch_size))
+            states = prefix_states(self.host, (prompt,))
+            return filled(self.host, cache_to_read(self.host, states, prompt.rows, batch_size))
         if without_prompt(self):
             table = next(self.model.prompt_encoder[self.model.active_adapter].embedding.parameters())
             return table.new_empty(batch_size, 0, self.model.active_peft_config.token_dim)
@@ -188,12 +190,16 @@ class Patch(Record):
 
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         disabled = getattr(vars(self.model).get("forward"), "__self__", self.model) is self.model.base_model
-        mixed = not disabled and kwargs.get("adapter_names") is not None
+        ours = any(kwargs.get(name) is not None for name in ("adapter_names", "shared_prefix"))
+        mixed = not disabled and ours
         alone = not mixed and (disabled or why_not_adapter(self.model.active_peft_config) is not None)
         # A prefix comes from `get_prompt`, in every way in which PEFT generates.
         in_cache = not alone and not mixed and self.host.prompts[self.host.in_use].in_cache and not self.fix
         with self._generating:
-            if alone or in_cache or not (mixed or self.fix or "prepare_inputs_for_generation" in self.replaced):
+            if in_cache:
+                with attending(self.host.state.configs()):
+                    return original(*args, **kwargs)
+            if alone or not (mixed or self.fix or "prepare_inputs_for_generation" in self.replaced):
                 return original(*args, **kwargs)
             if not (mixed or self.fix):
                 with generating(self, kwargs):
