@@ -3,12 +3,12 @@ give and take log-sum-exps, and otherwise in plain PyTorch, a few queries at a t
 
 The flash kernels check little: keys of fewer heads or rows than the queries' are read out of bounds, no keys at all end
 the process, and the stride of the last dimension is taken for 1. Their causal mask starts at the first query and the
-first key. They may have it together with a mask, and serve fp64, fp32, bf16 and fp16 (torch 2.10 and 2.13).
+first key. They may have it together with a mask, and serve fp64, fp32, bf16 and fp16 (torch 2.13).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,9 @@ _FLASH: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _FLASH_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SCORES_AT_ONCE = 1 << 21  # of plain PyTorch: 8 MB in fp32
+# The flash kernel's backward adds up d_key and d_value in the inputs' dtype, 256 queries at a time. In 16 bits the sums
+# over 25600 queries are then 5 times as wrong as row by row. So it adds up 4 times, and we the rest in fp32.
+_QUERIES_AT_ONCE = 1024
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
@@ -67,10 +70,48 @@ def attend_backward(part: Part, scale: float, softcap: float, d_out: Tensor, out
     if not part.flash:
         return _attend_plain_backward(part, scale, softcap, d_out, out, lse)
     query, key, value, d_out, out = map(_with_rows, (*part[:3], d_out, out))
-    d_query, d_key, d_value = _FLASH_BACKWARD(
-        d_out, query, key, value, out, lse, 0.0, part.causal, attn_mask=_added(part), scale=scale
-    )
-    return d_query, d_key, d_value
+    added = _added(part)
+
+    def run(query: Tensor, d_out: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        keys = (one.expand(query.shape[0], -1, -1, -1) for one in (key, value))
+        d_query, d_key, d_value = _FLASH_BACKWARD(
+            d_out, query, *keys, out, lse, 0.0, part.causal, attn_mask=added, scale=scale
+        )
+        return d_query, d_key, d_value
+
+    products, heads, count, _ = query.shape
+    times = 1 if part.causal or products > 1 else -(-torch.get_num_threads() // heads)  # a thread has a head at least
+    size = -(-count // times)
+    if products == 1 and not part.causal and query.dtype.itemsize == 2:
+        size = min(size, _QUERIES_AT_ONCE)
+    if size == count:
+        return run(query, d_out, out, lse)
+    return _in_turns(run, size, times, (query, d_out, out, lse.unsqueeze(3)), key, value)
+
+
+def _in_turns(
+    run: Callable[..., Gradients], size: int, times: int, of_queries: tuple[Tensor, ...], key: Tensor, value: Tensor
+) -> Gradients:
+    """The gradients of one product, `times` times `size` queries at once. of_queries: (1, H, M, .); lse's has 1."""
+    query, wide = of_queries[0], of_queries[3]
+    d_query = new_heads(query, *query.shape)
+    d_key, d_value = (new_heads(wide, *one.shape).zero_() for one in (key, value))
+    count, start = query.shape[2], 0
+    while start < count:
+        times = max(1, min(times, (count - start) // size))
+        stop = min(start + times * size, count)
+
+        def split(one: Tensor, start: int = start, stop: int = stop, times: int = times) -> Tensor:
+            some = one[0, :, start:stop]
+            return some.view(some.shape[0], times, -1, some.shape[2]).transpose(0, 1)  # (times, H, size, .)
+
+        *split_ones, some_lse = map(split, of_queries)
+        d_some, *d_keys = run(*split_ones, some_lse.squeeze(3))
+        split(d_query).copy_(d_some)
+        for total, some in zip((d_key, d_value), d_keys):
+            total += some.sum(0, keepdim=True, dtype=total.dtype)
+        start = stop
+    return d_query, d_key.to(key.dtype), d_value.to(value.dtype)
 
 
 def _with_rows(tensor: Tensor) -> Tensor:

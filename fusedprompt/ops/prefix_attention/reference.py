@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._op import NOTHING, Arguments, new_gradients, new_heads, new_lse, register
+from ._op import NOTHING, Arguments, new_heads, new_lse, register
 from ._parts import Part, attend, attend_backward, serves_flash
 
 Rows = slice | Tensor  # numbers along the first dimension
@@ -96,7 +96,7 @@ def _prefix_parts(given: Arguments, grouped: Tensor) -> Iterator[tuple[_Piece, P
     window = given.window or behind + length
     keys = slice(min(max(behind - window + 1, 0), keys_end), keys_end)  # what any query sees
     is_cut = behind + length - window > keys.start
-    if keys.start == keys_end:
+    if keys.start == keys_end or given.query.numel() == 0:
         return
     for rows, owner, reads in _readers(given):
         piece = _Piece(True, rows, _ALL, owner, keys)
@@ -118,6 +118,8 @@ def _own_parts(given: Arguments, grouped: Tensor) -> Iterator[tuple[_Piece, Part
     window = given.window or end
     start = max(past - window + 1, 0)
     is_cut = end - window > start
+    if given.query.numel() == 0:
+        return
 
     def one(heads: slice, keys: slice, flash: bool, causal: bool) -> tuple[_Piece, Part]:
         piece = _Piece(False, _ALL, heads, _ALL, keys)
@@ -149,52 +151,109 @@ def _last(query: Tensor, first: int, length: int, group: int) -> Tensor:
 
 def _forward(*args: object) -> tuple[Tensor, Tensor]:
     given = Arguments(*args)  # type: ignore[arg-type]
-    (batch, heads, length, _), width = given.query.shape, given.value.shape[3]
-    out = new_heads(given.query, batch, heads, length, width).zero_()
-    lse = new_lse(given.query, batch, heads, length).fill_(NOTHING)
-    if given.query.numel() == 0:
-        return out, lse
-    grouped, outs, sums = (_grouped(one, given.group) for one in (given.query, out, lse.unsqueeze(3)))
-    for parts in (_prefix_parts, _own_parts):
-        for piece, part in parts(given, grouped):
-            some, some_lse = attend(part, given.scale, given.softcap)
-            _merge(piece, outs, sums, piece.unfold(some, grouped), piece.unfold(some_lse.unsqueeze(3), grouped))
+    grouped = _grouped(given.query, given.group)
+    out, lse = _attend_to_prefix(given, grouped)
+    outs, sums = _grouped(out, given.group), _grouped(lse.unsqueeze(3), given.group)
+    for piece, part in _own_parts(given, grouped):
+        some, some_lse = attend(part, given.scale, given.softcap)
+        some, some_lse = piece.unfold(some, grouped), piece.unfold(some_lse.unsqueeze(3), grouped)
+        _merge(outs[:, :, piece.heads], sums[:, :, piece.heads], some, some_lse)
     if given.mask is not None:  # otherwise every query sees itself
         sees_nothing = lse < NOTHING / 2
-        out.masked_fill_(sees_nothing.unsqueeze(3), 0)
-        lse.masked_fill_(sees_nothing, torch.inf)
+        if lse.device.type != "cpu" or bool(sees_nothing.any()):
+            out.masked_fill_(sees_nothing.unsqueeze(3), 0)
+            lse.masked_fill_(sees_nothing, torch.inf)
     return out, lse
 
 
-def _merge(piece: _Piece, outs: Tensor, sums: Tensor, some: Tensor, some_lse: Tensor) -> None:
-    """Add a part's output and log-sum-exp, (., Hkv, ., T, .), to those of the parts before it."""
-    before, before_lse = (_take(one, piece.rows)[:, :, piece.heads] for one in (outs, sums))
-    share = torch.sigmoid(some_lse - before_lse)
-    merged = torch.lerp(before.to(share.dtype), some.to(share.dtype), share).to(outs.dtype)
-    merged_lse = torch.logaddexp(before_lse, some_lse)
-    outs[piece.rows, :, piece.heads], sums[piece.rows, :, piece.heads] = merged, merged_lse
+def _attend_to_prefix(given: Arguments, grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of the prefix alone: 0 and NOTHING where a row reads none."""
+    batch, heads, length, _ = given.query.shape
+    out, lse = None, new_lse(given.query, batch, heads, length)
+    for piece, part in _prefix_parts(given, grouped):
+        some, some_lse = attend(part, given.scale, given.softcap)
+        some, some_lse = piece.unfold(some, grouped), piece.unfold(some_lse.unsqueeze(3), grouped)
+        if piece.rows is _ALL and given.group == 1:
+            return some.flatten(1, 2), some_lse.flatten(1, 2).squeeze(3)
+        if out is None:
+            out = new_heads(given.query, batch, heads, length, given.value.shape[3]).zero_()
+            lse.fill_(NOTHING)
+        _grouped(out, given.group)[piece.rows] = some
+        _grouped(lse.unsqueeze(3), given.group)[piece.rows] = some_lse
+    if out is None:
+        out = new_heads(given.query, batch, heads, length, given.value.shape[3]).zero_()
+        lse.fill_(NOTHING)
+    return out, lse
+
+
+def _merge(out: Tensor, lse: Tensor, some: Tensor, some_lse: Tensor) -> None:
+    """Another part's output and log-sum-exp (B, Hkv, ., T, 1) into those of the parts before it."""
+    share = torch.sigmoid(some_lse - lse)
+    if out.dtype == share.dtype:
+        out.lerp_(some, share)
+    else:
+        out.copy_(out * (1 - share) + some * share)
+    lse.copy_(torch.logaddexp(lse, some_lse))
+
+
+class _Gradients:
+    """The five, as sums of what the parts give."""
+
+    def __init__(self, needs: list[bool], given: Arguments) -> None:
+        self.inputs = (given.query, given.prefix_key, given.prefix_value, given.key, given.value)
+        self.needs, self.group = needs, given.group
+        self.totals: list[Tensor | None] = [None] * 5
+
+    def _total(self, number: int) -> Tensor:
+        total = self.totals[number]
+        if total is None:
+            like = self.inputs[number]
+            # A group's heads are added up, which in 16 bits would round each time.
+            wide = torch.float32 if number > 2 and self.group > 1 and like.dtype.itemsize == 2 else like.dtype
+            total = self.totals[number] = new_heads(like.new_empty(0, dtype=wide), *like.shape).zero_()
+        return total
+
+    def add_query(self, piece: _Piece, some: Tensor) -> None:
+        """some: (rows, Hkv, heads, T, d)."""
+        if not self.needs[0]:
+            return
+        if piece.rows is _ALL and self.group == 1 and self.totals[0] is None:
+            self.totals[0] = some.flatten(1, 2)
+        else:
+            _add(_grouped(self._total(0), self.group)[:, :, piece.heads], piece.rows, some)
+
+    def add_keys(self, piece: _Piece, number: int, some: Tensor) -> None:
+        """number: of the input, whose positions in `piece.keys` it is."""
+        if not self.needs[number]:
+            return
+        like = self.inputs[number]
+        is_whole = piece.owner is _ALL and some.shape == like.shape and (number < 3 or self.group == 1)
+        if is_whole and self.totals[number] is None:
+            self.totals[number] = some
+        else:
+            _add(self._total(number)[:, :, piece.keys], piece.owner, some)
+
+    def sums(self) -> list[Tensor]:
+        return [
+            self._total(number).to(like.dtype) if self.needs[number] else like.new_empty(0)
+            for number, like in enumerate(self.inputs)
+        ]
 
 
 def _backward(d_out: Tensor, out: Tensor, lse: Tensor, needs: list[bool], *args: object) -> list[Tensor]:
-    given = Arguments(*args)  # type: ignore[arg-type]
-    gradients = [one.zero_() for one in new_gradients(needs, given)]
-    if given.query.numel() == 0:
-        return gradients
+    given, gradients = Arguments(*args), _Gradients(needs, Arguments(*args))  # type: ignore[arg-type]
     whole = (given.query, d_out, out, lse.unsqueeze(3))
     grouped, d_outs, outs, sums = (_grouped(one, given.group) for one in whole)
-    d_query = _grouped(gradients[0], given.group) if needs[0] else None
     for parts, first in ((_prefix_parts, 1), (_own_parts, 3)):
         if not (needs[0] or any(needs[first : first + 2])):
             continue
         for piece, part in parts(given, grouped):
             d_folded, folded, some_lse = (piece.fold(one) for one in (d_outs, outs, sums))
             d_some, *d_keys = attend_backward(part, given.scale, given.softcap, d_folded, folded, some_lse.squeeze(3))
-            if d_query is not None:
-                _add(d_query[:, :, piece.heads], piece.rows, piece.unfold(d_some, grouped))
+            gradients.add_query(piece, piece.unfold(d_some, grouped))
             for number, some in enumerate(d_keys, first):
-                if needs[number]:
-                    _add(gradients[number][:, :, piece.keys], piece.owner, some)
-    return gradients
+                gradients.add_keys(piece, number, some)
+    return gradients.sums()
 
 
 prefix_attention = register("", _forward, _backward)
