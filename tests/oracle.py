@@ -15,14 +15,25 @@ from torch import Tensor
 Slots = list[list[int]]
 
 
-def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], masks: Sequence[Tensor] = ()) -> Tensor:
-    """y = W_n(... m_0 * max(0, W_0 x + b_0) ...) + b_n, with dropout masks m of 0 and 1 / (1 - p)."""
+def mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    masks: Sequence[Tensor] = (),
+    activation: str = "relu",
+) -> Tensor:
+    """y = W_n(... m_0 * f(W_0 x + b_0) ...) + b_n, with dropout masks m of 0 and 1 / (1 - p).
+
+    f(a) = max(0, a), or tanh: (e^a - e^-a) / (e^a + e^-a)."""
     rows = []
     for row in x.double().unbind(0):
         for layer in range(len(weights)):
             row = (weights[layer].double() * row).sum(1) + biases[layer].double()
             if layer < len(weights) - 1:
-                row = torch.where(row > 0, row, 0.0)
+                if activation == "tanh":
+                    row = (torch.exp(row) - torch.exp(-row)) / (torch.exp(row) + torch.exp(-row))
+                else:
+                    row = torch.where(row > 0, row, 0.0)
                 if masks:
                     row = row * masks[layer][len(rows)].double()
         rows.append(row)

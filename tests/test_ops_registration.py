@@ -39,6 +39,7 @@ def mlp_samples() -> Iterator[Arguments]:
         weights = [grad(5, 3, layout=layout), grad(4, 5, layout=layout)]
         yield grad(7, 3, layout=layout), weights, [grad(5), grad(4)], []
     yield grad(2, 3), [grad(5, 3), grad(4, 5)], [grad(5), grad(4)], [torch.ones(2, 5)]
+    yield grad(2, 3), [grad(5, 3), grad(4, 5)], [grad(5), grad(4)], [], "tanh"
     yield rand(2, 3, dtype=torch.bfloat16), [rand(5, 3, dtype=torch.bfloat16)], [rand(5, dtype=torch.bfloat16)], []
 
 
