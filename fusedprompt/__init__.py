@@ -14,6 +14,7 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from . import ops as ops
     from .base.tasks import TaskType as TaskType
+    from .integrations.callback import FusedPromptCallback as FusedPromptCallback
     from .integrations.peft import apply as apply
     from .layouts.collator import TemplateCollator as TemplateCollator
     from .layouts.layout import Layout as Layout
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 _NAMES_IN = {
     "base.tasks": ("TaskType",),
+    "integrations.callback": ("FusedPromptCallback",),
     "integrations.peft": ("apply",),
     "layouts.collator": ("TemplateCollator",),
     "layouts.layout": ("Layout",),

@@ -61,7 +61,8 @@ class Patch(Record):
     def revert(self) -> None:
         """Give the instance back as it was. A second call does nothing.
 
-        If another library has wrapped a replaced method meanwhile, its wrapper stays, and calls PEFT's method.
+        If another library has wrapped a replaced method meanwhile, its wrapper stays, and calls PEFT's method. `apply`
+        serves such a model again.
         """
         if not self.active:
             return
@@ -91,7 +92,7 @@ class Patch(Record):
 
     def _copy_to(self, patch: Patch, model: Any) -> None:
         patch.__init__(model, self.backend, self.route, self.fix)  # type: ignore[misc]
-        patch.task, patch.left_alone = self.task, dict(self.left_alone)
+        patch.task, patch.left_alone, patch.automatic = self.task, dict(self.left_alone), self.automatic
         patch.host.task = self.host.task
 
     def _serve_replica(self, replica: Any) -> None:
@@ -140,8 +141,11 @@ class Patch(Record):
         if any(why_not_adapter(config) is None for config in self.model.peft_config.values()):
             self.replaced = {name: vars(self.model).get(name) for name, wanted in names.items() if wanted}
         self.model.__dict__[PATCH] = self
-        for name in self.replaced:
-            self.model.__dict__[name] = types.MethodType(_override(self._class, name), self.model)
+        for name, before in self.replaced.items():
+            if _calls(before, _override(self._class, name)):  # a patch before this one left it inside of a wrapper
+                self.replaced[name] = None
+            else:
+                self.model.__dict__[name] = types.MethodType(_override(self._class, name), self.model)
         if self.replaced:
             self.model.__dict__[_REPLICATE] = types.MethodType(_replicate_for_data_parallel, self.model)
 
@@ -240,6 +244,16 @@ def _override(model_class: Any, name: str) -> Any:
     return method
 
 
+def _calls(method: Any, function: Any) -> bool:
+    """Whether a method is this function, or a wrapper around it."""
+    while method is not None:
+        method = getattr(method, "__func__", method)
+        if method is function:
+            return True
+        method = getattr(method, "__wrapped__", None)
+    return False
+
+
 def _rebound(method: Any, model: Any, replica: Any) -> Any:
     bound = getattr(method, "__self__", None) is model
     return types.MethodType(method.__func__, replica) if bound else method
@@ -279,7 +293,9 @@ def _task_of(model: Any) -> tuple[PeftTask | None, dict[str, str]]:
             if type(model).forward is not known.forward:
                 return None, {"forward": f"{type(model).__name__} has a forward of its own"}
             placed = vars(model).get("forward")
-            if placed is not None and getattr(placed, "__func__", None) is not known.forward:
+            kind: Any = type(model)
+            ours = _calls(placed, _override(kind, "forward"))
+            if placed is not None and not ours and getattr(placed, "__func__", None) is not known.forward:
                 return None, {"forward": "another library has wrapped it; call apply before that"}
             return task, {}
     return None, {"forward": f"{type(model).__name__} has no task"}
