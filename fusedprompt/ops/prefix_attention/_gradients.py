@@ -181,8 +181,8 @@ def attention_d_keys(
     PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """d_value = sum of p d_out, d_key = sum of p (d_out v - delta) slope q in the order of queries: of one row, or of
-    all that read a prefix, rows_each in a split. Grid (owners times blocks of BLOCK_N keys, Hkv, splits)."""
+    """d_value = sum of p d_out and d_key = sum of p (d_out v - delta) slope q over the queries, in their order: of one
+    row, or of all that read a prefix, rows_each in a split. Grid (owners times blocks of BLOCK_N keys, Hkv, splits)."""
     if PDL:
         wait_for_kernel_before()
     h, heads, blocks = tl.program_id(1), tl.num_programs(1), tl.cdiv(length, BLOCK_N)

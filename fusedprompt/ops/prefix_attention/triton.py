@@ -26,7 +26,7 @@ from ._gradients import attention_d_keys, attention_d_query
 from ._kernels import attention_forward
 from ._op import Arguments, new_gradients, new_heads, new_lse, register
 
-# Programs that keep the largest chips busy: two on each of 132 multiprocessors. A constant, so that sums are in one order.
+# Programs that keep the largest chips busy, two on each of 132 multiprocessors. A constant: sums have one order.
 _PROGRAMS = 264
 Strides = tuple[int, int, int]
 
