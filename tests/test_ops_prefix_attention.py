@@ -101,7 +101,7 @@ def some_masks(batch: int, own: int, kind: str) -> Tensor:
         return place >= counts
     if kind == "right":
         return place < own - counts
-    mask = torch.rand(batch, own, generator=generator(batch)) > 0.5
+    mask = torch.rand(batch, own, generator=generator(batch), device="cpu") > 0.5
     mask[0], mask[-1] = True, False
     return mask
 

@@ -18,7 +18,7 @@ from fusedprompt.base import first_use
 from fusedprompt.base.prefixed_cache import PrefixedLayer, prefixed_cache
 from fusedprompt.base.reading import NotRead, reading
 from fusedprompt.layouts.mixture import BASE
-from fusedprompt.routes import attention
+from fusedprompt.routes import attention, plan_generate, planner
 from fusedprompt.routes.attention import attending
 from models import build, ours, pad, task_inputs, tokens
 from tolerance import one_thread  # noqa: F401
@@ -28,10 +28,15 @@ JOINED = ("Bloom", "Falcon")
 ALWAYS, NEVER = (lambda rows, size: None), (lambda rows, size: "not now")
 
 
+def put(monkeypatch: pytest.MonkeyPatch, rule: Any) -> None:
+    for place in (attention, planner, plan_generate):
+        monkeypatch.setattr(place, "cost_rule", rule)
+
+
 @pytest.fixture(autouse=True)
 def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """These batches are small."""
-    monkeypatch.setattr(attention, "cost_rule", ALWAYS)
+    put(monkeypatch, ALWAYS)
     yield monkeypatch
 
 
@@ -69,7 +74,7 @@ def both(monkeypatch: pytest.MonkeyPatch, run: Any) -> tuple[Any, Any]:
     """What a function gives where prefixes are read in place, and where they are joined."""
     found = run()
     with monkeypatch.context() as joined:
-        joined.setattr(attention, "cost_rule", NEVER)
+        put(joined, NEVER)
         return found, run()
 
 

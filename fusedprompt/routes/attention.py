@@ -29,6 +29,8 @@ _STANDS_FOR = {"sdpa": "fusedprompt_sdpa", "eager": "fusedprompt_eager"}
 # Arguments of an attention that change nothing of what is computed here: the window is longer than all text.
 _UNDERSTOOD = {"sliding_window", "position_ids", "use_cache", "output_attentions", "cache_position", "past_key_values"}
 
+CHEAP = "copies of so few positions cost less than another attention"
+
 _lock = threading.Lock()
 _in_use: dict[int, tuple[Any, str, int]] = {}  # by a configuration's id: it, what it said, and how many calls run
 
@@ -209,5 +211,5 @@ def why_not_attend(host: Host, rows: int, size: int, total: int) -> str | None:
 def cost_rule(rows: int, size: int) -> str | None:
     """Why joining costs no more, or None."""
     if size * rows < 1000:
-        return f"{size} copies of {rows} positions cost less than another attention"
+        return CHEAP
     return None

@@ -13,6 +13,7 @@ from ..layouts.picture import PADDING, join_symbols, row_symbols
 from ..layouts.pieces import anchor_slots
 from ..layouts.prompt import Prompt
 from ..methods import method_of
+from .attention import CHEAP
 from .call import BASE, CONTINUE, PREFIX, SHARED, SPLICE, Call, Plan
 from .choice import RouteUnavailable, why_not_head_loss, why_not_model
 from .host import Host
@@ -40,7 +41,8 @@ def describe(host: Host, planned: Plan) -> str:
     spliced = plan(host, replace(planned.call, route=SPLICE)) if planned.route == SHARED else planned
     found = remembered(host.base_model)
     matters = planned.route == SHARED or (planned.why is not None and planned.why in (found.sharing, found.gap))
-    attention = [] if planned.route not in (SHARED, PREFIX) else [_attention(planned)]
+    reads = planned.route in (SHARED, PREFIX) and planned.joined not in (None, CHEAP)
+    attention = [_attention(planned)] if reads or (planned.route in (SHARED, PREFIX) and not planned.joined) else []
     return "\n".join([line, *_pictures(host, spliced), *attention, *(first_use_line(host) if matters else [])])
 
 

@@ -25,7 +25,7 @@ from ..layouts.mixture import BASE, Mixture, prompts_of, refuse_cache
 from ..layouts.padding import Turn, choose_layout, may_be_padded
 from ..layouts.prompt import Prompt
 from ..ops._backend import AUTO
-from .attention import why_not_attend
+from .attention import cost_rule, why_not_attend
 from .call import BASE as BASE_ROUTE
 from .call import CONTINUE, FULL, PEFT, PREFIX, SHARED, SPLICE, Call, Plan, refuse, refuse_fields, with_cache
 from .choice import RouteUnavailable, why_not_as_peft, why_not_length, why_not_now, why_not_prompts
@@ -150,15 +150,18 @@ def _in_front(host: Host, known: Mapping[str, Prompt], active: Prompt, call: Cal
 
 def _why_joined(host: Host, call: Call, rows: int) -> str | None:
     """Why each row gets a copy of the prefix, joined with its own keys; None where attention reads the one."""
-    base, others = host.base_model, call.others
+    base, others, (size, length) = host.base_model, call.others, call.batch.shape
+    size *= copies(base, others)
+    cost = cost_rule(rows, size)
+    if cost is not None:
+        return cost
     if call.past_key_values is not None or reads_ids(host, others):
         return "the prefix is put into a cache of another making"
     if _is_static(host, call):
         return "a static cache holds it"
     if option(base, others, "output_attentions"):
         return "attention's weights are asked for"
-    size, length = call.batch.shape
-    return why_not_attend(host, rows, size * copies(base, others), rows + length + most_new_tokens(base, others))
+    return why_not_attend(host, rows, size, rows + length + most_new_tokens(base, others))
 
 
 def copies(base: Any, others: Mapping[str, Any]) -> int:

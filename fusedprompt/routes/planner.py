@@ -21,7 +21,7 @@ from ..layouts.prompt import Prompt
 from ..methods import Targets, find_method
 from ..ops._backend import AUTO
 from . import choice
-from .attention import why_not_attend
+from .attention import cost_rule, why_not_attend
 from .call import FULL, OURS, PEFT, PREFIX, SHARED, SPLICE, TEXT, Plan
 from .host import Host
 from .loss import Answers, Loss, NextToken, OwnFunction, Weighted, has_transformers_loss
@@ -281,11 +281,12 @@ class Planner:
     def _why_joined(self) -> str | None:
         """Why each row gets a copy of the prefix, joined with its own keys; None where attention reads the one."""
         size, length = self.batch.shape
-        if self.call.others.get("past_key_values") is not None:
+        cost, others = cost_rule(self.rows, size), self.call.others
+        if cost is not None:
+            return cost
+        if others.get("past_key_values") is not None:
             return "the caller's own cache holds the prefix"
-        if any(self.call.others.get(name) for name in ("output_attentions",)) or getattr(
-            self.host.base_model.config, "output_attentions", False
-        ):
+        if others.get("output_attentions") or getattr(self.host.base_model.config, "output_attentions", False):
             return "attention's weights are asked for"
         return why_not_attend(self.host, self.rows, size, self.rows + length)
 

@@ -173,7 +173,7 @@ def attention_forward(
     lse_ptr,  # (B, T, Hq) fp32
     B: tl.int32,
     T: tl.int32,
-    S: tl.int32,
+    S: tl.int32,  # fmt: skip
     N: tl.int32,
     A: tl.int32,
     query_row: tl.int64,
@@ -213,13 +213,13 @@ def attention_forward(
         m, end = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), B * T * GROUP
     else:
         row, m, end, first, behind = queries_of_a_row(T, GROUP, BLOCK_M)
-    inside = m < end
+    inside, own = m < end, row * key_row + h * key_head
     t, query_at, out_at = addresses(m, h, heads, T, query_row, query_head, query_place, GROUP)
     query = load_rows(query_ptr, query_at, inside, WIDTH, BLOCK_D)
     most, total, sums = _begin(before_ptr, before_lse_ptr, out_at, inside, PART == "own", VALUE_WIDTH, BLOCK_V)
     if PART != "own":
         number = tl.load(index_ptr + row) if HAS_INDEX else row * 0
-        is_wrong = (number < -1) | (number >= A)
+        is_wrong = (number < -1) | (number >= A)  # of an index out of range all is NaN
         stop, number = tl.where((number < 0) | is_wrong, 0, N), tl.where(is_wrong, 0, number)
         prefix = number * prefix_row + h * prefix_head
         most, total, sums = _attend_to(
@@ -229,14 +229,12 @@ def attention_forward(
             SCALE, SOFTCAP, WIDTH, VALUE_WIDTH, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V, INTERPRETED,
         )  # fmt: skip
     if PART != "prefix":
-        own = row * key_row + h * key_head
         most, total, sums = _attend_to(
             most, total, sums, query, S - T + t, key_ptr + own * WIDTH, value_ptr + own * VALUE_WIDTH,
             mask_ptr + row * S, key_place, first_seen(S - T + first, WINDOW), S - T + behind, S, HAS_MASK,
             WINDOW, SCALE, SOFTCAP, WIDTH, VALUE_WIDTH, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V, INTERPRETED,
         )  # fmt: skip
-    lse = tl.where(total == 0, float("inf"), (most + tl.log2(total)) * LN_2)
-    lse = tl.where(is_wrong, float("nan"), lse)  # an index out of range
+    lse = tl.where(is_wrong, float("nan"), tl.where(total == 0, float("inf"), (most + tl.log2(total)) * LN_2))
     sums = tl.where(is_wrong, float("nan"), sums / tl.where(total == 0, 1.0, total)[:, None])
     tl.store(lse_ptr + out_at, lse, mask=inside)
     store_rows(out_ptr, out_at, sums, inside, VALUE_WIDTH, BLOCK_V)
