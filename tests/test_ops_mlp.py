@@ -61,12 +61,12 @@ def fused(backend: str = "auto", **options: Any) -> Any:
     return lambda inputs: ops.mlp(*parts(inputs), backend=backend, **options)
 
 
-def plain(inputs: Tensors, masks: list[Tensor] | None = None) -> Tensor:
+def plain(inputs: Tensors, masks: list[Tensor] | None = None, activation: Any = F.relu) -> Tensor:
     x, weights, biases = parts(inputs)
     for layer, (weight, bias) in enumerate(zip(weights, biases)):
         x = F.linear(x, weight, bias)
         if layer < len(weights) - 1:
-            x = F.relu(x)
+            x = activation(x)
             if masks:
                 x = x * masks[layer]
     return x
@@ -76,15 +76,15 @@ def exact(inputs: Tensors) -> Tensor:
     return oracle.mlp(*parts(inputs))
 
 
-def sequential(inputs: Tensors, dropout: float) -> nn.Sequential:
-    """PEFT's head with nn.Dropout after each ReLU, owning the very tensors of `inputs`."""
+def sequential(inputs: Tensors, dropout: float, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """PEFT's head with nn.Dropout after each activation, owning the very tensors of `inputs`."""
     _, weights, biases = parts(inputs)
     layers: list[nn.Module] = []
     for weight, bias in zip(weights, biases):
         linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")  # initialising would draw
         del linear.weight, linear.bias
         linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
-        layers += [linear, nn.ReLU(), nn.Dropout(dropout)]
+        layers += [linear, activation(), nn.Dropout(dropout)]
     return nn.Sequential(*layers[:-2])
 
 
@@ -106,6 +106,35 @@ def test_mlp_of_noncontiguous_tensors_matches_fp64_oracle(layout: str, backend: 
     inputs = make(33, [7, 97, 33], torch.float32, layout=layout)
     assert not inputs["x"].is_contiguous() and not inputs["weight0"].is_contiguous()
     check(inputs, normal((33, 33), torch.float32, generator(9), layout), backend)
+
+
+@each_backend("mlp")
+@dtypes
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_mlp_with_tanh_and_all_gradients_match_fp64_oracle(dtype: torch.dtype, dropout: float, backend: str) -> None:
+    """As prefix tuning's projection: a last layer that is much wider than the others."""
+    inputs, d_out = make(33, [17, 65, 500], dtype), normal((33, 500), dtype, generator(9))
+    torch.manual_seed(4)
+    masks = [F.dropout(torch.ones(33, 65, dtype=dtype), dropout)] if dropout else []
+    require("mlp", backend, *parts(inputs), masks, "tanh")
+    torch.manual_seed(4)
+    actual = evaluate(fused(backend, activation="tanh", dropout=dropout, training=True), inputs, d_out)
+    assert_as_accurate(
+        actual,
+        lambda values: plain(values, masks, torch.tanh),
+        lambda values: oracle.mlp(*parts(values), masks, "tanh"),
+        inputs,
+        d_out,
+    )
+
+
+def test_mlp_with_tanh_has_the_bits_of_sequential_and_the_gradients_of_finite_differences() -> None:
+    inputs, d_out = make(7, [5, 9, 40], torch.float32), normal((7, 40), torch.float32, generator(9))
+    actual = evaluate(fused(activation="tanh"), inputs, d_out)
+    assert_identical(actual, evaluate(lambda values: sequential(values, 0.0, nn.Tanh)(values["x"]), inputs, d_out))
+    small = make(3, [4, 5, 2], torch.float64)
+    leaves = [value.requires_grad_() for value in small.values()]
+    assert torch.autograd.gradcheck(lambda *values: fused(activation="tanh")(dict(zip(small, values))), leaves)
 
 
 @examples(25)
@@ -269,6 +298,7 @@ META = torch.device("meta")
             ValueError,
             r"biases\[0\]: expected the device of .*, cpu, got meta",
         ),
+        ({"activation": "gelu"}, ValueError, r"activation: expected one of \('relu', 'tanh'\), got 'gelu'"),
         ({"dropout": 1.0}, ValueError, r"dropout: expected a number in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, ValueError, r"dropout: .*got -0.1"),
         ({"dropout": float("nan")}, ValueError, r"dropout: .*got nan"),

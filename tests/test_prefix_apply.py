@@ -98,6 +98,21 @@ def test_the_projection_runs_once_and_rows_of_several_prefixes_mix() -> None:
     assert_close({"logits": mixed[1:2]}, {"logits": model(input_ids=ids[1:2]).logits})
 
 
+def test_the_projection_runs_on_the_op_unless_something_must_see_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, given = made("Llama", "CAUSAL_LM", "PROJECTED"), tokens(), list[Any]()
+    mlp = fusedprompt.ops.mlp
+    monkeypatch.setattr(fusedprompt.ops, "mlp", lambda *args, **options: given.append(options) or mlp(*args, **options))
+    expected = model(input_ids=ids).logits
+    with fusedprompt.apply(model) as patch:
+        assert_close({"logits": model(input_ids=ids).logits}, {"logits": expected})
+        assert [options["activation"] for options in given] == ["tanh"]
+        assert "default, active: PREFIX_TUNING, 4 virtual tokens, mlp: reference, " in patch.report()
+        model.prompt_encoder["default"].transform[1] = torch.nn.GELU()
+        assert "encoder of default: transform.1 is a GELU, not a Tanh" in patch.report()
+        model(input_ids=ids)
+    assert len(given) == 1
+
+
 def test_checkpointing_and_splicing_are_refused_in_words() -> None:
     model = made("Llama", "CAUSAL_LM", "PREFIX").train()
     with pytest.raises(fusedprompt.RouteUnavailable, match="route 'splice' cannot run: adapter 'default' is keys"):

@@ -38,6 +38,10 @@ def run_triton() -> None:
             labels = torch.randint(-1, 12, (rows,), device=DEVICE)  # the last is out of range
             head = table.detach()
             ops.head_loss(prompt, head, labels, soft_cap=2.0, backend="triton").backward(retain_graph=True)
+    for rows, width, hidden, outputs in ((3, 5, 33, 16417), (20, 16, 64, 18432)):  # keys and values of all layers
+        shapes = (rows, width), (hidden, width), (hidden,), (outputs, hidden), (outputs,)
+        x, *layers = (draw(*shape, dtype=torch.float32) for shape in (shapes if ON_GPU else shapes[:3]))
+        ops.mlp(x, layers[::2], layers[1::2], activation="tanh", backend="triton").sum().backward()
     with torch.autocast(DEVICE, torch.bfloat16):
         for rows, width in ((63, 48), (128, 33)):
             x, weight, bias = (draw(*shape, dtype=torch.float32) for shape in ((rows, width), (width, width), (width,)))

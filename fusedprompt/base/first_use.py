@@ -8,10 +8,11 @@ and behind a cache. That takes a few milliseconds, and is remembered for all mod
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +23,10 @@ from .cache import keeps_all, reads_another, told_key_shapes, why_no_prefix
 from .facts import BaseFacts, device_of, transformers_model
 from .own_forward import has_own_forward
 from .positions import count_positions, numbered
+from .reading import NotRead
 from .remembered import Remembered
 from .shortened import bare, first_of_kind, shortened
+from .state import configs_of
 
 _PROMPT, _TEXT, _PADDING = 3, 4, 4
 
@@ -98,7 +101,9 @@ def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any)
     if torch.compiler.is_compiling():
         return unknown if held is None else held[1]
     # A loss may have terms that are for training alone.
-    now = (model.config._attn_implementation, *((model.loss_function, model.training) if name == "loss" else ()))
+    # While a call of another thread runs it is another name of the same.
+    attention = str(model.config._attn_implementation).removeprefix("fusedprompt_")
+    now = (attention, *((model.loss_function, model.training) if name == "loss" else ()))
     if held is None or held[0] != now:
         table = next(model.get_input_embeddings().parameters(), None)
         plain = type(table) is nn.Parameter and table.numel() > 0 and table.device.type != "meta"
@@ -141,6 +146,29 @@ def counts_columns(base: nn.Module, facts: BaseFacts) -> bool:
     """Whether an encoder-decoder's decoder counts columns of its cache that are masked. No where it cannot be run."""
     counts: bool = _found(base, "columns", lambda model: _Trial(model, facts).counts_columns(), False)
     return counts
+
+
+def why_prefix_unread(
+    base: nn.Module,
+    facts: BaseFacts,
+    attending: Callable[[Sequence[Any], Any], contextlib.AbstractContextManager[None]],
+) -> str | None:
+    """Why text behind a prefix that rows share without copies is not what it is behind copies of it, or None.
+
+    attending: lets the modules of some configurations read a cache's prefix; see `routes.attention`.
+    """
+    found: str = _found(
+        base, "attention", lambda model: _Trial(model, facts).why_prefix_unread(attending), "it was not tried"
+    )
+    return found or None
+
+
+def remember_unread(base: nn.Module, why: str) -> None:
+    """A call of a base model did not read a prefix that rows share: no later one will try."""
+    model = transformers_model(base)
+    held = None if model is None else _of_model.get(model)
+    if held is not None and "attention" in held:
+        _of_model.put(model, {**held, "attention": (held["attention"][0], why)})
 
 
 def why_not_embeddings(base: nn.Module, facts: BaseFacts) -> str | None:
@@ -187,11 +215,7 @@ class _Trial:
         if not self.facts.causal:
             gap = self._why_not_padded(_PROMPT, right[:1], "it counts padding between prompt and text")
             return Found(None, gap, None, self.writes)
-        # Row 0 has padding in front, row 1 behind, where a causal model does not see it.
-        padding = self.text.flip(1)
-        padded = torch.stack((torch.cat((padding[0], self.text[0])), torch.cat((self.text[1], padding[1]))))
-        mask = torch.ones(2, _PADDING + _TEXT, dtype=torch.int64, device=self.device)
-        mask[0, :_PADDING], mask[1, _TEXT:] = 0, 0
+        padded, mask = self._padded()
         # With position ids it does as it is told, but for a state.
         told = self.facts.places_position_ids and not self.facts.stateful
         lead = None if told else self._why_not_padded(0, right[:1], "it counts padding at the left of a row")
@@ -215,6 +239,15 @@ class _Trial:
             found[:1, _PADDING:], right[:1], "it counts padding that stands between a cached prompt and the text"
         )
         return Found(sharing, gap, lead, self.writes)
+
+    def _padded(self) -> tuple[Tensor, Tensor]:
+        """Both rows (2, T, D) and their mask (2, T). Row 0 has padding in front, row 1 behind, where a causal model
+        does not see it."""
+        padding = self.text.flip(1)
+        padded = torch.stack((torch.cat((padding[0], self.text[0])), torch.cat((self.text[1], padding[1]))))
+        mask = torch.ones(2, _PADDING + _TEXT, dtype=torch.int64, device=self.device)
+        mask[0, :_PADDING], mask[1, _TEXT:] = 0, 0
+        return padded, mask
 
     def makes_loss_of_logits(self) -> bool | None:
         """With labels, of rows of different lengths; None where it cannot be told."""
@@ -277,6 +310,44 @@ class _Trial:
     def _read(self, ids: Tensor, cache: Any = None) -> Any:
         """Text behind a cache, if there is one."""
         return self._run(input_ids=ids, **({} if cache is None else {"past_key_values": cache}))
+
+    def why_prefix_unread(self, attending: Callable[..., Any]) -> str | None:
+        """See the function of this name; "" for no reason."""
+        from .prefixed_cache import prefixed_cache
+
+        copied = self._cache() if self.embeds else "it cannot be run"
+        if isinstance(copied, str):
+            return copied
+        padded, mask = self._padded()
+        wide = torch.cat((mask.new_ones(2, _PROMPT), mask), 1)
+        positions = count_positions(mask, _PROMPT + self.facts.first_position)
+        copies = copied()
+        if any(map(reads_another, copies.layers)):
+            return "some of its layers read the keys of earlier ones"
+        cache = prefixed_cache([(layer.keys[:1], layer.values[:1]) for layer in copies.layers], 2)
+        configs = configs_of(self.model)
+        for begin, end in ((0, -1), (-1, None)):  # a text, and a token behind it
+            columns = slice(begin, end)
+            given = {
+                "inputs_embeds": padded[:, columns],
+                "attention_mask": wide[:, :end],
+                "position_ids": positions[:, columns],
+            }
+            right = self._run(past_key_values=copies, **given)
+            try:
+                with attending(configs, cache):
+                    found = self._run(past_key_values=cache, **given)
+            except NotRead as error:
+                return str(error)
+            if isinstance(right, str):
+                return right
+            real = mask[:, columns].bool()
+            if not isinstance(found, str):
+                found = found[real].unsqueeze(1)
+            said = "its attention gives other values with a prefix that is not copied"
+            if (objection := self._differs(found, right[real].unsqueeze(1), said)) is not None:
+                return objection
+        return ""
 
     def why_not_embeddings(self) -> str | None:
         """The error of a padded row, or None."""

@@ -19,7 +19,10 @@ def devices() -> list[str]:
 
 
 def samples(device: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
-    """The formula of each op, and behind it small arguments in the order its backends take them, always the same."""
+    """The formula of each op, and behind it small arguments in the order its backends take them, always the same.
+
+    A second word tells two samples of an op from each other.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -31,12 +34,16 @@ def samples(device: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[
     epsilon = torch.tensor([0.1, 9.0, 0.5], device=device, dtype=dtype, requires_grad=True)
     trainable = torch.tensor([True, False, True], device=device)
     labels = torch.tensor([3, -100, 0, 10], device=device)
+    prefix, own = [draw(1, 1, 3, 8), draw(1, 1, 3, 8)], [draw(2, 1, 4, 8), draw(2, 1, 4, 8)]
+    perceptron: tuple[Any, ...] = (_mlp, draw(4, 5), [draw(6, 5), draw(5, 6)], [draw(6), draw(5)], [])
     return {
-        "mlp": (_mlp, draw(4, 5), [draw(6, 5), draw(5, 6)], [draw(6), draw(5)], []),
+        "mlp": perceptron,
+        "mlp tanh": (*perceptron, "tanh"),
         "lstm": (_lstm, draw(1, 4, 5), lstm_weights, [], True),
         "splice": (_splice, draw(3, 5), None, ids, draw(11, 5), None, [], []),
         "cpt": (_cpt, draw(3, 5), draw(3, 5), epsilon, trainable),
         "head_loss": (_head_loss, draw(4, 5), draw(11, 5), draw(11), labels, None),
+        "prefix_attention": (_prefix_attention, draw(2, 2, 4, 8), *prefix, *own, None, None, None, 0.3, 0, 0.0),
     }
 
 
@@ -46,7 +53,7 @@ def check_all() -> dict[str, Any]:
     exact = samples("cpu", torch.float64)
     for device in devices():
         for name, (_, *arguments) in samples(device).items():
-            for backend in ops.OPS[name].backends:
+            for backend in ops.OPS[name.split()[0]].backends:
                 if backend.why_not(*arguments) is None:
                     try:
                         with _ieee_products():
@@ -90,9 +97,10 @@ def _compare(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
     return "ok"
 
 
-def _mlp(x: Any, weights: Any, biases: Any, _: Any) -> Any:
+def _mlp(x: Any, weights: Any, biases: Any, _: Any, activation: str = "relu") -> Any:
     for weight, bias in zip(weights[:-1], biases[:-1]):
-        x = (x @ weight.T + bias).clamp(min=0)
+        x = x @ weight.T + bias
+        x = 2 / (1 + torch.exp(-2 * x)) - 1 if activation == "tanh" else x.clamp(min=0)
     return x @ weights[-1].T + biases[-1]
 
 
@@ -115,3 +123,13 @@ def _cpt(embedding: Any, delta: Any, epsilon: Any, trainable: Any) -> Any:
 def _head_loss(hidden: Any, weight: Any, bias: Any, labels: Any, _: Any) -> Any:
     logits = hidden @ weight.detach().T + bias.detach()
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def _prefix_attention(query: Any, prefix_key: Any, prefix_value: Any, key: Any, value: Any, *rest: Any) -> Any:
+    rows, prefix_length = query.shape[0], prefix_key.shape[2]
+    keys, values = (
+        torch.cat((a.expand(rows, -1, -1, -1), b), 2) for a, b in ((prefix_key, key), (prefix_value, value))
+    )
+    scores = query @ keys.mT * rest[3]  # one head of keys, which all heads of queries read
+    hidden = torch.ones_like(scores, dtype=torch.bool).triu(prefix_length + 1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(3) @ values

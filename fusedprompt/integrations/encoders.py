@@ -28,9 +28,8 @@ def why_not_encoder(encoder: Any, config: Any) -> str | None:
     method = method_of(config)
     if config.inference_mode:
         return "inference mode: the prompt is the table itself"
-    if method.product == CACHE:
-        made = "are what two layers of PyTorch's make" if hasattr(encoder, "transform") else "are the parameters"
-        return f"keys and values {made}"
+    if method.product == CACHE and not hasattr(encoder, "transform"):
+        return "keys and values are the parameters"
     if method.num_tasks is not None:
         return "PEFT's module is called, once for each distinct task of a batch"
     if method.peft is None:

@@ -159,11 +159,13 @@ def run_lstm(lstm: Any, rows: Tensor) -> Tensor:
     )
 
 
-def run_mlp(head: nn.Sequential, rows: Tensor, dropout: float = 0.0, training: bool = False) -> Tensor:
-    """(P, H) to (P, D): `ops.mlp` with the weights of a `Sequential` of Linear and ReLU."""
+def run_mlp(
+    head: nn.Sequential, rows: Tensor, dropout: float = 0.0, training: bool = False, activation: str = "relu"
+) -> Tensor:
+    """(P, H) to (P, D): `ops.mlp` with the weights of a `Sequential` of Linear and ReLU or Tanh."""
     linears = [layer for layer in head if isinstance(layer, nn.Linear)]
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    return ops.mlp(rows, weights, biases, dropout=dropout, training=training)
+    return ops.mlp(rows, weights, biases, activation=activation, dropout=dropout, training=training)
 
 
 def _uses_lstm(encoder: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import PeftType, PromptLearningConfig, as_config, check_count
-from .method import CACHE, Method, register_method
+from .method import CACHE, Method, Part, PeftEncoder, register_method
 from .module import PromptModule, check_needed
+from .p_tuning import run_mlp
 
 
 @dataclass
@@ -127,7 +128,7 @@ class PrefixEncoder(KeyValueModule):
     def encode(self) -> Tensor:
         """Keys and values, (N, 2 L D)."""
         rows: Tensor = self.embedding.weight
-        return self.transform(rows) if self.prefix_projection else rows
+        return _project(self.transform, rows) if self.prefix_projection else rows
 
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
         if self.prefix_projection:
@@ -136,6 +137,21 @@ class PrefixEncoder(KeyValueModule):
                 "turn back into the projection's input"
             )
         super().load_prompt_embeddings(prompt_embeddings)
+
+
+def _project(transform: nn.Sequential, rows: Tensor) -> Tensor:
+    """(N, D) to (N, 2 L D)."""
+    return run_mlp(transform, rows, activation="tanh")
+
+
+def _parts(encoder: Any) -> Iterator[Part]:
+    yield "transform", encoder.transform, nn.Sequential
+    for index, layer in enumerate(encoder.transform):
+        yield f"transform.{index}", layer, nn.Tanh if index % 2 else nn.Linear
+
+
+def _run_peft(encoder: Any, indices: Tensor) -> Tensor:
+    return _project(encoder.transform, encoder.embedding(indices)[0])
 
 
 @torch.no_grad()
@@ -147,9 +163,10 @@ register_method(
     Method(
         PrefixTuningConfig,
         PrefixEncoder,
-        ops=lambda module: (),
+        ops=lambda module: ("mlp",) if "transform" in module._modules else (),
         product=CACHE,
         saves_encoder=lambda config: bool(config.prefix_projection),
         from_prompt=_from_prompt,
+        peft=PeftEncoder("PrefixEncoder", _parts, _run_peft),
     )
 )

@@ -346,7 +346,7 @@ class PromptAdapters(ReadsThrough):
     def _encoded(self, prompts: Sequence[Prompt]) -> Tensor:
         """(k, P, D): the prompts of one adapter, all its tasks' in one call."""
         encoder: Any = self.prompt_encoder[prompts[0].name]
-        tasks, count = [prompt.task_id for prompt in prompts if prompt.task_id is not None], prompts[0].rows
+        tasks, count = [prompt.task_id for prompt in prompts if prompt.task_id is not None], prompts[0].encoded_rows
         rows: Tensor = encoder(task_ids=tasks) if tasks else encoder().expand(len(prompts), -1, -1)
         if prompts[0].kept is not None:
             return rows.index_select(1, _constant(prompts[0].kept, rows.device))
@@ -358,7 +358,7 @@ class PromptAdapters(ReadsThrough):
 
     def table(self, prompts: Sequence[Prompt], padded: bool = False) -> Tensor:
         """(R, D): each prompt's rows, and its template's constant tokens; with `padded`, a row of zeros behind all."""
-        return joined(prompts, self._tables, padded, self.active_config.token_dim or 0, self.prompt_device)
+        return joined(self, prompts, self._tables, padded, self.active_config.token_dim or 0)
 
     def _tables(self, prompts: Sequence[Prompt]) -> Tensor:
         """(k, R, D): the tables of prompts of one adapter."""

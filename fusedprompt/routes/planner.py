@@ -21,6 +21,7 @@ from ..layouts.prompt import Prompt
 from ..methods import Targets, find_method
 from ..ops._backend import AUTO
 from . import choice
+from .attention import cost_rule, why_not_attend
 from .call import FULL, OURS, PEFT, PREFIX, SHARED, SPLICE, TEXT, Plan
 from .host import Host
 from .loss import Answers, Loss, NextToken, OwnFunction, PerToken, Weighted, has_transformers_loss, masks_labels
@@ -57,7 +58,7 @@ class Planner:
         objection: str | None = "it was asked for" if route == SPLICE else self._why_not_this()
         cost = None
         if route == AUTO:
-            kept, device = choice.is_kept(host, [one.name for one in self.table]), batch.tokens.device.type
+            kept, device = choice.is_kept(host, self.table), batch.tokens.device.type
             cost = choice.cost_rule(self.rows, *batch.shape, kept, device, len(self.table))
         if objection is None and cost is None:
             objection = choice.why_not_now(host) or self._why_not_found()
@@ -165,6 +166,7 @@ class Planner:
         fields, layout = replace(fields, input_type_mask=None), Layout.prefix(self.rows)
         found = {"route": PREFIX, "fields": fields, "others": others, "looks_up": looks_up, "layout": layout}
         found["loss"] = of_tokens
+        found["joined"] = self._why_joined()
         if not (self.labelled and self._withholds(others)):
             return found
         waits = not host.text_head.read
@@ -293,7 +295,20 @@ class Planner:
         if self.targets_of is not None:  # of logits of prompt and text
             cuts, waits, logits = (("logits",) if logits == TEXT else ()), waits and logits == FULL, FULL
         found = {"layout": layout, "fields": fields, "loss": loss, "waits": waits, "logits": logits, "cuts": cuts}
+        found["joined"] = self._why_joined()
         return {"route": SHARED, "looks_up": self.task.pools, "others": self._others(), **found}
+
+    def _why_joined(self) -> str | None:
+        """Why each row gets a copy of the prefix, joined with its own keys; None where attention reads the one."""
+        size, length = self.batch.shape
+        cost, others = cost_rule(self.rows, size), self.call.others
+        if cost is not None:
+            return cost
+        if others.get("past_key_values") is not None:
+            return "the caller's own cache holds the prefix"
+        if others.get("output_attentions") or getattr(self.host.base_model.config, "output_attentions", False):
+            return "attention's weights are asked for"
+        return why_not_attend(self.host, self.rows, size, self.rows + length)
 
     def _text(self) -> tuple[Batch, Layout, Tensor | None]:
         """The text's fields, where prompt and text stand in the output, and (B,) padding at the left of each row."""

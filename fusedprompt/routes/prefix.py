@@ -28,6 +28,7 @@ from ..layouts.batch import Batch, check_length
 from ..layouts.mixture import Mixture
 from ..layouts.padding import count_padding, may_be_padded
 from ..layouts.prompt import Prompt, Source
+from .attention import in_place
 from .call import SPLICE, Plan
 from .choice import RouteUnavailable, is_kept
 from .host import Host
@@ -49,9 +50,9 @@ class PrefixStates:
     cache: Any
     mixture: Mixture | None = None
 
-    def for_rows(self, size: int) -> Any:
-        """A cache of its own for `size` rows of text, of views."""
-        return cache_for_rows(self.cache, size, self.mixture)
+    def for_rows(self, size: int, attends: bool = False) -> Any:
+        """A cache of its own for `size` rows of text; see `cache_for_rows`."""
+        return cache_for_rows(self.cache, size, self.mixture, attends)
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +68,7 @@ def prefix_states(host: Host, prompts: Sequence[Prompt], mixture: Mixture | None
         parts = _parts(host, of_source[source], kept=keeps)
         return PrefixStates(parts, _cache(host, parts))
 
-    keeps = is_kept(host, [prompt.name for prompt in prompts])
+    keeps = is_kept(host, prompts)
     if not keeps:
         states = [make(source) for source in of_source]
     else:  # of the base model they depend on nothing but its dtype and where it is, as its embeddings
@@ -274,7 +275,7 @@ def run_prefix(host: Host, plan: Plan) -> Any:
         arguments["inputs_embeds"] = arguments["inputs_embeds"].clone()
     cache = own = others.pop("past_key_values", None)
     if plan.table:  # some row has a prefix
-        cache = filled(host, prefix_states(host, plan.table, plan.mixture).for_rows(size), own)
+        cache = filled(host, prefix_states(host, plan.table, plan.mixture).for_rows(size, plan.joined is None), own)
     as_dict, use_cache = others.pop("return_dict", None), others.pop("use_cache", None)
     wants_cache = getattr(base.config, "use_cache", True) if use_cache is None else use_cache
     if isinstance(loss, NextToken):
@@ -283,6 +284,7 @@ def run_prefix(host: Host, plan: Plan) -> Any:
         assert isinstance(loss, (NextToken, PerToken))
         others.pop("num_items_in_batch", None)
     with (
+        in_place(host, cache),
         _given(base, cache, facts.causal) as given,
         numbered(base, arguments, facts.takes_position_ids),
     ):

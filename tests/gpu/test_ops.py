@@ -43,10 +43,12 @@ def parts(inputs: Tensors) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return inputs["x"], [inputs[f"weight{i}"] for i in range(depth)], [inputs[f"bias{i}"] for i in range(depth)]
 
 
-def run_mlp(inputs: Tensors, d_out: Tensor, device: torch.device, backend: str) -> tuple[Tensors, list[Tensor]]:
+def run_mlp(
+    inputs: Tensors, d_out: Tensor, device: torch.device, backend: str, activation: str = "relu"
+) -> tuple[Tensors, list[Tensor]]:
     leaves = {name: value.to(device).requires_grad_() for name, value in inputs.items()}
     x, weights, biases = parts(leaves)
-    out = ops.mlp(x, weights, biases, backend=backend)
+    out = ops.mlp(x, weights, biases, activation=activation, backend=backend)
     gradients = torch.autograd.grad(out, list(leaves.values()), d_out.to(device, out.dtype))
     with torch.no_grad():
         hidden = [ops.mlp(x, weights[:depth], biases[:depth], backend=backend) for depth in range(1, len(weights))]
@@ -54,14 +56,14 @@ def run_mlp(inputs: Tensors, d_out: Tensor, device: torch.device, backend: str) 
     return {name: value.cpu() for name, value in found.items()}, [value.cpu() for value in hidden]
 
 
-def true_mlp(inputs: Tensors, d_out: Tensor, hidden: list[Tensor]) -> Tensors:
-    """In fp64; the ReLUs let through what they let through in `hidden`, because gradients jump where that differs."""
+def true_mlp(inputs: Tensors, d_out: Tensor, hidden: list[Tensor], activation: str = "relu") -> Tensors:
+    """In fp64; ReLUs let through what they let through in `hidden`, because gradients jump where that differs."""
     leaves = {name: value.double().requires_grad_() for name, value in inputs.items()}
     x, weights, biases = parts(leaves)
     for layer, (weight, bias) in enumerate(zip(weights, biases)):
         x = x @ weight.T + bias
         if layer < len(weights) - 1:
-            x = torch.where(hidden[layer] > 0, x, 0.0)
+            x = torch.tanh(x) if activation == "tanh" else torch.where(hidden[layer] > 0, x, 0.0)
     gradients = torch.autograd.grad(x, list(leaves.values()), d_out.double())
     return {"output": x.detach(), **{f"d_{name}": gradient for name, gradient in zip(leaves, gradients)}}
 
@@ -94,6 +96,29 @@ def test_mlp_of_a_real_model_matches_fp64_oracle(
     require("mlp", "triton", inputs["x"].to(cuda))
     actual, hidden = run_mlp(inputs, d_out, cuda, "triton")
     assert_close(actual, true_mlp(inputs, d_out, hidden), torch.finfo(dtype).eps)
+
+
+@dtypes
+@pytest.mark.parametrize("rows, sizes", [(20, [33, 97, 64]), (7, [64, 48, 272])], ids=str)
+def test_mlp_with_tanh_and_every_gradient_match_fp64_oracle(
+    device: torch.device, dtype: torch.dtype, rows: int, sizes: list[int]
+) -> None:
+    inputs, d_out = draw(rows, sizes, dtype), normal((rows, sizes[-1]), dtype, generator(1))
+    require("mlp", "triton", inputs["x"].to(device))
+    actual, hidden = run_mlp(inputs, d_out, device, "triton", "tanh")
+    assert_close(actual, true_mlp(inputs, d_out, hidden, "tanh"), torch.finfo(dtype).eps)
+
+
+@dtypes
+@pytest.mark.parametrize("rows, sizes", [(20, [1024, 1024, 57344]), (32, [768, 512, 18433])], ids=str)
+def test_keys_and_values_of_all_layers_match_fp64_oracle(
+    cuda: torch.device, dtype: torch.dtype, rows: int, sizes: list[int]
+) -> None:
+    """The last layer's gradients are those of parts of its rows."""
+    inputs, d_out = draw(rows, sizes, dtype), normal((rows, sizes[-1]), dtype, generator(1))
+    require("mlp", "triton", inputs["x"].to(cuda))
+    actual, hidden = run_mlp(inputs, d_out, cuda, "triton", "tanh")
+    assert_close(actual, true_mlp(inputs, d_out, hidden, "tanh"), torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("rows", [20, 63])

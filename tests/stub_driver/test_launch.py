@@ -40,6 +40,15 @@ def training_step(
     head_loss.IMPLEMENTATION.head_loss(embeds.flatten(0, 1)[:4], table, None, ids.new_zeros(4), None).backward()
 
 
+def projection_step(width: int = 48, rows: int = 4) -> None:
+    """Keys and values of all layers, from a prefix's projection, and back."""
+    sizes = (width, width, 16385 + width % 2)
+    x = torch.zeros(rows, width, requires_grad=True)
+    weights = [torch.zeros(out, into, requires_grad=True) for into, out in itertools.pairwise(sizes)]
+    biases = [torch.zeros(out, requires_grad=True) for out in sizes[1:]]
+    mlp.mlp(x, weights, biases, [], "tanh").sum().backward()
+
+
 @pytest.fixture
 def without_dispatch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -87,9 +96,11 @@ def test_driver_gets_what_triton_dispatch_gives_it(compared: list[str], dtype: t
     slots = torch.tensor([[0, -1, 1, 2, -2, 3, 4, -3, -4], [-1, -2, -3, -4, 0, 1, 2, 3, 4]])
     for layout in (None, slots):
         training_step(dtype, width, slots=layout)
+    projection_step(width)
     assert set(compared) == {
         "linear_forward",
         "linear_backward",
+        "sum_of_parts",
         "splice_forward",
         "splice_prefix_backward",
         "segment_sum",
@@ -113,7 +124,7 @@ def test_tensors_that_are_not_16_byte_aligned_get_code_of_their_own() -> None:
         mlp.mlp(x.view(4, 48), weights, biases, [])
         mlp.mlp(x.view(4, 48), weights, biases, [])
         sizes, dtypes = (4, 48, 48), (torch.float32,) * 3
-        _, launch = mlp._forward_launch(sizes, dtypes, torch.float32, "ieee", False, False, True)
+        _, launch = mlp._forward_launch(sizes, dtypes, torch.float32, "ieee", "", False, True)
         launched.append(dict(launch._compiled))
     (aligned,) = launched[0].values()
     _, unaligned = launched[1].values()
@@ -126,3 +137,11 @@ def test_training_step_launches_five_kernels_forward_and_four_backward(request: 
     before = STUB.num_launches
     training_step()
     assert STUB.num_launches - before == 3 + 1 + 1 + 1 + 3
+
+
+def test_projection_launches_two_kernels_forward_and_three_backward(request: pytest.FixtureRequest) -> None:
+    projection_step()
+    request.getfixturevalue("without_dispatch")
+    before = STUB.num_launches
+    projection_step()
+    assert STUB.num_launches - before == 2 + 3

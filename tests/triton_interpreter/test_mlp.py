@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -21,8 +21,9 @@ from fusedprompt.ops import _triton
 if not _triton.INTERPRETED:
     pytest.skip("needs TRITON_INTERPRET=1, set before triton is imported", allow_module_level=True)
 
+from fusedprompt.ops.mlp import _configs
 from fusedprompt.ops.mlp import triton as backend
-from fusedprompt.ops.mlp._configs import backward_config, forward_config
+from fusedprompt.ops.mlp._configs import backward_config, forward_config, split
 from tolerance import (
     Tensors,
     assert_identical,
@@ -65,22 +66,29 @@ def parts(inputs: Tensors) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return inputs["x"], [inputs[f"weight{i}"] for i in range(depth)], [inputs[f"bias{i}"] for i in range(depth)]
 
 
-def fused(inputs: Tensors) -> Tensor:
-    return ops.mlp(*parts(inputs), backend="triton")
+def fused(inputs: Tensors, activation: str = "relu") -> Tensor:
+    return ops.mlp(*parts(inputs), activation=activation, backend="triton")
 
 
-def plain(inputs: Tensors, masks: Sequence[Tensor] = (), positive: Sequence[Tensor] = ()) -> Tensor:
-    return plain_layers(inputs, masks, positive)[-1]
+def plain(
+    inputs: Tensors, masks: Sequence[Tensor] = (), positive: Sequence[Tensor] = (), activation: str = "relu"
+) -> Tensor:
+    return plain_layers(inputs, masks, positive, activation)[-1]
 
 
-def plain_layers(inputs: Tensors, masks: Sequence[Tensor] = (), positive: Sequence[Tensor] = ()) -> list[Tensor]:
+def plain_layers(
+    inputs: Tensors, masks: Sequence[Tensor] = (), positive: Sequence[Tensor] = (), activation: str = "relu"
+) -> list[Tensor]:
     """What each layer gives. positive: which activations the ReLUs let through; by default those above zero."""
     x, weights, biases = parts(inputs)
     layers = []
     for layer, (weight, bias) in enumerate(zip(weights, biases)):
         x = F.linear(x, weight, bias)
         if layer < len(weights) - 1:
-            x = torch.where(positive[layer], x, 0.0) if positive else F.relu(x)
+            if activation == "tanh":
+                x = torch.tanh(x)
+            else:
+                x = torch.where(positive[layer], x, 0.0) if positive else F.relu(x)
             if masks:
                 x = x * masks[layer].to(x.dtype)
         layers.append(x)
@@ -108,7 +116,11 @@ def assert_as_accurate(actual: Tensors, baseline: Tensors, truth: Tensors, round
 
 
 def check(
-    inputs: Tensors, d_out: Tensor, masks: Sequence[Tensor] = (), oracle_inputs: Tensors | None = None
+    inputs: Tensors,
+    d_out: Tensor,
+    masks: Sequence[Tensor] = (),
+    oracle_inputs: Tensors | None = None,
+    activation: str = "relu",
 ) -> Tensors:
     """Every layer's result, then every gradient, against the oracle; returns the output and the gradients.
 
@@ -117,19 +129,18 @@ def check(
     """
     x, weights, biases = parts(inputs)
     compute = torch.bfloat16 if oracle_inputs else None
-    out, hidden = torch.ops.fusedprompt.mlp_triton(x, weights, biases, list(masks), compute)
+    out, hidden = torch.ops.fusedprompt.mlp_triton(x, weights, biases, list(masks), compute, activation)
     exact = {name: value.double() for name, value in (oracle_inputs or inputs).items()}
 
     def named(layers: list[Tensor]) -> Tensors:
         return {f"layer {index}": layer for index, layer in enumerate(layers)}
 
-    assert_as_accurate(
-        named([*hidden, out]), named(plain_layers(inputs, masks)), named(plain_layers(exact, masks)), compute
-    )
+    baseline_layers, true_layers = (plain_layers(values, masks, (), activation) for values in (inputs, exact))
+    assert_as_accurate(named([*hidden, out]), named(baseline_layers), named(true_layers), compute)
     positive = [activations > 0 for activations in hidden]
-    truth = evaluate_oracle(lambda values: plain(values, masks, positive), exact, d_out)
-    baseline = evaluate(lambda values: plain(values, masks, positive), inputs, d_out)
-    actual = evaluate(lambda values: backend.mlp(*parts(values), list(masks)), inputs, d_out)
+    truth = evaluate_oracle(lambda values: plain(values, masks, positive, activation), exact, d_out)
+    baseline = evaluate(lambda values: plain(values, masks, positive, activation), inputs, d_out)
+    actual = evaluate(lambda values: backend.mlp(*parts(values), list(masks), activation), inputs, d_out)
     assert_as_accurate(actual, baseline, truth, compute)
     return actual
 
@@ -138,6 +149,59 @@ def check(
 @shapes
 def test_mlp_and_all_gradients_match_fp64_oracle(rows: int, sizes: list[int], dtype: torch.dtype) -> None:
     check(make(rows, sizes, dtype), normal((rows, sizes[-1]), dtype, generator(9)))
+
+
+@dtypes
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("rows, sizes", [(1, [1, 1, 1]), (33, [130, 97, 7]), (20, [64, 96, 272, 64])], ids=str)
+def test_mlp_with_tanh_and_all_gradients_match_fp64_oracle(
+    rows: int, sizes: list[int], dropout: bool, dtype: torch.dtype
+) -> None:
+    masks = [F.dropout(torch.ones(rows, width, dtype=dtype), 0.3) for width in sizes[1:-1]] if dropout else []
+    check(make(rows, sizes, dtype), normal((rows, sizes[-1]), dtype, generator(9)), masks, activation="tanh")
+
+
+def test_tanh_is_flat_at_large_values_and_keeps_nan_and_dropped_units_pass_no_gradient() -> None:
+    x = torch.tensor([[-torch.inf], [-1e4], [0.0], [1e4], [torch.inf], [torch.nan]])
+    inputs = {"x": x, "weight0": torch.ones(3, 1), "bias0": torch.zeros(3)}
+    inputs |= {"weight1": torch.ones(1, 3), "bias1": torch.zeros(1)}
+    masks = [torch.tensor([[2.0, 0.0, 2.0]]).repeat(6, 1)]
+    found = evaluate(lambda values: backend.mlp(*parts(values), masks, "tanh"), inputs, torch.ones(6, 1))
+    expected = evaluate(lambda values: plain(values, masks, (), "tanh"), inputs, torch.ones(6, 1))
+    for name in ("output", "d_x", "d_bias0"):
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, equal_nan=True)
+    assert found["d_x"][:5].flatten().tolist() == [0, 0, 4, 0, 0]
+
+
+@pytest.fixture
+def narrow_is_wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Layers of more than 200 outputs are taken for wide ones, which they are from 16385 on."""
+    monkeypatch.setattr(_configs, "_WIDE", 200)
+    backend._backward_launch.cache_clear()
+    yield
+    backend._backward_launch.cache_clear()
+
+
+@dtypes
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("inputs, outputs", [(16, 4112), (33, 801)])
+def test_the_gradient_of_a_layer_with_many_outputs_is_the_sum_of_parts(
+    inputs: int, outputs: int, activation: str, dtype: torch.dtype, narrow_is_wide: None
+) -> None:
+    """As of keys and values of all layers; the last part is not full."""
+    values, d_out = make(3, [7, inputs, outputs], dtype), normal((3, outputs), dtype, generator(9))
+    with _triton.recorded_launches() as launches:
+        found = check(values, d_out, activation=activation)
+    # `check` runs forward twice.
+    assert launches == ["linear_forward"] * 4 + ["linear_backward", "sum_of_parts", "linear_backward"]
+    assert_identical(found, evaluate(lambda x: fused(x, activation), values, d_out))
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_sums_of_parts_pass_through_masks_and_may_stand_alone(dropout: bool, narrow_is_wide: None) -> None:
+    masks = [F.dropout(torch.ones(3, 40), 0.3)] if dropout else []
+    sizes = [7, 40, 801] if dropout else [7, 801]
+    check(make(3, sizes, torch.float32), normal((3, 801), torch.float32, generator(9)), masks, activation="tanh")
 
 
 @examples(20)
@@ -310,28 +374,32 @@ def test_mlp_runs_on_triton_by_default_and_elsewhere_if_told_to() -> None:
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("compute", [None, torch.bfloat16])
-def test_mlp_ops_pass_opcheck(dropout: bool, compute: torch.dtype | None) -> None:
+@pytest.mark.parametrize(("compute", "activation"), [(None, "relu"), (torch.bfloat16, "relu"), (None, "tanh")])
+def test_mlp_ops_pass_opcheck(dropout: bool, compute: torch.dtype | None, activation: str) -> None:
     x, weights, biases = parts(make(7, [5, 9, 3], torch.float32))
     masks = [F.dropout(torch.ones(7, 9), 0.5)] if dropout else []
-    out, hidden = torch.ops.fusedprompt.mlp_triton(x, weights, biases, masks, compute)
+    out, hidden = torch.ops.fusedprompt.mlp_triton(x, weights, biases, masks, compute, activation)
     d_out = torch.ones_like(out)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for leaf in (x, *weights, *biases):
         leaf.requires_grad_()
     torch.library.opcheck(
-        torch.ops.fusedprompt.mlp_triton.default, (x, weights, biases, masks, compute), test_utils=checks
+        torch.ops.fusedprompt.mlp_triton.default, (x, weights, biases, masks, compute, activation), test_utils=checks
     )
-    arguments = (d_out, x.detach(), [weight.detach() for weight in weights], masks, hidden, compute)
+    arguments = (d_out, x.detach(), [weight.detach() for weight in weights], masks, hidden, compute, activation)
     torch.library.opcheck(torch.ops.fusedprompt.mlp_backward_triton.default, arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_mlp_compiles_in_one_graph_with_the_bits_of_eager(autocast: bool) -> None:
+@pytest.mark.parametrize(("autocast", "activation"), [(False, "relu"), (True, "relu"), (False, "tanh")])
+def test_mlp_compiles_in_one_graph_with_the_bits_of_eager(autocast: bool, activation: str) -> None:
     inputs, d_out = make(7, [5, 9, 3], torch.float32), normal((7, 3), torch.float32, generator(9))
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+
+    def run(values: Tensors) -> Tensor:
+        return fused(values, activation)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        assert_identical(evaluate(compiled, inputs, d_out), evaluate(fused, inputs, d_out))
+        assert_identical(evaluate(compiled, inputs, d_out), evaluate(run, inputs, d_out))
 
 
 # Of an H100. A load takes about 0.8 us to arrive, so that 3.35 TB/s need this much under way. Backward writes as much
@@ -374,6 +442,40 @@ def test_large_layers_keep_the_chip_busy_or_are_left_to_cublas(rows: int, width:
             assert ahead >= needed * weights / 10  # so that they arrive in at most ten times 0.8 us
 
 
+# L, D and H of prefixes with a projection: GPT-2, Llama 3.2 3B, Llama 3.1 8B with a small H, Llama 2 7B.
+PROJECTIONS = [(12, 768, 768), (28, 1024, 1024), (32, 1024, 512), (32, 4096, 4096)]
+
+
+@pytest.mark.parametrize("layers, width, hidden", PROJECTIONS)
+@pytest.mark.parametrize("rows", [20, 50, 63, 100, 128])
+@pytest.mark.parametrize("cast", [False, True], ids=["bfloat16", "autocast"])
+def test_keys_and_values_of_all_layers_keep_the_chip_busy(
+    rows: int, layers: int, width: int, hidden: int, cast: bool
+) -> None:
+    """Counted as above, of the last layer: without parts 24 to 64 programs would write the gradient of its weight."""
+    outputs, itemsize = 2 * layers * width, 4 if cast else 2
+    if rows > (128 if cast else 63):
+        return
+    weights = hidden * outputs * itemsize
+    forward = forward_config(rows, hidden, outputs, (2, itemsize), "tf32")
+    backward = backward_config(rows, hidden, outputs, itemsize, torch.bfloat16, "tf32")
+    strips, parts = -(-hidden // backward["BLOCK_K"]), split(hidden, outputs, backward)
+    for tile, programs, needed in ((forward, -(-outputs // forward["BLOCK_N"]), 1.0), (backward, strips * parts, 0.5)):
+        ahead = programs * tile["BLOCK_N"] * tile["BLOCK_K"] * itemsize * (tile["num_stages"] - 1)
+        assert programs >= 0.7 * MULTIPROCESSORS and ahead >= needed * IN_FLIGHT
+    x_again, d_out_again = -(-outputs // forward["BLOCK_N"]) * rows * hidden * 2, strips * rows * outputs * 2
+    assert max(x_again, d_out_again) + weights <= 2 * L2_BY_MEMORY * weights
+    assert 2 * parts * rows * hidden * 4 <= 0.16 * 2 * weights  # the parts, written and read, in L2
+    assert 1 < parts <= outputs // (16 * backward["BLOCK_N"])
+
+
+def test_layers_of_p_tuning_have_no_parts() -> None:
+    """Whose gradients so keep the order of their sums."""
+    for hidden, outputs in itertools.product((1, 128, 768, 4096), (1, 768, 4096, 8192, 16384)):
+        tile = backward_config(20, hidden, outputs, 2, torch.bfloat16, "tf32")
+        assert split(hidden, outputs, tile) == 1
+
+
 def test_mlp_tiles_cover_their_rows_and_are_few() -> None:
     for precision, compute, most in (
         ("ieee", torch.float32, 63),
@@ -388,4 +490,4 @@ def test_mlp_tiles_cover_their_rows_and_are_few() -> None:
                 backward = backward_config(rows, width, width, compute.itemsize, compute, precision)
                 assert forward["BLOCK_P"] == backward["BLOCK_P"] >= rows
                 assert min(value for name, value in {**forward, **backward}.items() if "BLOCK" in name) >= 16
-    assert len(list(backend.configurations(pdl=True))) <= 200
+    assert len(list(backend.configurations(pdl=True))) <= 320

@@ -8,15 +8,7 @@ A row is read twice and written once: 6 bytes a logit of 16 bits.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _tanh(x):
-    """By its series near 0, where 1 - exp(-2x) would cancel; at most 4 units in the last place wrong."""
-    square = x * x
-    near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    small = tl.exp(-2 * tl.abs(x))
-    far = (1 - small) / (1 + small)
-    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
+from .._kernels import tanh, wait_for_kernel_before
 
 
 @triton.jit
@@ -24,7 +16,7 @@ def _capped(logits_ptr, at, inside, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr)
     """The logits that the loss is of; -inf outside of a row."""
     value = tl.load(logits_ptr + at, mask=inside, other=float("-inf")).to(tl.float32) * SCALE
     if SOFT_CAP > 0:
-        value = tl.where(inside, SOFT_CAP * _tanh(value / SOFT_CAP), float("-inf"))
+        value = tl.where(inside, SOFT_CAP * tanh(value / SOFT_CAP), float("-inf"))
     elif SCALE <= 0:
         value = tl.where(inside, value, float("-inf"))
     return value
@@ -51,8 +43,7 @@ def loss_in_place(
     A label outside of the row makes its loss and its gradient NaN.
     """
     if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernel_before()
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     logits_ptr += row * V

@@ -1,9 +1,9 @@
-"""The MLP prompt encoder: y = W_n(...relu(W_0 x + b_0)...) + b_n over the rows of a prompt table."""
+"""The MLP prompt encoder: y = W_n(...f(W_0 x + b_0)...) + b_n over the rows of a prompt table, f ReLU or tanh."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,17 +22,16 @@ _MOST_CAST_ROWS = 128
 _MOST_EXACT_ROWS = 32
 # Its kernels reckon places in activations in 32 bits.
 _MOST_TRITON_WIDTH = 2**31 // 256
+_ACTIVATIONS = ("relu", "tanh")
 
 
-def _triton(x: Tensor, weights: list[Tensor], biases: list[Tensor], dropout_masks: list[Tensor]) -> Tensor:
+def _triton(*arguments: Any) -> Tensor:
     from . import triton
 
-    return triton.mlp(x, weights, biases, dropout_masks)
+    return triton.mlp(*arguments)
 
 
-def _why_not_triton(
-    x: Tensor, weights: Sequence[Tensor] = (), biases: Sequence[Tensor] = (), dropout_masks: Sequence[Tensor] = ()
-) -> str | None:
+def _why_not_triton(x: Tensor, weights: Sequence[Tensor] = (), *others: Any) -> str | None:
     """Also of the rows alone, for `explain`."""
     reason = why_not_triton(x, *weights)
     if reason is not None:
@@ -72,19 +71,22 @@ def mlp(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     *,
+    activation: str = "relu",
     dropout: float = 0.0,
     training: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Run prompt rows through a multi-layer perceptron with ReLU between the layers.
+    """Run prompt rows through a multi-layer perceptron with ReLU or tanh between the layers.
 
-    The head of P-tuning (arXiv 2103.10385; PEFT's `PromptEncoder.mlp_head` with three layers).
+    The head of P-tuning (arXiv 2103.10385; PEFT's `PromptEncoder.mlp_head`, three layers with ReLU), and the projection
+    of prefix tuning (arXiv 2101.00190; PEFT's `PrefixEncoder.transform`, two layers with tanh).
 
     Args:
         x: (P, D) prompt rows, floating point.
         weights: one (out, in) matrix per layer, as `nn.Linear.weight`; at least one.
         biases: one (out,) vector per layer.
-        dropout: probability of zeroing a hidden activation after each ReLU, in [0, 1). The masks are drawn by torch
+        activation: "relu" or "tanh".
+        dropout: probability of zeroing a hidden activation, in [0, 1). The masks are drawn by torch
             in the order `F.dropout` would draw them, so a seed gives the same result on every backend.
         training: apply dropout.
         backend: "auto", "reference" or "triton" (CUDA; up to 63 rows, 128 where autocast casts the weights, 32 where
@@ -98,13 +100,15 @@ def mlp(
         BackendUnavailable: the requested backend cannot run on these arguments.
     """
     _check_arguments(x, weights, biases, dropout)
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {_ACTIVATIONS}, got {activation!r}")
     masks: list[Tensor] = []
     if training and dropout > 0.0:
         masks = [
             torch.nn.functional.dropout(x.new_ones(x.shape[0], weight.shape[0]), dropout, training=True)
             for weight in weights[:-1]
         ]
-    return cast(Tensor, OP.run(backend, x, list(weights), list(biases), masks))
+    return cast(Tensor, OP.run(backend, x, list(weights), list(biases), masks, activation))
 
 
 def _check_arguments(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dropout: float) -> None:

@@ -12,8 +12,13 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from .._triton import next_power_of_2
-from ._kernels import linear_backward, linear_forward
+from .._triton import cdiv, next_power_of_2
+from ._kernels import linear_backward, linear_forward, sum_of_parts
+
+# Backward, a program owns columns of the weight. From so many outputs on, such as keys and values of all layers, the
+# rows are shared out too: a hidden layer of 1024 units would leave half of the multiprocessors without a program, and
+# the others with 57344 rows each.
+_WIDE = 16384
 
 
 def _tile(block_p: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> dict[str, int]:
@@ -81,7 +86,8 @@ _BACKWARD_IEEE = {
 def backward_config(
     rows: int, inputs: int, outputs: int, itemsize: int, compute: torch.dtype, precision: str
 ) -> dict[str, int]:
-    """Tile of `linear_backward`: a program owns 32 columns of the weight, or 16 where that makes too few programs.
+    """Tile of `linear_backward`: a program owns 32 columns of the weight, or 16 where that makes too few programs. Of
+    a wide layer it owns 32, and `split` makes the programs: 16 would read d_out twice as often.
 
     itemsize: bytes of a weight in memory.
     """
@@ -90,11 +96,27 @@ def backward_config(
         return _tile(block_p, 16, 16, 4 if block_p < (32 if precision == "ieee" else 128) else 8, 2)
     is_half = compute != torch.float32
     table = _BACKWARD_HALF if is_half else _BACKWARD_IEEE if precision == "ieee" else _BACKWARD_TF32
-    block_k = 16 if inputs <= 132 * 16 and (block_p, 16) in table else 32
+    is_wide = outputs > _WIDE
+    block_k = 16 if inputs <= 132 * 16 and not is_wide and (block_p, 16) in table else 32
     block_n, num_warps, num_stages = table[block_p, block_k]
     if is_half and itemsize == 4:
-        block_n, num_warps, num_stages = min(block_n, 64), 8, 4 if block_p <= 32 else 3
+        # With 4 stages code for parts spills 8 bytes on sm_100, for the sake of 80 registers.
+        block_n, num_warps, num_stages = min(block_n, 64), 8, 3 if block_p > 32 else 5 if is_wide else 4
     return _tile(block_p, block_n, block_k, num_warps, num_stages)
+
+
+def split(inputs: int, outputs: int, tile: dict[str, int]) -> int:
+    """Parts of a layer's outputs in `linear_backward`, each for programs of their own: two programs a multiprocessor,
+    as far as each has 16 steps to go."""
+    if outputs <= _WIDE:
+        return 1
+    return max(1, min(2 * 132 // cdiv(inputs, tile["BLOCK_K"]), outputs // (16 * tile["BLOCK_N"])))
+
+
+ACTIVATIONS = ("relu", "tanh")  # of hidden layers
+
+# Of `sum_of_parts`: numbers of a program of 128 threads.
+SUM_TILE = {"BLOCK": 512, "num_warps": 4, "num_stages": 3}
 
 
 # What a layer may multiply: the dtypes of its input, of its parameters and of the operands, and whether fp32 products
@@ -114,12 +136,17 @@ _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.
 
 
 def constants(
-    tile: dict[str, int], compute: torch.dtype, precision: str, flags: tuple[bool, ...], interpreted: bool
+    tile: dict[str, int],
+    compute: torch.dtype,
+    precision: str,
+    activation: str,
+    flags: tuple[bool, ...],
+    interpreted: bool,
 ) -> dict[str, Any]:
-    """The constexprs of either kernel, in their order there. flags: RELU, HAS_MASK and PDL."""
-    relu, has_mask, pdl = flags
+    """The constexprs of `linear_forward`, in their order there. flags: HAS_MASK and PDL."""
+    has_mask, pdl = flags
     return {
-        "RELU": relu,
+        "ACTIVATION": activation,
         "HAS_MASK": has_mask,
         "COMPUTE": _TRITON_DTYPES[compute],
         "PRECISION": precision,
@@ -129,8 +156,25 @@ def constants(
     }
 
 
+def backward_constants(
+    tile: dict[str, int],
+    compute: torch.dtype,
+    precision: str,
+    activation: str,
+    flags: tuple[bool, ...],
+    interpreted: bool,
+    is_split: bool,
+) -> dict[str, Any]:
+    """Those of `linear_backward`. Of parts `sum_of_parts` sees to activation and mask."""
+    if is_split:
+        activation, flags = "", (False, flags[1])
+    return {**constants(tile, compute, precision, activation, flags, interpreted), "SPLIT": is_split}
+
+
 def configurations(pdl: bool) -> Iterator[dict[str, Any]]:
     """Every tile that the functions above can choose, for compiling ahead of time.
+
+    Products in fp16 are there with ReLU and without parts alone: they take what those in bf16 take.
 
     pdl: with programmatic dependent launch, as on sm_90 and later.
 
@@ -138,32 +182,50 @@ def configurations(pdl: bool) -> Iterator[dict[str, Any]]:
     num_stages, and a label.
     """
     found: dict[str, dict[str, Any]] = {}
-    for (inputs, parameters, compute, exact), aligned, rows, width in itertools.product(
-        _PRODUCTS, (True, False), (16, 32, 64, 128), (768, 4096, 8192)
+    for (inputs, parameters, compute, exact), aligned, rows, (width, outputs), activation in itertools.product(
+        _PRODUCTS,
+        (True, False),
+        (16, 32, 64, 128),
+        ((768, 768), (4096, 4096), (8192, 8192), (1024, 57344)),
+        ACTIVATIONS,
     ):
         dtypes = (inputs, parameters, compute)
         if rows == 128 and parameters == compute:
             continue  # left to cuBLAS
-        sizes = (rows, width, width) if aligned else (rows, width + 1, width + 1)
+        sizes = (rows, width, outputs) if aligned else (rows, width + 1, outputs + 1)
         itemsize, precision = _DTYPES[parameters].itemsize, "ieee" if exact else "tf32"
         tile = forward_config(*sizes, (_DTYPES[inputs].itemsize, itemsize), precision)
-        forward = _configuration(linear_forward, dtypes, precision, aligned, tile, pdl)
+        forward = _configuration(linear_forward, dtypes, precision, aligned, tile, pdl, activation)
         tile = backward_config(*sizes, itemsize, _DTYPES[compute], precision)
-        backward = _configuration(linear_backward, dtypes, precision, aligned, tile, pdl)
+        is_split = split(*sizes[1:], tile) > 1
+        if compute == "fp16" and (is_split or activation != ACTIVATIONS[0]):
+            continue
+        backward = _configuration(linear_backward, dtypes, precision, aligned, tile, pdl, activation, is_split)
         found |= {f"{one['kernel'].__name__} {one['label']}": one for one in (forward, backward)}
     yield from found.values()
+    for kind, activation in itertools.product(_DTYPES, ACTIVATIONS):
+        yield _sum_configuration(kind, activation, pdl)
 
 
 def _configuration(
-    kernel: Any, dtypes: tuple[str, str, str], precision: str, aligned: bool, tile: dict[str, int], pdl: bool
+    kernel: Any,
+    dtypes: tuple[str, str, str],
+    precision: str,
+    aligned: bool,
+    tile: dict[str, int],
+    pdl: bool,
+    activation: str,
+    is_split: bool = False,
 ) -> dict[str, Any]:
     inputs, parameters, compute = dtypes
-    values = constants(tile, _DTYPES[compute], precision, (True, True, pdl), interpreted=False)
+    given = (tile, _DTYPES[compute], precision, activation, (True, pdl), False)
+    values = backward_constants(*given, is_split) if kernel is linear_backward else constants(*given)
     blocks = " x ".join(str(tile[name]) for name in ("BLOCK_P", "BLOCK_N", "BLOCK_K"))
     pointers = dict.fromkeys(("weight_ptr", "bias_ptr", "mask_ptr", "d_weight_ptr", "d_bias_ptr"), f"*{parameters}")
-    pointers |= {"x_ptr": f"*{inputs}", "d_x_ptr": f"*{inputs}", "out_ptr": f"*{compute}", "d_out_ptr": f"*{compute}"}
+    pointers |= {"x_ptr": f"*{inputs}", "out_ptr": f"*{compute}", "d_out_ptr": f"*{compute}"}
+    pointers["d_x_ptr"] = "*fp32" if is_split else f"*{inputs}"
     products = compute if compute != "fp32" else "fp32" if precision == "ieee" else "tf32"
-    of = f"{inputs} by {parameters} in {products}"
+    what = ", in parts" if is_split else "" if activation == "relu" else f", {activation}"
     return {
         "kernel": kernel,
         "types": {**pointers, **dict.fromkeys(values, "constexpr")},
@@ -171,5 +233,19 @@ def _configuration(
         "aligned": ("K", "N") if aligned else (),
         "num_warps": tile["num_warps"],
         "num_stages": tile["num_stages"],
-        "label": f"{of}, {blocks}{'' if aligned else ', odd widths'}",
+        "label": f"{inputs} by {parameters} in {products}, {blocks}{'' if aligned else ', odd widths'}{what}",
+    }
+
+
+def _sum_configuration(kind: str, activation: str, pdl: bool) -> dict[str, Any]:
+    values = {"ACTIVATION": activation, "HAS_MASK": True, "PARTS": 8, "BLOCK": SUM_TILE["BLOCK"], "PDL": pdl}
+    pointers = {"parts_ptr": "*fp32", **dict.fromkeys(("x_ptr", "mask_ptr", "d_x_ptr"), f"*{kind}")}
+    return {
+        "kernel": sum_of_parts,
+        "types": {**pointers, **dict.fromkeys(values, "constexpr")},
+        "constants": values,
+        "aligned": ("SIZE",),
+        "num_warps": SUM_TILE["num_warps"],
+        "num_stages": SUM_TILE["num_stages"],
+        "label": f"{kind}, 8 parts{'' if activation == 'relu' else f', {activation}'}",
     }

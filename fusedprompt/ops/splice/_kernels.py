@@ -8,15 +8,10 @@ Row offsets are 64-bit: B * S * D passes 2**31 in real batches.
 import triton
 import triton.language as tl
 
+from .._kernels import wait_for_kernel_before
+
 # Sizes that change from batch to batch: no text length may compile anything.
 _CHANGING = ["R", "S", "T", "V", "filled_stride", "fill0", "fill1", "fill2", "step0", "step1", "step2"]
-
-
-@triton.jit
-def _wait_for_kernel_before():
-    """With programmatic dependent launch: nothing is read before the kernel before this one has ended."""
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -77,7 +72,7 @@ def splice_forward(
     """out[b, s] = prompt[~slot] if slot < 0 else token row `slot`; NaN for an id or a slot outside its table.
     Grid (B * cdiv(S, ROWS),): a program writes ROWS rows of one b, BLOCK_D columns at a time."""
     if PDL:
-        _wait_for_kernel_before()
+        wait_for_kernel_before()
     tiles = tl.cdiv(S, ROWS)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     s = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
@@ -138,7 +133,7 @@ def splice_prefix_backward(
 ):
     """d_prompt[r] = sum over b of d_out[b, r], in fp32 and always in the same order; ROWS batch rows in flight."""
     if PDL:
-        _wait_for_kernel_before()
+        wait_for_kernel_before()
     r = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -162,7 +157,7 @@ def segment_sum(
 ):
     """out[t] = sum of the rows whose target is t, in fp32 and always in the same order; ROWS of them in flight."""
     if PDL:
-        _wait_for_kernel_before()
+        wait_for_kernel_before()
     target = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     end = tl.load(bounds_ptr + target + 1)
