@@ -223,9 +223,110 @@ def test_bad_texts(given: dict[str, Any], error: type[Exception], said: str, met
         getattr(model, method)(input_ids=tokens(), **given)
 
 
-def test_prefixes_say_how() -> None:
-    with pytest.raises(ValueError, match=r"shared_prefix: expected None with adapter 'default'.*in the cache"):
-        ours("Llama", method="PREFIX")(tokens(), shared_prefix=TEXT)
+PREFIXES = ("PREFIX", "PROJECTED", "CARTRIDGE")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_behind_a_prefix(family: str, side: str) -> None:
+    """The right result is that of the rows with the text in front, each unpadded and alone."""
+    model, inputs, real = ours(family, method="PREFIX"), batch(), []
+    if side == "left":
+        inputs = {
+            name: torch.stack([row.roll(by) for row, by in zip(field, (0, 3, 2))]) for name, field in inputs.items()
+        }
+    real = inputs["attention_mask"].bool()
+    found = results(model, **inputs, shared_prefix=TEXT)
+    found["logits"] = found["logits"][real]
+    model.zero_grad()
+    logits, losses = [], []
+    for row, own in zip(inputs["input_ids"], real):
+        ids = torch.cat((TEXT, row[own][None]), 1)
+        logits.append(model(ids).logits[0, -int(own.sum()) - 1 :])
+        losses.append(torch.nn.functional.cross_entropy(logits[-1][:-1], row[own], reduction="none"))
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    grads = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    assert_equal(found, {"loss": loss, "logits": torch.cat([one[1:] for one in logits]), **grads})
+
+
+@pytest.mark.parametrize("method", PREFIXES)
+def test_behind_prefixes_of_all_kinds(method: str) -> None:
+    model, inputs = ours("Llama", method=method), batch(padded=False)
+    found, right = results(model, **inputs, shared_prefix=TEXT), results(model, **joined(inputs))
+    right["logits"] = right["logits"][:, TEXT.shape[1] :]
+    assert_equal(found, right)
+
+
+def test_behind_prefixes_of_several_adapters_and_of_none() -> None:
+    model, inputs = ours("Llama", method="PREFIX"), batch(padded=False)
+    model.add_adapter("longer", fusedprompt.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=9))
+    names = ["longer", BASE, "default"]
+    found = results(model, **inputs, shared_prefix=TEXT, adapter_names=names)
+    # Without a prompt nothing else predicts a row's first token; behind a text that does.
+    right = results(model, **joined(inputs), adapter_names=names)
+    right["logits"] = right["logits"][:, TEXT.shape[1] :]
+    assert_equal(found, right)
+
+
+def test_a_prefix_s_classifier() -> None:
+    model, inputs = ours("Llama", "SEQ_CLS", method="PREFIX"), batch("SEQ_CLS")
+    assert_equal(results(model, **inputs, shared_prefix=TEXT), results(model, **joined(inputs)))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Bloom"])
+def test_generate_behind_a_prefix(family: str, beams: int) -> None:
+    model, ids = ours(family, method="PREFIX"), tokens(3, 5)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    found = model.generate(ids, shared_prefix=TEXT, **options)
+    right = model.generate(torch.cat((TEXT.expand(3, -1), ids), 1), **options)
+    assert torch.equal(found[:, :5], ids) and torch.equal(found[:, 5:], right[:, 11:])
+
+
+def test_apply_behind_a_prefix() -> None:
+    import peft
+
+    theirs = peft.get_peft_model(
+        build("Llama"), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    ).eval()
+    inputs, ids = batch(padded=False), tokens(2, 5)
+    right = results(theirs, **joined(inputs))
+    answer = theirs.generate(input_ids=torch.cat((TEXT.expand(2, -1), ids), 1), max_new_tokens=4, do_sample=False)
+    right["logits"] = right["logits"][:, TEXT.shape[1] :]
+    fusedprompt.apply(theirs)
+    assert_equal(results(theirs, **inputs, shared_prefix=TEXT), right)
+    found = theirs.generate(input_ids=ids, shared_prefix=TEXT, max_new_tokens=4, do_sample=False)
+    assert torch.equal(found[:, 5:], answer[:, 11:])
+
+
+def test_text_behind_a_prefix_is_computed_once() -> None:
+    model, inputs, seen = ours("Llama", method="PREFIX"), batch(padded=False), []
+    for layer in model.base_model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0] * args[0].shape[1]))
+    model(**inputs, shared_prefix=TEXT)
+    assert sum(seen) == 2 * (6 + 3 * 7)
+
+
+def test_a_conversation_behind_a_prefix_goes_on() -> None:
+    model, ids, more = ours("Llama", method="PREFIX"), tokens(2, 5), tokens(2, 3, seed=4)
+    first = model(ids, shared_prefix=TEXT, use_cache=True)
+    found = model(more, past_key_values=first.past_key_values, shared_prefix=TEXT)
+    right = model(torch.cat((TEXT.expand(2, -1), ids, more), 1))
+    torch.testing.assert_close(found.logits, right.logits[:, -3:], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "place", "said"),
+    [
+        ("Llama", "CAUSAL_LM", "before", "stands in front of all text"),
+        ("Bert", "SEQ_CLS", "behind", "only a decoder reads"),
+        ("T5", "SEQ_2_SEQ_LM", "behind", "only a decoder reads"),
+    ],
+)
+def test_text_that_no_prefix_can_have_is_refused(family: str, task: str, place: str, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"shared_prefix: expected None with adapter 'default'.*{said}"):
+        ours(family, task, method="PREFIX")(**batch(task), shared_prefix=TEXT, shared_prefix_place=place)
 
 
 def test_cpt_weighs_its_own_context() -> None:

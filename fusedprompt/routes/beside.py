@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from ..base.facts import device_of
 from ..layouts.mixture import BASE
 from ..layouts.prompt import Prompt
-from ..layouts.shared_text import SharedText
+from ..layouts.shared_text import BEFORE, SharedText
 from ..methods import find_method
 from .call import Call, refuse
 from .host import Host
+from .prefix_text import why_not_behind
 
 
 def prompts_of_call(host: Host, call: Call) -> Mapping[str, Prompt]:
@@ -30,17 +31,19 @@ def prompts_of_call(host: Host, call: Call) -> Mapping[str, Prompt]:
     names = call.adapter_names if isinstance(call.adapter_names, (list, tuple)) else [host.in_use]
     named = [host.prompts[name] for name in dict.fromkeys(names) if isinstance(name, str) and name in host.prompts]
     for prompt in named:
-        objection = _why_not(prompt, call)
+        objection = _why_not(host, prompt, call)
         if objection is not None:
             refuse("shared_prefix", call.shared_prefix, f"with adapter {prompt.name!r}, {objection}")
-    alone = Prompt(BASE, "", (*named, *host.prompts.values())[0].task, 0)
+    # Rows without an adapter, beside rows with prefixes, read the text from the cache too.
+    in_cache = call.adapter_names is not None and any(prompt.in_cache for prompt in named)
+    alone = Prompt(BASE, "", (*named, *host.prompts.values())[0].task, 0, in_cache=in_cache)
     return {name: prompt.beside(text) for name, prompt in {**host.prompts, BASE: alone}.items()}
 
 
-def _why_not(prompt: Prompt, call: Call) -> str | None:
+def _why_not(host: Host, prompt: Prompt, call: Call) -> str | None:
     method = find_method(prompt.method)
     if prompt.in_cache:
-        return f"whose {prompt.method} is in the cache: start it from the text (initialize_kv_prefix_from_text)"
+        return why_not_behind(host, prompt, call.shared_prefix_place == BEFORE)
     if prompt.pattern is not None or prompt.start:
         return "whose prompt does not all stand in front of the text"
     if method is not None and method.targets is not None and call.batch.labels is not None:

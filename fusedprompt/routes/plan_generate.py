@@ -305,7 +305,7 @@ def _check_behind(host: Host, call: Call, prompts: tuple[Prompt, ...], rows: int
     elif objection is None and own and reads_ids(host, others):
         objection = "ids of the prompt go through a cache of transformers' own making"
     length = 0 if host.facts.encoder_decoder else call.batch.shape[1] + most_new_tokens(base, others)
-    if objection is None and _is_static(host, call):
+    if objection is None and (_is_static(host, call) or call.shared_prefix is not None):
         objection = why_not_length(host, rows + length)
     if objection is not None:
         raise RouteUnavailable(objection, PREFIX)

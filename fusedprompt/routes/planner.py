@@ -22,7 +22,7 @@ from ..methods import Targets, find_method
 from ..ops._backend import AUTO
 from . import choice
 from .attention import cost_rule, why_not_attend
-from .call import FULL, OURS, PEFT, PREFIX, SHARED, SPLICE, TEXT, Plan
+from .call import FULL, OURS, PEFT, PREFIX, SHARED, SPLICE, TEXT, Plan, refuse
 from .host import Host
 from .loss import Answers, Loss, NextToken, OwnFunction, PerToken, Weighted, has_transformers_loss, masks_labels
 from .prefix import behind_prefix, check_padding, check_served, padding_behind, widened
@@ -143,7 +143,9 @@ class Planner:
         """Text behind an adapter's keys and values. Its labels and all that comes out are the text's alone."""
         host, facts, task, mixture, batch = self.host, self.facts, self.task, self.mixture, self.batch
         others = self._others()
-        ours = self.placement == OURS
+        ours, shares_text = self.placement == OURS, any(prompt.shared is not None for prompt in self.table)
+        if shares_text:
+            self._check_text()
         check_served(host, self.table or (self.active,), self.call.route, as_peft=not ours)
         if facts.encoder_decoder:  # the prefix is its decoder's
             encoded = others.get("encoder_outputs") is not None
@@ -156,7 +158,7 @@ class Planner:
             batch.checked(facts)
             uneven = mixture is not None and not mixture.even
             check_padding(host, batch.attention_mask, self.rows, batch.shape[1], uneven, task.pools)
-            if self._is_of_next_tokens() and may_be_padded(batch.attention_mask, 0):
+            if self._is_of_next_tokens() and may_be_padded(batch.attention_mask, 0) and not shares_text:
                 # Nothing predicts a row's first token, as without padding.
                 unseen = unpredicted(batch.attention_mask)
                 batch = replace(batch, labels=batch.labels.masked_fill(unseen, IGNORE_INDEX))
@@ -167,11 +169,26 @@ class Planner:
         found = {"route": PREFIX, "fields": fields, "others": others, "looks_up": looks_up, "layout": layout}
         found["loss"] = of_tokens
         found["joined"] = self._why_joined()
-        if not (self.labelled and self._withholds(others)):
+        withholds = self.labelled and self._withholds(others)
+        if shares_text and self.labelled:
+            mask, counted = batch.attention_mask, others.get("num_items_in_batch")
+            padding = count_padding(mask)[0] if ours and may_be_padded(mask, 0) else None
+            waits = withholds and not host.text_head.read
+            found |= {"loss": NextToken(batch.labels, padding, None, counted), "fields": replace(fields, labels=None)}
+            return {**found, "waits": waits, "reads": withholds and not waits}
+        if not withholds:
             return found
         waits = not host.text_head.read
         loss = NextToken(counted=others.get("num_items_in_batch")) if waits else None
         return {**found, "loss": loss, "waits": waits, "reads": not waits}
+
+    def _check_text(self) -> None:
+        """Refuse a batch whose rows cannot read a prefix and the text behind it from the cache."""
+        objection = choice.why_not_length(self.host, self.rows + self.batch.shape[1])
+        if self.labelled and not has_transformers_loss(self.host.base_model, self.facts):
+            objection = objection or "the base model's loss is its own"
+        if objection is not None:
+            refuse("shared_prefix", self.call.shared_prefix, f"with {self.table[0].method}, because {objection}")
 
     def _of_tokens(self, batch: Batch, others: dict[str, Any]) -> PerToken | None:
         """The loss of a classifier of tokens, if its own would take the mask of prefix and text for the text's."""

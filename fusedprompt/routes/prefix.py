@@ -8,6 +8,7 @@ puts their own behind. Outputs, labels and losses are those of the text alone, a
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,8 +34,9 @@ from .call import SPLICE, Plan
 from .choice import RouteUnavailable, is_kept
 from .host import Host
 from .loss import NextToken, PerToken
+from .prefix_text import text_states
 from .splice import embedded, with_loss
-from .states import cache_for_rows, fill
+from .states import PromptStates, cache_for_rows, fill
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,11 @@ class PrefixStates:
         return self.parts.nbytes
 
 
-def prefix_states(host: Host, prompts: Sequence[Prompt], mixture: Mixture | None = None) -> PrefixStates:
-    """An adapter's prefix, or all of a mixture: kept ones where nothing is trained, else of this step's encoders."""
+def prefix_states(host: Host, prompts: Sequence[Prompt], mixture: Mixture | None = None) -> PrefixStates | PromptStates:
+    """An adapter's prefix, or all of a mixture: kept ones where nothing is trained, else of this step's encoders. With
+    text behind it that every row begins with, what the base model makes of that."""
+    if any(prompt.shared is not None for prompt in prompts):
+        return text_states(host, prompts, mixture, lambda own: prefix_states(host, (own,)).for_rows(1))
     of_source = {prompt.source: prompt for prompt in prompts}
 
     def make(source: Source) -> PrefixStates:
@@ -154,7 +159,7 @@ def check_served(host: Host, prompts: Sequence[Prompt], route: str, as_peft: boo
         RouteUnavailable: it was asked to be spliced.
         ValueError: layers are recomputed, or the base model's keys have another shape.
     """
-    method = prompts[0].method
+    method = next(prompt.method for prompt in prompts if prompt.method)
     if route == SPLICE:
         raise RouteUnavailable(f"{method} is keys and values of every layer, and no rows among the text's", SPLICE)
     if host.state.findings().checkpoints:
@@ -163,7 +168,8 @@ def check_served(host: Host, prompts: Sequence[Prompt], route: str, as_peft: boo
             "which is where the prefix is: base_model.gradient_checkpointing_disable()"
         )
     for prompt in prompts:
-        check_keys(host, prompt.name, host.peft_config[prompt.name], method, as_peft)
+        if prompt.encoded_rows:  # none in rows of text alone
+            check_keys(host, prompt.name, host.peft_config[prompt.name], method, as_peft)
 
 
 def check_keys(host: Host, name: str, config: Any, method: str, as_peft: bool = False) -> None:
@@ -274,11 +280,15 @@ def run_prefix(host: Host, plan: Plan) -> Any:
     elif "inputs_embeds" in arguments and remembered(base).writes:
         arguments["inputs_embeds"] = arguments["inputs_embeds"].clone()
     cache = own = others.pop("past_key_values", None)
+    before: Tensor | None = None  # what predicts each row's first token
     if plan.table:  # some row has a prefix
-        cache = filled(host, prefix_states(host, plan.table, plan.mixture).for_rows(size, plan.joined is None), own)
+        states = prefix_states(host, plan.table, plan.mixture)
+        cache = filled(host, states.for_rows(size, plan.joined is None), own)
+        if isinstance(states, PromptStates) and isinstance(loss, NextToken):
+            before = states.last_logits(size)
     as_dict, use_cache = others.pop("return_dict", None), others.pop("use_cache", None)
     wants_cache = getattr(base.config, "use_cache", True) if use_cache is None else use_cache
-    if isinstance(loss, NextToken):
+    if isinstance(loss, NextToken) and loss.labels is None:
         loss = replace(loss, labels=arguments.pop("labels"))
     if loss is not None:
         assert isinstance(loss, (NextToken, PerToken))
@@ -294,7 +304,11 @@ def run_prefix(host: Host, plan: Plan) -> Any:
             drops = not wants_cache and "past_key_values" in output
             return replaced(output, past_key_values=None) if drops else output
 
-        output = call() if loss is None else with_loss(host, call, loss.of, plan.waits)
+        if loss is None:
+            output = call()
+        else:
+            loss_of = functools.partial(loss.of, from_prompt=before) if isinstance(loss, NextToken) else loss.of
+            output = with_loss(host, call, loss_of, plan.waits)
     if plan.reads:
         output = host.text_head.told_of(output, dict)
     return output.to_tuple() if as_dict is False else output
