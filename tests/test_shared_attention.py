@@ -3,6 +3,7 @@ copies of the prefix."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -230,6 +231,29 @@ def test_apply(always: pytest.MonkeyPatch) -> None:
         with Copies(12, 3) as copies:
             assert torch.equal(theirs.generate(**given), answer)
         assert copies.found == []
+
+
+def test_another_attention_goes_on_with_a_cache_that_was_read_in_place() -> None:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    transformers.AttentionInterface.register("another", sdpa_attention_forward)
+    AttentionMaskInterface.register("another", sdpa_mask)
+    model, ids, more = ours("Llama"), tokens(3, 5), tokens(3, 2, seed=4)
+    cache = model(ids, use_cache=True, route="shared").past_key_values
+    model.base_model.set_attn_implementation("another")
+    found = model(more, past_key_values=cache)
+    right = model(torch.cat((ids, more), 1), route="splice").logits[:, -2:]
+    torch.testing.assert_close(found.logits, right, rtol=0, atol=2e-5)
+
+
+def test_a_cache_whose_prefix_is_not_read_any_more_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not a call that is planned for ever."""
+    model, ids = ours("Llama"), tokens(3, 5)
+    cache = model(ids, use_cache=True, route="shared").past_key_values
+    monkeypatch.setattr(attention, "_named", lambda configs: contextlib.nullcontext())
+    with pytest.raises(NotRead, match="registry"):
+        model(ids, past_key_values=cache)
 
 
 # No copies

@@ -18,7 +18,7 @@ from ..methods import method_of
 from ..methods.method import CACHE
 from ..ops import explain
 from ..ops._backend import BackendUnavailable, using
-from ..routes.attention import attending, cache_to_read
+from ..routes.attention import cache_to_read, in_place_later
 from ..routes.call import SHARED, SPLICE, Call
 from ..routes.choice import RouteUnavailable, why_not_model
 from ..routes.plan import plan
@@ -202,7 +202,7 @@ class Patch(Record):
         in_cache = not alone and not mixed and self.host.prompts[self.host.in_use].in_cache and not self.fix
         with self._generating:
             if in_cache:
-                with attending(self.host.state.configs()):
+                with in_place_later(self.host):
                     return original(*args, **kwargs)
             if alone or not (mixed or self.fix or "prepare_inputs_for_generation" in self.replaced):
                 return original(*args, **kwargs)

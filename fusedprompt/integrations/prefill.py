@@ -17,7 +17,7 @@ import torch
 
 from ..base.cache import keeps_all
 from ..layouts.mixture import prompts_of
-from ..routes.attention import attending, cache_to_read
+from ..routes.attention import cache_to_read, in_place_later
 from ..routes.call import PEFT, SHARED, Call
 from ..routes.choice import RouteUnavailable, why_not_length
 from ..routes.plan import plan
@@ -55,7 +55,7 @@ def generating(patch: Record, kwargs: dict[str, Any]) -> Iterator[None]:
         _refuse(patch, objection)
     token = _running.set(Generation(patch, objection))
     try:
-        with contextlib.nullcontext() if objection is not None else attending(patch.host.state.configs()):
+        with contextlib.nullcontext() if objection is not None else in_place_later(patch.host):
             yield
     finally:
         _running.reset(token)

@@ -50,21 +50,27 @@ def attending(configs: Sequence[Any], cache: Any = None) -> Iterator[None]:
 
 def in_place(host: Host, cache: Any) -> contextlib.AbstractContextManager[None]:
     """Within the block the base model's attention reads the prefix of a cache where it is, if the cache has one."""
-    if not any(getattr(layer, "prefix", None) is not None for layer in getattr(cache, "layers", ())):
+    has_prefix = any(getattr(layer, "prefix", None) is not None for layer in getattr(cache, "layers", ()))
+    # Another attention may have been chosen since the cache was begun: the cache joins prefix and text for it.
+    if not has_prefix or implementation(transformers_model(host.base_model).config) not in _STANDS_FOR:
         return contextlib.nullcontext()
     return attending(host.state.configs(), cache)
 
 
+def in_place_later(host: Host) -> contextlib.AbstractContextManager[None]:
+    """As `in_place`, of a cache that the block makes with `cache_to_read`."""
+    return contextlib.nullcontext() if why_not_attend(host, None) is not None else attending(host.state.configs())
+
+
 def cache_to_read(host: Host, states: Any, rows: int, size: int) -> Any:
-    """A cache for `size` rows, of states of N prompt rows, in a block of `attending` that was entered without a cache:
-    whose prefix is read in place, if nothing objects."""
+    """A cache for `size` rows, of states of N prompt rows. In a block of `in_place_later` its prefix is read in place,
+    where that pays."""
     now = reader()
-    if now is None or now.cache is not None or host.sharing.window is not None:
+    if now is None or now.cache is not None or cost_rule(rows, size) is not None:
         return states.for_rows(size)
     whole = all(layer.keys is not None for layer in states.cache.layers)
-    attends = whole and why_not_attend(host, rows, size, rows) is None
-    cache = states.for_rows(size, attends)
-    now.cache = cache if attends else None
+    cache = states.for_rows(size, attends=whole)
+    now.cache = cache if whole else None
     return cache
 
 
@@ -185,14 +191,11 @@ def _function(original: str, module: Any) -> Callable[..., Any]:
 # Deciding
 
 
-def why_not_attend(host: Host, rows: int, size: int, total: int) -> str | None:
-    """Why the keys of a prefix are joined with the text's in each row, though they could be read in place; or None.
+def why_not_attend(host: Host, total: int | None) -> str | None:
+    """Why the keys of a prefix cannot be read in place, and are joined with the text's in each row; or None.
 
-    rows: N of the prefix. size: B rows of text. total: the most positions of a row, prefix included.
+    total: the most positions of a row, prefix included; None if that is not known.
     """
-    cost = cost_rule(rows, size)
-    if cost is not None:
-        return cost
     if torch.compiler.is_compiling():
         return "torch.compile traces transformers' own attention"
     model = transformers_model(host.base_model)
@@ -204,13 +207,12 @@ def why_not_attend(host: Host, rows: int, size: int, total: int) -> str | None:
     if host.state.findings().noise is not None:
         return "the base model is in training mode with dropout"
     window = host.sharing.window
-    if window is not None and total > window:
-        return f"{total} positions are more than the window of {window}"
+    if window is not None and (total is None or total > window):
+        count = "positions may be" if total is None else f"{total} positions are"
+        return f"{count} more than the window of {window}"
     return why_prefix_unread(host.base_model, host.facts, attending)
 
 
 def cost_rule(rows: int, size: int) -> str | None:
-    """Why joining costs no more, or None."""
-    if size * rows < 1000:
-        return CHEAP
-    return None
+    """Why joining the keys of N positions with the text's in each of B rows costs no more, or None."""
+    return CHEAP if size * rows < 1000 else None

@@ -41,8 +41,7 @@ def describe(host: Host, planned: Plan) -> str:
     spliced = plan(host, replace(planned.call, route=SPLICE)) if planned.route == SHARED else planned
     found = remembered(host.base_model)
     matters = planned.route == SHARED or (planned.why is not None and planned.why in (found.sharing, found.gap))
-    reads = planned.route in (SHARED, PREFIX) and planned.joined not in (None, CHEAP)
-    attention = [_attention(planned)] if reads or (planned.route in (SHARED, PREFIX) and not planned.joined) else []
+    attention = [_attention(planned)] if planned.route in (SHARED, PREFIX) and planned.joined != CHEAP else []
     return "\n".join([line, *_pictures(host, spliced), *attention, *(first_use_line(host) if matters else [])])
 
 

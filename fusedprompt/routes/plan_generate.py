@@ -178,7 +178,7 @@ def _why_joined(host: Host, call: Call, rows: int) -> str | None:
         return "a static cache holds it"
     if option(base, others, "output_attentions"):
         return "attention's weights are asked for"
-    return why_not_attend(host, rows, size, rows + length + most_new_tokens(base, others))
+    return why_not_attend(host, rows + length + most_new_tokens(base, others))
 
 
 def copies(base: Any, others: Mapping[str, Any]) -> int:

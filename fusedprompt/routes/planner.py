@@ -325,7 +325,7 @@ class Planner:
             return "the caller's own cache holds the prefix"
         if others.get("output_attentions") or getattr(self.host.base_model.config, "output_attentions", False):
             return "attention's weights are asked for"
-        return why_not_attend(self.host, self.rows, size, self.rows + length)
+        return why_not_attend(self.host, self.rows + length)
 
     def _text(self) -> tuple[Batch, Layout, Tensor | None]:
         """The text's fields, where prompt and text stand in the output, and (B,) padding at the left of each row."""

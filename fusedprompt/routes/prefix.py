@@ -1,8 +1,9 @@
 """Prefixes: adapters that are keys and values themselves, which every row of text reads from the base model's cache.
 
 It is route `shared` without the prompt's own pass. A step computes B·T tokens in each layer; the encoder runs once,
-what it gives is seen as keys and values of every layer without a copy, and rows share them until attention
-puts their own behind. Outputs, labels and losses are those of the text alone, as PEFT's.
+what it gives is seen as keys and values of every layer without a copy, and rows share them: attention reads them where
+they are, or puts each row's own behind a copy (`attention.py`). Outputs, labels and losses are those of the text
+alone, as PEFT's.
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ def run(host: Host, plan: Plan) -> Any:
                 return _continued(host, plan)
             return _RUNNERS[plan.route](host, plan)
     except NotRead as error:
+        if plan.joined is not None:  # the next plan would be the same
+            raise
         remember_unread(host.base_model, str(error))
     except RouteUnavailable:
         if plan.route != SHARED or plan.call.route != AUTO:
