@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format types check shim families kernels kernels-oldest triton-oldest versions trl bench bench-prefix bench-routes bench-scaling bench-metamath \
+.PHONY: help demo test lint format types check shim families kernels kernels-oldest triton-oldest versions trl models bench bench-prefix bench-routes bench-scaling bench-metamath \
         bench-apply bench-compare pictures doctor wheel sdist clean \
         gpu-first gpu-again gpu gpu-test gpu-sanitize gpu-bench gpu-steps
 
@@ -91,6 +91,9 @@ trl: $(READY)  ## run the tests that need TRL
 	test -d $(TRL)/datasets || { $(PIP) --no-deps --target $(TRL) 'trl==1.16.0; python_version >= "3.11"' \
 	  && $(PIP) --target $(TRL) datasets==5.2.0; }
 	PYTHONPATH=$(TRL) $(BIN)/python -m pytest -q tests/test_apply_trl.py tests/test_tools_trl.py $(ARGS) || test $$? = 5
+
+models: $(READY)  ## fetch two small trained models into build/models, in a minute, for examples and benchmarks
+	$(BIN)/python -m benches.real_models
 
 # Each part is one run of pytest-benchmark, kept in benches/results/<machine>[-part].json.
 run_bench = $(BIN)/python -m pytest $(1) -q --benchmark-quiet --benchmark-json=.benchmarks/$(2).json $(ARGS) \

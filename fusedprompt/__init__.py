@@ -14,9 +14,12 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from . import ops as ops
     from .base.tasks import TaskType as TaskType
+    from .integrations.callback import FusedPromptCallback as FusedPromptCallback
     from .integrations.peft import apply as apply
     from .layouts.collator import TemplateCollator as TemplateCollator
     from .layouts.layout import Layout as Layout
+    from .layouts.shared_text import find_shared_prefix as find_shared_prefix
+    from .layouts.shared_text import split_shared_prefix as split_shared_prefix
     from .layouts.template import Template as Template
     from .methods.cartridge import CartridgeConfig as CartridgeConfig
     from .methods.cartridge import CartridgeEncoder as CartridgeEncoder
@@ -52,9 +55,11 @@ if TYPE_CHECKING:
 
 _NAMES_IN = {
     "base.tasks": ("TaskType",),
+    "integrations.callback": ("FusedPromptCallback",),
     "integrations.peft": ("apply",),
     "layouts.collator": ("TemplateCollator",),
     "layouts.layout": ("Layout",),
+    "layouts.shared_text": ("find_shared_prefix", "split_shared_prefix"),
     "layouts.template": ("Template",),
     "methods.cartridge": ("CartridgeConfig", "CartridgeEncoder"),
     "methods.config": ("PeftType", "PromptLearningConfig"),

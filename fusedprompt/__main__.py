@@ -1,29 +1,43 @@
-"""Command line: `python -m fusedprompt doctor` and `python -m fusedprompt demo`."""
+"""Command line: `python -m fusedprompt COMMAND`, or `fusedprompt COMMAND` where it is installed."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-USAGE = """usage: python -m fusedprompt COMMAND [OPTIONS]
+COMMANDS = {
+    "run": "run a script that uses PEFT, unchanged, with its prompts on these ops and routes",
+    "demo": "P-tune a small language model on real words and show what the prompt learned",
+    "doctor": "report versions, devices and backends, and check every op against plain formulas",
+}
 
-commands:
-  demo     P-tune a small language model on real words and show what the prompt learned
-  doctor   report versions, devices and backends, and check every op against plain formulas
 
-python -m fusedprompt COMMAND --help tells a command's options."""
+def usage() -> str:
+    """The commands, a line each."""
+    listed = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+    return (
+        f"usage: python -m fusedprompt COMMAND [OPTIONS]\n\ncommands:\n{listed}\n\n"
+        "python -m fusedprompt COMMAND --help tells a command's options."
+    )
 
 
 def main(arguments: list[str]) -> int:
     """Run one command; returns its exit code (2 for an unknown command)."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if command in ("demo", "doctor"):
+    if command in COMMANDS:
         code: int = importlib.import_module(f"fusedprompt.commands.{command}").main(rest)
         return code
     wants_help = command in ("-h", "--help")
-    print(USAGE, file=sys.stdout if wants_help else sys.stderr)
+    if command and not wants_help:
+        print(f"fusedprompt: expected one of {', '.join(COMMANDS)}, got {command!r}\n", file=sys.stderr)
+    print(usage(), file=sys.stdout if wants_help else sys.stderr)
     return 0 if wants_help else 2
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The command `fusedprompt`."""
     sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    console()

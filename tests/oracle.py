@@ -182,3 +182,50 @@ def cpt_loss(logits: Tensor, labels: Tensor, token_types: Tensor, decay: float) 
             total = total + (decay ** examples.index(code) if code in examples else 1.0) * loss
             count += 1
     return total / max(count, 1)
+
+
+def prefix_attention(
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Sequence[int] | None = None,
+    prefix_mask: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """One query, one head at a time over the keys that it sees: sum of exp(s) v / sum of exp(s); 0 if it sees none.
+
+    The keys of a row are its prefix's and its own; its query t of T stands at position N + S - T + t.
+    """
+    (batch, heads, length, width), (_, kv_heads, prefix_length, _) = query.shape, prefix_key.shape
+    own = key.shape[2]
+    rows = []
+    for b in range(batch):
+        number = 0 if index is None else index[b]
+        for h in range(heads):
+            g = h // (heads // kv_heads)
+            keys = torch.cat((prefix_key[max(number, 0), g], key[b, g])).double()
+            values = torch.cat((prefix_value[max(number, 0), g], value[b, g])).double()
+            for t in range(length):
+                at = prefix_length + own - length + t
+                seen = [
+                    j
+                    for j in range(at + 1)
+                    if (window is None or j > at - window)
+                    and (j >= prefix_length or number >= 0)
+                    and (j >= prefix_length or prefix_mask is None or prefix_mask[number, j])
+                    and (j < prefix_length or mask is None or mask[b, j - prefix_length])
+                ]
+                if not seen:
+                    rows.append(0 * query[b, h, t].double().sum() * values[0])
+                    continue
+                scores = keys[seen] @ query[b, h, t].double() * (width**-0.5 if scale is None else scale)
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                weights = torch.exp(scores - scores.max().detach())
+                rows.append(weights @ values[seen] / weights.sum())
+    return torch.stack(rows).view(batch, heads, length, -1)

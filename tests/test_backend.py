@@ -135,7 +135,7 @@ def test_environment_variable_with_an_unknown_name_raises_value_error_naming_it(
     assert "got 'cuda'" in process.stderr
 
 
-@pytest.mark.parametrize("op", ["mlp", "lstm", "splice", "cpt", "head_loss"])
+@pytest.mark.parametrize("op", ["mlp", "lstm", "splice", "cpt", "head_loss", "prefix_attention"])
 def test_every_op_has_a_reference_backend_that_comes_last_and_always_runs(op: str) -> None:
     reasons = fp.explain(op, *sample(op))
     assert list(reasons)[-1] == "reference" and reasons["reference"] == "runs"
@@ -143,7 +143,8 @@ def test_every_op_has_a_reference_backend_that_comes_last_and_always_runs(op: st
 
 def test_explain_of_an_unknown_op_names_the_ops() -> None:
     with pytest.raises(
-        ValueError, match=r"op: expected one of \['cpt', 'head_loss', 'lstm', 'mlp', 'splice'\], got 'gru'"
+        ValueError,
+        match=r"op: expected one of \['cpt', 'head_loss', 'lstm', 'mlp', 'prefix_attention', 'splice'\], got 'gru'",
     ):
         fp.explain("gru")
 

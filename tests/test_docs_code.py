@@ -29,6 +29,7 @@ BLOCKS = {
     "docs/methods.md": 3,
     "docs/numerics.md": 5,
     "docs/peft.md": 2,
+    "docs/prefix-attention.md": 3,
     "docs/prefixes.md": 1,
     "docs/quickstart.md": 9,
     "docs/routes.md": 1,

@@ -124,6 +124,29 @@ def head_loss_samples() -> Iterator[Arguments]:
     yield grad(4, 5, dtype=torch.bfloat16), rand(11, 5, dtype=torch.bfloat16), None, labels, factors, 2.0, 0.5, True
 
 
+def prefix_attention_samples(make: Callable[..., Tensor] = grad) -> Iterator[Arguments]:
+    """Two rows of two queries of two heads, which share one of keys."""
+    index, mask = torch.tensor([1, -1]), torch.tensor([[True, True], [False, True]])
+    prefix_mask = torch.tensor([[True, False, True], [True, True, True]])
+    for layout in ("contiguous", "transposed"):
+        keys = [make(2, 1, 2, 8, layout=layout) for _ in range(2)]
+        one = [make(1, 1, 3, 8, layout=layout) for _ in range(2)]
+        yield make(2, 2, 2, 8, layout=layout), *one, *keys, None, None, None, 0.3, 0, 0.0
+        two = [make(2, 1, 3, 8, layout=layout) for _ in range(2)]
+        yield make(2, 2, 2, 8, layout=layout), *two, *keys, index, prefix_mask, mask, 0.3, 0, 0.0
+        yield make(2, 2, 2, 8, layout=layout), *two, *keys, index, None, mask, 0.3, 3, 2.0
+    half = {"dtype": torch.bfloat16}
+    one, keys = [rand(1, 1, 3, 8, **half) for _ in range(2)], [rand(2, 1, 5, 8, **half) for _ in range(2)]
+    yield make(2, 1, 1, 8, **half), *one, *keys, None, None, None, 0.3, 0, 0.0
+
+
+def prefix_attention_backward_samples() -> Iterator[Arguments]:
+    for arguments in prefix_attention_samples(rand):
+        out, lse = torch.ops.fusedprompt.prefix_attention(*arguments)
+        yield torch.ones_like(out), out, lse, [True] * 5, *arguments
+    yield torch.ones_like(out), out, lse, [True, False, True, False, False], *arguments
+
+
 SAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "mlp": mlp_samples,
     "lstm": lstm_samples,
@@ -133,6 +156,8 @@ SAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "splice_backward": splice_backward_samples,
     "cpt": cpt_samples,
     "head_loss": head_loss_samples,
+    "prefix_attention": prefix_attention_samples,
+    "prefix_attention_backward": prefix_attention_backward_samples,
 }
 
 
@@ -211,6 +236,15 @@ def head_loss_case() -> tuple[Callable[[Tensors], Tensor], Tensors]:
     return run, {"hidden": grad(4, 5), "weight": rand(11, 5)}
 
 
+def prefix_attention_case() -> tuple[Callable[[Tensors], Tensor], Tensors]:
+    def run(inputs: Tensors) -> Tensor:
+        query, *others = inputs.values()
+        return 2 * ops.prefix_attention(query + 1, *others, index=torch.tensor([0, -1]))
+
+    shapes = {"prefix_key": (1, 2, 3, 8), "prefix_value": (1, 2, 3, 8), "key": (2, 2, 5, 8), "value": (2, 2, 5, 8)}
+    return run, {"query": grad(2, 4, 5, 8), **{name: grad(*shape) for name, shape in shapes.items()}}
+
+
 CASES = {
     "mlp": mlp_case,
     "lstm": lstm_case,
@@ -219,6 +253,7 @@ CASES = {
     "cpt": cpt_case,
     "cpt_loss": cpt_loss_case,
     "head_loss": head_loss_case,
+    "prefix_attention": prefix_attention_case,
 }
 
 
@@ -232,7 +267,10 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(
     ("name", "compiler"),
-    [*((name, "aot_eager") for name in CASES), *((name, "inductor") for name in ("lstm", "splice-slots", "cpt"))],
+    [
+        *((name, "aot_eager") for name in CASES),
+        *((name, "inductor") for name in ("lstm", "splice-slots", "cpt", "prefix_attention")),
+    ],
 )
 def test_op_compiles_without_graph_breaks_to_the_bits_of_eager(name: str, compiler: str) -> None:
     function, inputs = CASES[name]()
@@ -291,6 +329,21 @@ def test_splice_compiled_once_for_every_text_length(start: Tensor | None, dynami
         assert torch.equal(actual, eager)
         assert_identical(*({"d": torch.autograd.grad(out.sum(), prompt)[0]} for out in (actual, eager)))
     assert counter.frame_count == expected
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_prefix_attention_compiles_once_for_every_text_length_and_batch() -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ops.prefix_attention, fullgraph=True, backend=counter, dynamic=True)
+    prefix = [grad(1, 2, 3, 8), grad(1, 2, 3, 8)]
+    for batch, length in ((5, 11), (7, 10), (6, 17)):  # sizes that are equal by chance would be taken for one
+        own = [grad(batch, heads, length, 8) for heads in (4, 2, 2)]
+        results = []
+        for function in (compiled, ops.prefix_attention):
+            out = function(own[0], *prefix, *own[1:])
+            results.append({"out": out, **dict(zip("abcde", torch.autograd.grad(out.sum(), [*own, *prefix])))})
+        assert_identical(*results)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

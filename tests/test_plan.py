@@ -162,7 +162,7 @@ def test_deciding_takes_the_same_steps_for_every_depth(case: str, training: bool
         call = Call.of(given, "auto", generates=case == "generate")
         plan(model, call)
         counts.append(python_calls(lambda model=model, call=call: plan(model, call)))
-    assert counts[0] == counts[1] < 400, counts
+    assert counts[0] == counts[1] < 420, counts
 
 
 def test_deciding_for_a_patched_model_takes_the_same_steps_for_every_depth() -> None:
@@ -177,7 +177,7 @@ def test_deciding_for_a_patched_model_takes_the_same_steps_for_every_depth() -> 
         call = Call.of({"input_ids": IDS, "labels": IDS}, "auto")
         plan(patch.host, call, PEFT)
         counts.append(python_calls(lambda patch=patch, call=call: plan(patch.host, call, PEFT)))
-    assert counts[0] == counts[1] < 400, counts
+    assert counts[0] == counts[1] < 420, counts
 
 
 def test_a_small_batch_asks_the_base_model_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,11 +310,13 @@ def test_a_decoder_that_counts_columns_takes_prefixes_of_one_length() -> None:
 
 
 def test_keys_of_another_shape_are_named_with_what_they_should_be() -> None:
-    model = ours("Falcon", method="PREFIX", multi_query=True)
+    fields = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    given = fusedprompt.PrefixTuningConfig(**fields, token_dim=32, num_attention_heads=4)
     with pytest.raises(ValueError, match=r"expected those of the base model's keys, 1 heads of width 8, got 32 for 4"):
-        model(input_ids=tokens())
-    fields = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4, "token_dim": 8, "num_attention_heads": 1}
+        fusedprompt.get_prompt_model(build("Falcon", multi_query=True), given)
     model = fusedprompt.get_prompt_model(build("Falcon"), fusedprompt.PrefixTuningConfig(**fields))
+    config = model.peft_config["default"]
+    assert (config.token_dim, config.num_attention_heads) == (8, 1)  # PEFT's rule gives 32 and 4, which do not run
     model(input_ids=tokens())
 
 

@@ -135,6 +135,6 @@ def test_explain_names_the_route_and_shows_the_prefix_in_front() -> None:
 def test_a_prefix_is_one_copy_until_attention_reads_it() -> None:
     model = ours("Llama", method="PROJECTED")
     runs: list[int] = []
-    model.prompt_encoder["default"].transform.register_forward_hook(lambda *_: runs.append(1))
+    model.prompt_encoder["default"].register_forward_hook(lambda *_: runs.append(1))
     generate(model, input_ids=tokens(8))
     assert len(runs) == 1  # the hook watches it, so it is made for this call, and not for each of its six steps

@@ -38,6 +38,7 @@ def test_the_class_has_the_base_model_s_name_and_arguments(family: str, task: st
         name for name, one in inspect.signature(base.forward).parameters.items() if one.kind is not one.VAR_KEYWORD
     }
     added = {"route", "logits", "slots", "pool_index", "fields", "adapter_names", "task_ids", "input_type_mask"}
+    added |= {"shared_prefix", "shared_prefix_place"}
     assert set(arguments) - {"kwargs"} == theirs | added
     assert find_labels(type(model)) == find_labels(type(base))
     assert type(ours(family, task)) is type(model)

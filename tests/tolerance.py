@@ -43,6 +43,9 @@ def sample(op: str) -> tuple[Any, ...]:
         return x.unsqueeze(0), [torch.zeros(4, 3), torch.zeros(4, 1), torch.zeros(4), torch.zeros(4)], [], False
     if op == "splice":
         return x, None, torch.zeros(1, 1, dtype=torch.int64), x, None, [], []
+    if op == "prefix_attention":
+        heads = torch.zeros(1, 1, 2, 3)
+        return heads, heads, heads, heads, heads, None, None, None, 1.0, 0, 0.0
     if op == "head_loss":
         return x, x, None, torch.zeros(2, dtype=torch.int64), None
     return x, x, torch.zeros(2), torch.zeros(2, dtype=torch.bool)

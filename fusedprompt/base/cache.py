@@ -55,10 +55,15 @@ class SharingFacts:
         found = _odd_layer(layers) or (None if len(layers) == count else f"{len(layers)} cached layers of {count}")
         if found is not None:
             return cls(f"the base model's cache has {found}, which does not hold every token's keys and values")
-        windows = [layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")]
-        # Those of `sliding_window` are the cache's, where they are in use; of others it knows nothing (GPT-Neo's).
-        windows += [size for name, size in local_windows(decoder.config) if name != "sliding_window"]
-        return cls(None, min(windows, default=None), "logits_to_keep" in parameters)
+        return cls(None, shortest_window(decoder), "logits_to_keep" in parameters)
+
+
+def shortest_window(base: nn.Module) -> int | None:
+    """The fewest positions that a layer of a decoder attends to, or None."""
+    windows = [layer.sliding_window for layer in new_cache(base).layers if hasattr(layer, "sliding_window")]
+    # Those of `sliding_window` are the cache's, where they are in use; of others it knows nothing (GPT-Neo's).
+    windows += [size for name, size in local_windows(transformers_model(base).config) if name != "sliding_window"]
+    return min(windows, default=None)
 
 
 def cache_taker(base: nn.Module) -> nn.Module | None:
@@ -80,11 +85,37 @@ def why_no_prefix(base: nn.Module, facts: BaseFacts) -> str | None:
     supports = getattr(model, "_supports_default_dynamic_cache", None)
     if facts.stateful or (facts.causal and supports is not None and not supports()):
         return f"{type(model).__name__} keeps a state that is not a key/value cache"
-    layers = new_cache(model).layers
+    if facts.causal and facts.needs_ids:  # CPM-Ant
+        return f"{type(model).__name__} reads ids alone, and puts a prompt of its own in front of them"
+    if getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None) is None:
+        return f"{type(model).__name__} does not say how many layers a cache of it has"
+    layers = [layer for layer in new_cache(model).layers if not reads_another(layer)]
     found = _odd_layer(layers) or (None if layers else "no number of layers")
     if found is not None:
         return f"its cache has {found}, which does not hold every token's keys and values"
     return None
+
+
+def reads_another(layer: Any) -> bool:
+    """Whether a layer of a cache is empty for good, because its attention reads an earlier layer's (Gemma 4)."""
+    from transformers import cache_utils
+
+    return isinstance(layer, getattr(cache_utils, "DummyLayer", ()))
+
+
+def told_key_shapes(base: nn.Module) -> tuple[tuple[int, int], ...] | None:
+    """(heads, width) of the keys and of the values of each layer, where a configuration says that layers differ in them
+    (Gemma 4); or None."""
+    config: Any = transformers_model(base).config.get_text_config(decoder=True)
+    if not getattr(config, "is_heterogeneous", False):
+        return None
+    found = []
+    for layer in config.per_layer_config:
+        heads, width = getattr(layer, "num_key_value_heads", None), getattr(layer, "head_dim", None)
+        if heads is None or width is None:
+            return None
+        found += [(int(heads), int(width))] * 2
+    return tuple(found)
 
 
 def new_cache(base: nn.Module) -> Any:

@@ -8,22 +8,25 @@ and behind a cache. That takes a few milliseconds, and is remembered for all mod
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .cache import keeps_all
+from .cache import keeps_all, reads_another, told_key_shapes, why_no_prefix
 from .facts import BaseFacts, device_of, transformers_model
 from .own_forward import has_own_forward
 from .positions import count_positions, numbered
+from .reading import NotRead
 from .remembered import Remembered
-from .shortened import bare, shortened
+from .shortened import bare, first_of_kind, shortened
+from .state import configs_of
 
 _PROMPT, _TEXT, _PADDING = 3, 4, 4
 
@@ -98,7 +101,9 @@ def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any)
     if torch.compiler.is_compiling():
         return unknown if held is None else held[1]
     # A loss may have terms that are for training alone.
-    now = (model.config._attn_implementation, *((model.loss_function, model.training) if name == "loss" else ()))
+    # While a call of another thread runs it is another name of the same.
+    attention = str(model.config._attn_implementation).removeprefix("fusedprompt_")
+    now = (attention, *((model.loss_function, model.training) if name == "loss" else ()))
     if held is None or held[0] != now:
         table = next(model.get_input_embeddings().parameters(), None)
         plain = type(table) is nn.Parameter and table.numel() > 0 and table.device.type != "meta"
@@ -120,11 +125,50 @@ def _found(base: nn.Module, name: str, find: Callable[[Any], Any], unknown: Any)
 
 
 def key_shapes(base: nn.Module, facts: BaseFacts) -> tuple[tuple[int, int], ...] | str | None:
-    """(heads, width) of the keys and of the values that each of a base model's first layers puts into a cache; or why
-    none are put there. None where it cannot be run."""
+    """(heads, width) of the keys and of the values that each layer of a base model puts into a cache; or why none of
+    ours can be read there. None where it cannot be run."""
     found: tuple[tuple[int, int], ...] | str | None
-    found = _found(base, "keys", lambda model: _Trial(model, facts).key_shapes(), None)
+    found = _found(base, "keys", lambda model: _key_shapes(model, facts), None)
     return found
+
+
+def _key_shapes(model: Any, facts: BaseFacts) -> tuple[tuple[int, int], ...] | str | None:
+    told = why_no_prefix(model, facts) or told_key_shapes(model)
+    if told is not None:
+        return told
+    shapes, like = _Trial(model, facts).key_shapes(), first_of_kind(model)
+    if not isinstance(shapes, tuple) or like is None or len(shapes) <= 2 * max(like):
+        return shapes
+    return tuple(shape for index in like for shape in shapes[2 * index : 2 * index + 2])
+
+
+def counts_columns(base: nn.Module, facts: BaseFacts) -> bool:
+    """Whether an encoder-decoder's decoder counts columns of its cache that are masked. No where it cannot be run."""
+    counts: bool = _found(base, "columns", lambda model: _Trial(model, facts).counts_columns(), False)
+    return counts
+
+
+def why_prefix_unread(
+    base: nn.Module,
+    facts: BaseFacts,
+    attending: Callable[[Sequence[Any], Any], contextlib.AbstractContextManager[None]],
+) -> str | None:
+    """Why text behind a prefix that rows share without copies is not what it is behind copies of it, or None.
+
+    attending: lets the modules of some configurations read a cache's prefix; see `routes.attention`.
+    """
+    found: str = _found(
+        base, "attention", lambda model: _Trial(model, facts).why_prefix_unread(attending), "it was not tried"
+    )
+    return found or None
+
+
+def remember_unread(base: nn.Module, why: str) -> None:
+    """A call of a base model did not read a prefix that rows share: no later one will try."""
+    model = transformers_model(base)
+    held = None if model is None else _of_model.get(model)
+    if held is not None and "attention" in held:
+        _of_model.put(model, {**held, "attention": (held["attention"][0], why)})
 
 
 def why_not_embeddings(base: nn.Module, facts: BaseFacts) -> str | None:
@@ -150,9 +194,10 @@ class _Trial:
         # Distinct ids, from the middle of the table: not padding, and no other special ones.
         size = int(getattr(table, "num_embeddings", 0)) or model.config.get_text_config(decoder=True).vocab_size
         ids = (size // 2 + torch.arange(_PROMPT + 2 * _TEXT, device=self.device)) % size
-        embeds = bare(table)(ids)
+        embeds: Any = None if isinstance(table, nn.ModuleList) else bare(table)(ids)  # MusicGen adds several up
         # I-BERT's are a tuple, which no call can use; of equal ones nothing can be learnt.
         self.embeds = isinstance(embeds, Tensor) and bool((embeds[1:] != embeds[:1]).any())
+        self.prompt_ids, self.text_ids = ids[:_PROMPT].unsqueeze(0), ids[_PROMPT : _PROMPT + _TEXT].unsqueeze(0)
         if self.embeds:
             self.prompt, self.text = embeds[:_PROMPT].unsqueeze(0), embeds[_PROMPT:].view(2, _TEXT, -1)
 
@@ -170,11 +215,7 @@ class _Trial:
         if not self.facts.causal:
             gap = self._why_not_padded(_PROMPT, right[:1], "it counts padding between prompt and text")
             return Found(None, gap, None, self.writes)
-        # Row 0 has padding in front, row 1 behind, where a causal model does not see it.
-        padding = self.text.flip(1)
-        padded = torch.stack((torch.cat((padding[0], self.text[0])), torch.cat((self.text[1], padding[1]))))
-        mask = torch.ones(2, _PADDING + _TEXT, dtype=torch.int64, device=self.device)
-        mask[0, :_PADDING], mask[1, _TEXT:] = 0, 0
+        padded, mask = self._padded()
         # With position ids it does as it is told, but for a state.
         told = self.facts.places_position_ids and not self.facts.stateful
         lead = None if told else self._why_not_padded(0, right[:1], "it counts padding at the left of a row")
@@ -184,7 +225,7 @@ class _Trial:
         wide = torch.cat((mask.new_ones(2, _PROMPT), mask), 1)
         positions = count_positions(mask, _PROMPT + self.facts.first_position)
         given = cache()
-        kept = [tensor for layer in given.layers for tensor in (layer.keys, layer.values)]
+        kept = [tensor for layer in _held(given) for tensor in (layer.keys, layer.values)]
         before = [tensor.clone() for tensor in kept]
         found = self._run(inputs_embeds=padded, past_key_values=given, attention_mask=wide, position_ids=positions)
         if not isinstance(found, str) and not all(map(torch.equal, kept, before)):
@@ -198,6 +239,15 @@ class _Trial:
             found[:1, _PADDING:], right[:1], "it counts padding that stands between a cached prompt and the text"
         )
         return Found(sharing, gap, lead, self.writes)
+
+    def _padded(self) -> tuple[Tensor, Tensor]:
+        """Both rows (2, T, D) and their mask (2, T). Row 0 has padding in front, row 1 behind, where a causal model
+        does not see it."""
+        padding = self.text.flip(1)
+        padded = torch.stack((torch.cat((padding[0], self.text[0])), torch.cat((self.text[1], padding[1]))))
+        mask = torch.ones(2, _PADDING + _TEXT, dtype=torch.int64, device=self.device)
+        mask[0, :_PADDING], mask[1, _TEXT:] = 0, 0
+        return padded, mask
 
     def makes_loss_of_logits(self) -> bool | None:
         """With labels, of rows of different lengths; None where it cannot be told."""
@@ -215,23 +265,89 @@ class _Trial:
         return bool(torch.allclose(loss.float(), output.loss.float(), rtol=1e-3, atol=1e-5))
 
     def key_shapes(self) -> tuple[tuple[int, int], ...] | str | None:
-        """See the function of this name."""
-        from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-
-        if not self.embeds:
-            return None
-        cache, row = DynamicCache(config=self.model.config), self.text[:1]
-        given: dict[str, Any] = {"past_key_values": cache}
-        if self.facts.encoder_decoder:
-            other = DynamicCache(config=self.model.config)
-            given = {"past_key_values": EncoderDecoderCache(cache, other), "decoder_inputs_embeds": row}
-        if isinstance(self._run(inputs_embeds=row, **given), str):
-            return None  # the call itself will say why
+        """Of the first layers; see the function of this name."""
+        cache, run = self._empty(), self._decoded if self.facts.encoder_decoder else self._read
+        first = run(self.prompt_ids, cache)
+        if isinstance(first, str):  # without a cache the call itself will say why
+            return None if isinstance(run(self.prompt_ids), str) else first
         layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
         filled = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
         if not filled or any(tensor.dim() != 4 for tensor in filled):
             return "the base model does not fill the cache that it is given"
-        return tuple((tensor.shape[1], tensor.shape[3]) for tensor in filled)
+        shapes = tuple((tensor.shape[1], tensor.shape[3]) for tensor in filled)
+        found = run(self.text_ids, cache)
+        if self.facts.encoder_decoder and not isinstance(found, str):
+            whole = self._decoded(torch.cat((self.prompt_ids, self.text_ids), 1))[:, _PROMPT:]
+            found = self._differs(found, whole, "text behind its decoder's cache is not what it is without one")
+        return found if isinstance(found, str) else shapes
+
+    def counts_columns(self) -> bool | None:
+        """See the function of this name: text of a decoder behind three columns, with three masked ones in front."""
+        first = self._empty()
+        if isinstance(self._decoded(self.prompt_ids, first), str):
+            return None
+        wide = self._empty()
+        for index, layer in enumerate(first.layers):
+            wide.update(*(torch.cat((part.flip(2), part), 2) for part in (layer.keys, layer.values)), index)
+        mask = torch.ones(1, 2 * _PROMPT + _TEXT, dtype=torch.int64, device=self.device)
+        mask[:, :_PROMPT] = 0
+        right = self._decoded(self.text_ids, first, mask[:, _PROMPT:])
+        found = self._decoded(self.text_ids, wide, mask)
+        return None if isinstance(right, str) else self._differs(found, right, "it counts") is not None
+
+    def _empty(self) -> Any:
+        from transformers.cache_utils import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def _decoded(self, ids: Tensor, cache: Any = None, mask: Tensor | None = None) -> Any:
+        """A decoder's text behind a cache, if there is one; its encoder has read the prompt."""
+        from transformers.cache_utils import EncoderDecoderCache
+
+        given = {} if cache is None else {"past_key_values": EncoderDecoderCache(cache, self._empty())}
+        return self._run(input_ids=self.prompt_ids, decoder_input_ids=ids, decoder_attention_mask=mask, **given)
+
+    def _read(self, ids: Tensor, cache: Any = None) -> Any:
+        """Text behind a cache, if there is one."""
+        return self._run(input_ids=ids, **({} if cache is None else {"past_key_values": cache}))
+
+    def why_prefix_unread(self, attending: Callable[..., Any]) -> str | None:
+        """See the function of this name; "" for no reason."""
+        from .prefixed_cache import prefixed_cache
+
+        copied = self._cache() if self.embeds else "it cannot be run"
+        if isinstance(copied, str):
+            return copied
+        padded, mask = self._padded()
+        wide = torch.cat((mask.new_ones(2, _PROMPT), mask), 1)
+        positions = count_positions(mask, _PROMPT + self.facts.first_position)
+        copies = copied()
+        if any(map(reads_another, copies.layers)):
+            return "some of its layers read the keys of earlier ones"
+        cache = prefixed_cache([(layer.keys[:1], layer.values[:1]) for layer in copies.layers], 2)
+        configs = configs_of(self.model)
+        for begin, end in ((0, -1), (-1, None)):  # a text, and a token behind it
+            columns = slice(begin, end)
+            given = {
+                "inputs_embeds": padded[:, columns],
+                "attention_mask": wide[:, :end],
+                "position_ids": positions[:, columns],
+            }
+            right = self._run(past_key_values=copies, **given)
+            try:
+                with attending(configs, cache):
+                    found = self._run(past_key_values=cache, **given)
+            except NotRead as error:
+                return str(error)
+            if isinstance(right, str):
+                return right
+            real = mask[:, columns].bool()
+            if not isinstance(found, str):
+                found = found[real].unsqueeze(1)
+            said = "its attention gives other values with a prefix that is not copied"
+            if (objection := self._differs(found, right[real].unsqueeze(1), said)) is not None:
+                return objection
+        return ""
 
     def why_not_embeddings(self) -> str | None:
         """The error of a padded row, or None."""
@@ -256,26 +372,26 @@ class _Trial:
 
     def _cache(self) -> Any:
         """A function that gives the prompt's keys and values for two rows; or why there is none."""
-        from transformers.cache_utils import DynamicCache
 
         def fill() -> Any:
-            cache = DynamicCache(config=self.model.config)
+            cache = self._empty()
             said = self._run(inputs_embeds=self.prompt, past_key_values=cache)
             return said if isinstance(said, str) else cache
 
         first = fill()
         if isinstance(first, str):
             return first
-        size = (1, _PROMPT)
-        if not first.layers or not all(
-            keeps_all(layer) and getattr(layer.keys, "shape", ())[::2] == size for layer in first.layers
+        size, layers = (1, _PROMPT), _held(first)
+        if not layers or not all(
+            keeps_all(layer) and getattr(layer.keys, "shape", ())[::2] == size for layer in layers
         ):
             return "the base model does not fill the cache that it is given"
 
         def copied() -> Any:
-            cache = DynamicCache(config=self.model.config)
+            cache = self._empty()
             for index, layer in enumerate(first.layers):
-                cache.update(layer.keys.repeat(2, 1, 1, 1), layer.values.repeat(2, 1, 1, 1), index)
+                if not reads_another(layer):
+                    cache.update(layer.keys.repeat(2, 1, 1, 1), layer.values.repeat(2, 1, 1, 1), index)
             return cache
 
         return copied
@@ -284,9 +400,11 @@ class _Trial:
         """Hidden states (B, S, D), or the error in words: whatever a base model's code raises, it is a reason."""
         if self.facts.places_position_ids and position_ids is not None:
             arguments["position_ids"] = position_ids
-        arguments["use_cache"] = "past_key_values" in arguments
-        given = arguments["inputs_embeds"]
-        embeds = arguments["inputs_embeds"] = given.clone()
+        if not self.facts.encoder_decoder:  # some hand it on to their encoder
+            arguments["use_cache"] = "past_key_values" in arguments
+        given = arguments.get("inputs_embeds", self.prompt_ids)
+        embeds = given.clone()
+        arguments.update({"inputs_embeds": embeds} if "inputs_embeds" in arguments else {})
         try:
             with numbered(self.model, arguments, self.facts.takes_position_ids):
                 output = self.model(**arguments, return_dict=True)
@@ -303,3 +421,8 @@ class _Trial:
         # In low precision an expert's choice may flip for a token; of a wrong order all tokens are wrong.
         error, most = (each.max(), 2e-5) if exact else (each.median(), max(4 * torch.finfo(found.dtype).eps, 2e-3))
         return None if error <= most else said
+
+
+def _held(cache: Any) -> list[Any]:
+    """The layers of a cache that hold keys of their own."""
+    return [layer for layer in cache.layers if not reads_another(layer)]

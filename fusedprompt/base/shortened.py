@@ -16,16 +16,32 @@ def shortened(model: Any) -> Any:
     Weights are the model's own, the modules around them copies without hooks, in evaluation mode. Nothing of the model
     is changed.
     """
-    config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
-    number = int(getattr(config, "num_hidden_layers", None) or 0)
-    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == number]
-    kept = _kinds_until(lists[0]) if number and len(lists) == 1 else number
+    config, layers = _config_and_layers(model)
+    number = 0 if layers is None else len(layers)
+    kept = 0 if layers is None else max(2, *(index + 1 for index in _first_of_kind(layers)))
     if kept >= number:
         return bare(model)
     small = copy.copy(config)
     vars(small).update({key: value[:kept] for key, value in vars(config).items() if _is_per_layer(value, number)})
     vars(small)[getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")] = kept
-    return _bare(model, {id(config): small}, {id(lists[0]): kept}, {})
+    return _bare(model, {id(config): small}, {id(layers): kept}, {})
+
+
+def first_of_kind(model: Any) -> list[int] | None:
+    """For each layer of a transformers model, the first one of its kind, which `shortened` keeps; None where its layers
+    are not found."""
+    layers = _config_and_layers(model)[1]
+    return None if layers is None else _first_of_kind(layers)
+
+
+def _config_and_layers(model: Any) -> tuple[Any, nn.ModuleList | None]:
+    """The configuration that says how many layers there are, and the layers, if they can be left out one by one."""
+    config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
+    number = int(getattr(config, "num_hidden_layers", None) or 0)
+    if any(getattr(config, name, None) for name in _OF_ALL):
+        return config, None
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == number]
+    return config, lists[0] if number and len(lists) == 1 else None
 
 
 def bare(module: nn.Module) -> Any:
@@ -58,10 +74,9 @@ def _bare(module: Any, configs: dict[int, Any], lengths: dict[int, int], copies:
     return bare
 
 
-def _kinds_until(layers: Any) -> int:
-    """The number of layers from the first on in which every kind of layer occurs, two at least."""
+def _first_of_kind(layers: nn.ModuleList) -> list[int]:
     kinds = [_kind(layer) for layer in layers]
-    return max(2, max(kinds.index(kind) for kind in kinds) + 1)
+    return [kinds.index(kind) for kind in kinds]
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
@@ -75,5 +90,7 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
     return tuple(said)
 
 
+# Gemma 3n's and Gemma 4's: keys of layers that count from the end, and a table of inputs for all of them.
+_OF_ALL = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 _SIMPLE = (bool, int, str, type(None))
 _COUNTS = re.compile("^_|idx|index|layer_id|number")

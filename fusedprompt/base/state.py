@@ -67,6 +67,10 @@ class BaseState:
             return True
         return any(map(_trains, self._current().all_parameters()))
 
+    def configs(self) -> list[Any]:
+        """The configurations that the parts read."""
+        return self._current().configs
+
     def _current(self) -> _Tree:
         tree = self._tree
         if tree is None or tree.ties != tree.children_now():
@@ -76,6 +80,12 @@ class BaseState:
     def __getstate__(self) -> dict[str, Any]:
         """A copy looks for itself."""
         return {"module": self.module, "_tree": None}
+
+
+def configs_of(module: nn.Module) -> list[Any]:
+    """The configurations that a module's parts read, each once, a part's behind that of what it is part of."""
+    found = [vars(part)["config"] for part in module.modules() if "config" in vars(part)]
+    return list({id(config): config for config in found}.values())
 
 
 class _Tree:
@@ -91,8 +101,8 @@ class _Tree:
         self.ties = self.children_now()
         self._kinds: dict[type[nn.Module], list[Any]] = {}
         self._found: tuple[list[Any], Findings] | None = None
-        configs = {id(own["config"]): vars(own["config"]) for own in self._own if "config" in own}
-        self._settings = [*self._own, *configs.values()]
+        self.configs = configs_of(module)
+        self._settings = [*self._own, *(vars(config) for config in self.configs)]
         watched = [(one, key) for one in self._settings for key in one if key in _WATCHED or _is_noise(key)]
         self._owners, self._keys = [one for one, _ in watched], [key for _, key in watched]
 

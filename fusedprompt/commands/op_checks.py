@@ -34,6 +34,7 @@ def samples(device: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[
     epsilon = torch.tensor([0.1, 9.0, 0.5], device=device, dtype=dtype, requires_grad=True)
     trainable = torch.tensor([True, False, True], device=device)
     labels = torch.tensor([3, -100, 0, 10], device=device)
+    prefix, own = [draw(1, 1, 3, 8), draw(1, 1, 3, 8)], [draw(2, 1, 4, 8), draw(2, 1, 4, 8)]
     perceptron: tuple[Any, ...] = (_mlp, draw(4, 5), [draw(6, 5), draw(5, 6)], [draw(6), draw(5)], [])
     return {
         "mlp": perceptron,
@@ -42,6 +43,7 @@ def samples(device: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[
         "splice": (_splice, draw(3, 5), None, ids, draw(11, 5), None, [], []),
         "cpt": (_cpt, draw(3, 5), draw(3, 5), epsilon, trainable),
         "head_loss": (_head_loss, draw(4, 5), draw(11, 5), draw(11), labels, None),
+        "prefix_attention": (_prefix_attention, draw(2, 2, 4, 8), *prefix, *own, None, None, None, 0.3, 0, 0.0),
     }
 
 
@@ -121,3 +123,13 @@ def _cpt(embedding: Any, delta: Any, epsilon: Any, trainable: Any) -> Any:
 def _head_loss(hidden: Any, weight: Any, bias: Any, labels: Any, _: Any) -> Any:
     logits = hidden @ weight.detach().T + bias.detach()
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def _prefix_attention(query: Any, prefix_key: Any, prefix_value: Any, key: Any, value: Any, *rest: Any) -> Any:
+    rows, prefix_length = query.shape[0], prefix_key.shape[2]
+    keys, values = (
+        torch.cat((a.expand(rows, -1, -1, -1), b), 2) for a, b in ((prefix_key, key), (prefix_value, value))
+    )
+    scores = query @ keys.mT * rest[3]  # one head of keys, which all heads of queries read
+    hidden = torch.ones_like(scores, dtype=torch.bool).triu(prefix_length + 1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(3) @ values

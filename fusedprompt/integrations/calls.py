@@ -70,7 +70,7 @@ def why_not_call(model: Any, task: PeftTask, given: dict[str, Any]) -> str | Non
     tokens = [given[name] for name in ("input_ids", "inputs_embeds") if name in given]
     if len(tokens) != 1 or tokens[0].dim() != (2 if "input_ids" in given else 3):
         return "it takes either input_ids (B, T) or inputs_embeds (B, T, D)"
-    if model.word_embeddings is None:
+    if model.word_embeddings is None and method_of(config).product != CACHE:
         return "PEFT has not found the word embeddings"
     for name in ("attention_mask", "labels", "token_type_ids"):
         value = given.get(name)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..base.cache import SharingFacts
-from ..base.facts import BaseFacts, device_of
+from ..base.facts import BaseFacts
 from ..base.saved_modules import for_rows
 from ..base.state import BaseState
 from ..base.tasks import Task, task_of
@@ -66,7 +66,9 @@ class PeftHost:
 
     @property
     def word_embeddings(self) -> Any:
-        return self.model.word_embeddings
+        """PEFT's; the base model's own, where PEFT looks for a table of another size and finds none."""
+        found = self.model.word_embeddings
+        return self.base_model.get_input_embeddings() if found is None else found
 
     @property
     def in_use(self) -> str:
@@ -105,11 +107,11 @@ class PeftHost:
     def table(self, prompts: Sequence[Prompt], padded: bool = False) -> Tensor:
         width = int(self.model.active_peft_config.token_dim)
         with using(self.backend):
-            return joined(prompts, self._encoded, padded, width, device_of(self.word_embeddings))
+            return joined(self, prompts, self._encoded, padded, width)
 
     def _encoded(self, prompts: Sequence[Prompt]) -> Tensor:
         """(k, P, D): without the rows of an encoder-decoder's table that wait for its decoder."""
-        name, count = prompts[0].name, prompts[0].rows
+        name, count = prompts[0].name, prompts[0].encoded_rows
         tasks = [prompt.task_id for prompt in prompts if prompt.task_id is not None]
         rows = prompt_rows(self.model, name, tasks or None)
         rows = rows if tasks else rows.expand(len(prompts), -1, -1)

@@ -18,10 +18,11 @@ from ..methods import method_of
 from ..methods.method import CACHE
 from ..ops import explain
 from ..ops._backend import BackendUnavailable, using
+from ..routes.attention import cache_to_read, in_place_later
 from ..routes.call import SHARED, SPLICE, Call
 from ..routes.choice import RouteUnavailable, why_not_model
 from ..routes.plan import plan
-from ..routes.prefix import filled, prefix_states
+from ..routes.prefix import check_served, filled, prefix_states
 from ..routes.run import run
 from .calls import TASKS, PeftTask, bind, has_tasks, run_as_ours, run_as_peft, why_not_call
 from .encoders import encode, prompt_rows, why_not_adapter
@@ -60,7 +61,8 @@ class Patch(Record):
     def revert(self) -> None:
         """Give the instance back as it was. A second call does nothing.
 
-        If another library has wrapped a replaced method meanwhile, its wrapper stays, and calls PEFT's method.
+        If another library has wrapped a replaced method meanwhile, its wrapper stays, and calls PEFT's method. `apply`
+        serves such a model again.
         """
         if not self.active:
             return
@@ -90,7 +92,7 @@ class Patch(Record):
 
     def _copy_to(self, patch: Patch, model: Any) -> None:
         patch.__init__(model, self.backend, self.route, self.fix)  # type: ignore[misc]
-        patch.task, patch.left_alone = self.task, dict(self.left_alone)
+        patch.task, patch.left_alone, patch.automatic = self.task, dict(self.left_alone), self.automatic
         patch.host.task = self.host.task
 
     def _serve_replica(self, replica: Any) -> None:
@@ -139,8 +141,11 @@ class Patch(Record):
         if any(why_not_adapter(config) is None for config in self.model.peft_config.values()):
             self.replaced = {name: vars(self.model).get(name) for name, wanted in names.items() if wanted}
         self.model.__dict__[PATCH] = self
-        for name in self.replaced:
-            self.model.__dict__[name] = types.MethodType(_override(self._class, name), self.model)
+        for name, before in self.replaced.items():
+            if _calls(before, _override(self._class, name)):  # a patch before this one left it inside of a wrapper
+                self.replaced[name] = None
+            else:
+                self.model.__dict__[name] = types.MethodType(_override(self._class, name), self.model)
         if self.replaced:
             self.model.__dict__[_REPLICATE] = types.MethodType(_replicate_for_data_parallel, self.model)
 
@@ -152,7 +157,7 @@ class Patch(Record):
         if given is None:
             return original(*args, **kwargs)
         fixes = self.fix and why_not_adapter(self.model.active_peft_config) is None
-        if fixes or "adapter_names" in given:
+        if fixes or "adapter_names" in given or "shared_prefix" in given:
             return run_as_ours(self.host, given)
         reason = why_not_call(self.model, task, given)
         if reason is not None:
@@ -166,7 +171,9 @@ class Patch(Record):
             return original(batch_size, *args, **kwargs)
         prompt = self.host.prompts[self.model.active_adapter]
         if prompt.in_cache:
-            return filled(self.host, prefix_states(self.host, (prompt,)).for_rows(batch_size))
+            check_served(self.host, (prompt,), self.route, as_peft=True)
+            states = prefix_states(self.host, (prompt,))
+            return filled(self.host, cache_to_read(self.host, states, prompt.rows, batch_size))
         if without_prompt(self):
             table = next(self.model.prompt_encoder[self.model.active_adapter].embedding.parameters())
             return table.new_empty(batch_size, 0, self.model.active_peft_config.token_dim)
@@ -188,12 +195,16 @@ class Patch(Record):
 
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         disabled = getattr(vars(self.model).get("forward"), "__self__", self.model) is self.model.base_model
-        mixed = not disabled and kwargs.get("adapter_names") is not None
+        ours = any(kwargs.get(name) is not None for name in ("adapter_names", "shared_prefix"))
+        mixed = not disabled and ours
         alone = not mixed and (disabled or why_not_adapter(self.model.active_peft_config) is not None)
         # A prefix comes from `get_prompt`, in every way in which PEFT generates.
         in_cache = not alone and not mixed and self.host.prompts[self.host.in_use].in_cache and not self.fix
         with self._generating:
-            if alone or in_cache or not (mixed or self.fix or "prepare_inputs_for_generation" in self.replaced):
+            if in_cache:
+                with in_place_later(self.host):
+                    return original(*args, **kwargs)
+            if alone or not (mixed or self.fix or "prepare_inputs_for_generation" in self.replaced):
                 return original(*args, **kwargs)
             if not (mixed or self.fix):
                 with generating(self, kwargs):
@@ -232,6 +243,16 @@ def _override(model_class: Any, name: str) -> Any:
         return getattr(patch, name)(bound, *args, **kwargs)
 
     return method
+
+
+def _calls(method: Any, function: Any) -> bool:
+    """Whether a method is this function, or a wrapper around it."""
+    while method is not None:
+        method = getattr(method, "__func__", method)
+        if method is function:
+            return True
+        method = getattr(method, "__wrapped__", None)
+    return False
 
 
 def _rebound(method: Any, model: Any, replica: Any) -> Any:
@@ -273,7 +294,9 @@ def _task_of(model: Any) -> tuple[PeftTask | None, dict[str, str]]:
             if type(model).forward is not known.forward:
                 return None, {"forward": f"{type(model).__name__} has a forward of its own"}
             placed = vars(model).get("forward")
-            if placed is not None and getattr(placed, "__func__", None) is not known.forward:
+            kind: Any = type(model)
+            ours = _calls(placed, _override(kind, "forward"))
+            if placed is not None and not ours and getattr(placed, "__func__", None) is not known.forward:
                 return None, {"forward": "another library has wrapped it; call apply before that"}
             return task, {}
     return None, {"forward": f"{type(model).__name__} has no task"}

@@ -6,13 +6,13 @@ serves what it knows to give PEFT's result, and calls PEFT's own method for the 
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from typing import Any
 
 from ..ops._backend import AUTO, checked_name
 from ..routes.choice import checked_route
+from .creation import watch
 from .patch import Patch
 from .record import record_on
 
@@ -50,10 +50,11 @@ def apply(peft_model: Any, backend: str = AUTO, route: str = AUTO, fix: bool = F
         raise TypeError(
             f"peft_model: expected a peft.PeftModel, before anything wraps it, got {type(peft_model).__name__}"
         )
-    config = peft_model.peft_config[peft_model.active_adapter]
-    if not config.is_prompt_learning:
-        raise ValueError(f"peft_model: expected prompt learning, got {config.peft_type.value}")
-    if patch_of(peft_model) is not None:
+    if not learns_prompts(peft_model):
+        kind = peft_model.peft_config[peft_model.active_adapter].peft_type.value
+        raise ValueError(f"peft_model: expected prompt learning, got {kind}")
+    before = patch_of(peft_model)
+    if before is not None and not before.automatic:
         raise ValueError(
             "peft_model: expected a model that is not patched; revert first: patch.revert(), or "
             "fusedprompt.integrations.peft.patch_of(peft_model).revert()"
@@ -62,6 +63,8 @@ def apply(peft_model: Any, backend: str = AUTO, route: str = AUTO, fix: bool = F
     checked_route(route)
     patch = Patch(peft_model, backend, route, fix)
     patch._check_requests()
+    if before is not None:
+        before.revert()
     patch._install()
     return patch
 
@@ -76,47 +79,36 @@ _enabled: list[Callable[[], None]] = []  # what undoes `enable`
 
 
 def enable(backend: str = AUTO, route: str = AUTO, fix: bool = False) -> None:
-    """Apply to every model with prompt learning that `get_peft_model` and `PeftModel.from_pretrained` make from now on.
+    """Apply to every model with prompt learning that PEFT makes or loads from now on, by whichever of its functions.
 
-    For scripts that cannot be edited. A script that says `from peft import get_peft_model` must do so after this call.
+    For scripts that cannot be edited; `python -m fusedprompt run` does it from outside. A later `apply` to one of them
+    takes its place.
 
     Args and errors are those of `apply`; and ValueError, if it is enabled already.
     """
     _check_versions()
-    import peft
-
     if _enabled:
         raise ValueError("enable: expected it not to be enabled already; call disable() first")
     checked_name("backend", backend)
     checked_route(route)
-    plain, loader = peft.get_peft_model, vars(peft.PeftModel)["from_pretrained"]
 
-    def patched(model: Any) -> Any:
-        if isinstance(model, peft.PeftModel) and patch_of(model) is None:
-            config = model.peft_config[model.active_adapter]
-            if config.is_prompt_learning:
-                apply(model, backend, route, fix)
-        return model
+    def made(model: Any) -> None:
+        if learns_prompts(model) and patch_of(model) is None:
+            apply_automatically(model, backend, route, fix)
 
-    @functools.wraps(plain)
-    def get_peft_model(*args: Any, **kwargs: Any) -> Any:
-        return patched(plain(*args, **kwargs))
+    _enabled.append(watch(made))
 
-    @functools.wraps(loader.__func__)
-    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return patched(loader.__func__(cls, *args, **kwargs))
 
-    places = [module for module in (peft, peft.mapping_func) if module.get_peft_model is plain]
-    for module in places:
-        module.get_peft_model = get_peft_model
-    peft.PeftModel.from_pretrained = classmethod(from_pretrained)
+def learns_prompts(peft_model: Any) -> bool:
+    """Whether `apply` is for a PEFT model of this kind."""
+    return bool(peft_model.peft_config[peft_model.active_adapter].is_prompt_learning)
 
-    def undo() -> None:
-        for module in places:
-            module.get_peft_model = plain
-        peft.PeftModel.from_pretrained = loader
 
-    _enabled.append(undo)
+def apply_automatically(peft_model: Any, backend: str, route: str, fix: bool) -> Patch:
+    """`apply`, where nobody asked for it for this model: whoever does so later is served."""
+    patch = apply(peft_model, backend, route, fix)
+    patch.automatic = True
+    return patch
 
 
 def disable() -> None:

@@ -17,6 +17,7 @@ import torch
 
 from ..base.cache import keeps_all
 from ..layouts.mixture import prompts_of
+from ..routes.attention import cache_to_read, in_place_later
 from ..routes.call import PEFT, SHARED, Call
 from ..routes.choice import RouteUnavailable, why_not_length
 from ..routes.plan import plan
@@ -54,7 +55,8 @@ def generating(patch: Record, kwargs: dict[str, Any]) -> Iterator[None]:
         _refuse(patch, objection)
     token = _running.set(Generation(patch, objection))
     try:
-        yield
+        with contextlib.nullcontext() if objection is not None else in_place_later(patch.host):
+            yield
     finally:
         _running.reset(token)
 
@@ -124,7 +126,8 @@ def _fresh_layers(patch: Record, cache: Any, ids: Any, task_ids: Any) -> Any:
         try:
             active, mixture = prompts_of(host.prompts, active, None, task_ids, ids)
             table = (active,) if mixture is None else mixture.prompts
-            return prompt_states(host, table, mixture).for_rows(ids.shape[0]).layers
+            rows = max(prompt.rows for prompt in table)
+            return cache_to_read(host, prompt_states(host, table, mixture), rows, ids.shape[0]).layers
         except RouteUnavailable as error:  # found out from the base model's answer
             objection = str(error)
     _refuse(patch, objection)

@@ -11,7 +11,12 @@ PATCH = "_fusedprompt_patch"
 
 
 class Record:
-    """The attributes of a `Patch`. host: its model, as routes see it. task: what its model's forward does."""
+    """The attributes of a `Patch`. host: its model, as routes see it. task: what its model's forward does.
+
+    automatic: nobody asked for it for this model.
+    """
+
+    automatic = False
 
     def __init__(
         self, model: Any, backend: str, route: str, fix: bool, task: PeftTask | None, left_alone: dict[str, str]

@@ -183,7 +183,7 @@ def operations(patch: Record, name: str) -> list[str]:
     """The ops that serve an adapter, in the order they run in."""
     config, encoder = patch.model.peft_config[name], patch.model.prompt_encoder[name]
     encodes = why_not_encoder(encoder, config) is None
-    if "forward" in patch.replaced:
+    if patch.task is not None:
         return explain.operations(patch.host, name, encodes)
     return [*method_of(config).ops(encoder)] if encodes else []
 

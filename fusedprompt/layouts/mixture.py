@@ -54,10 +54,11 @@ class Mixture:
             raise TypeError(f"adapter_names: expected a list of one name per row, got {names!r}")
         if len(names) != tokens.shape[0]:
             raise ValueError(f"adapter_names: expected B = {tokens.shape[0]} names, one per row, got {len(names)}")
-        adapters = tuple(dict.fromkeys(name for name in names if name != BASE))
+        # BASE has a prompt where all rows begin with the same text.
+        adapters = tuple(dict.fromkeys(name for name in names if name != BASE or BASE in prompts))
         unknown = [name for name in adapters if name not in prompts]
         if unknown:
-            raise ValueError(f"adapter_names: expected names among {[*prompts, BASE]}, got {unknown}")
+            raise ValueError(f"adapter_names: expected names among {[*{**prompts, BASE: None}]}, got {unknown}")
         tasks = {name: prompts[name].task.name for name in adapters}
         if len(set(tasks.values())) > 1:
             raise ValueError(f"adapter_names: expected adapters of one task type, got {tasks}")
@@ -159,6 +160,11 @@ class Mixture:
         if mask is None:
             mask = torch.ones(len(self.sources), length, dtype=torch.int64, device=self.rows.device)
         return torch.cat((own.to(mask.dtype), mask), dim=1)
+
+    def which(self, copies: int = 1) -> Tensor:
+        """(copies · B,) int64: the prompt of each row in a stack, -1 for none."""
+        rows = torch.where(self.count > 0, self.rows[0], -1)
+        return rows if copies == 1 else rows.repeat_interleave(copies)
 
     def take(self, values: Tensor, copies: int = 1) -> Tensor:
         """Each row's part of (A, ...) values, (B, ...), or (copies · B, ...) with the copies of a row together.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..base.tasks import Task
 from .pieces import table_ids
+from .shared_text import SharedText
 from .template import Template
 
 Source = tuple[str, int | None]  # what a row's prompt comes from: an adapter, and one of its tasks if it has several
@@ -22,6 +23,7 @@ class Prompt:
     in_cache: it is keys and values, in front of all text, and no rows among the text's.
     num_tasks: of an adapter that has a prompt for each of so many tasks; None for one prompt. task_id: which it is.
     kept: which rows of its module's product these are; None for the first P.
+    shared: text beside it, of whose K tokens the embeddings are rows of it too; None for none.
     """
 
     name: str
@@ -34,11 +36,26 @@ class Prompt:
     num_tasks: int | None = None
     task_id: int | None = None
     kept: tuple[int, ...] | None = None
+    shared: SharedText | None = None
+
+    def beside(self, text: SharedText) -> Prompt:
+        """With text that stands beside it in every row."""
+        return replace(self, rows=self.rows + len(text.ids), shared=text)
+
+    @property
+    def encoded_rows(self) -> int:
+        """Those that its module makes."""
+        return self.rows - (0 if self.shared is None else len(self.shared.ids))
 
     @property
     def source(self) -> Source:
         """What it comes from."""
         return self.name, self.task_id
+
+    def encodes(self, row: int) -> bool:
+        """Whether a row of its table is one that its module makes, and not of a constant token or of text beside it."""
+        first = len(self.shared.ids) if self.shared is not None and self.shared.before else 0
+        return first <= row < first + self.encoded_rows
 
     def __str__(self) -> str:
         return self.name if self.task_id is None else f"{self.name}, task {self.task_id}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..base import saved_modules
 from ..base.cache import SharingFacts, new_cache, why_no_prefix
 from ..base.facts import BaseFacts, check_base_model, device_of
+from ..base.first_use import key_shapes
 from ..base.state import BaseState, evaluating
 from ..base.tasks import task_names, task_of
 from ..layouts.mixture import prompts_of_rows
@@ -24,6 +26,7 @@ from ..methods.method import CACHE
 from ..ops._backend import AUTO
 from ..routes.head import TextHead
 from ..routes.host import joined
+from ..routes.prefix import check_keys, largest
 from ..routes.prompt_cache import PromptCache
 from .through import ReadsThrough
 
@@ -204,9 +207,22 @@ class PromptAdapters(ReadsThrough):
             base_model_name_or_path=name,
             modules_to_save=list(dict.fromkeys(saved)) or None,
         )
+        if method_of(config).product == CACHE:
+            return self._with_keys(config, resolved)
         if width is not None and resolved.token_dim != width:
             raise ValueError(f"token_dim: expected the width of the word embeddings, {width}, got {resolved.token_dim}")
         return resolved
+
+    def _with_keys(self, given: PromptLearningConfig, resolved: PromptLearningConfig) -> PromptLearningConfig:
+        """A prefix's configuration with the sizes of the base model's keys. Where PEFT's rule gives others, PEFT's
+        prefix does not run, or leaves out layers."""
+        shapes = key_shapes(self.base_model, self.facts)
+        if not isinstance(shapes, tuple):
+            return resolved
+        heads, width = largest(shapes)
+        if (given.num_attention_heads, given.token_dim) not in ((None, None), (heads, heads * width)):
+            return resolved
+        return dataclasses.replace(resolved, token_dim=heads * width, num_attention_heads=heads)
 
     def _check_template(self, template: Any, config: PromptLearningConfig, prompt_start: int) -> None:
         if not isinstance(template, Template):
@@ -232,7 +248,7 @@ class PromptAdapters(ReadsThrough):
         task, method = task_of(config.task_type), method_of(config)
         assert config.num_virtual_tokens is not None
         if method.product == CACHE:
-            self._check_prefix(config, prompt_start, template)
+            self._check_prefix(adapter_name, config, prompt_start, template)
         try:
             encoder = encoder or method.module(config, self.word_embeddings)
             for frozen in method.frozen:
@@ -263,7 +279,9 @@ class PromptAdapters(ReadsThrough):
         if len(self.peft_config) == 1:
             self.base_model.requires_grad_(False)
 
-    def _check_prefix(self, config: PromptLearningConfig, prompt_start: int, template: Template | None) -> None:
+    def _check_prefix(
+        self, name: str, config: PromptLearningConfig, prompt_start: int, template: Template | None
+    ) -> None:
         method = method_of(config).name
         layers = len(new_cache(self.base_model).layers)
         if config.num_layers != layers:
@@ -275,6 +293,7 @@ class PromptAdapters(ReadsThrough):
             raise ValueError(f"prompt_start: expected 0 {rule}, got {prompt_start}")
         if template is not None and not template.is_plain_prefix:
             raise ValueError(f"template: expected none {rule}, got {str(template)!r}")
+        check_keys(self, name, config, method)
 
     def _remove(self, adapter_name: str) -> None:
         self.prompt_cache.clear(adapter_name)
@@ -327,7 +346,7 @@ class PromptAdapters(ReadsThrough):
     def _encoded(self, prompts: Sequence[Prompt]) -> Tensor:
         """(k, P, D): the prompts of one adapter, all its tasks' in one call."""
         encoder: Any = self.prompt_encoder[prompts[0].name]
-        tasks, count = [prompt.task_id for prompt in prompts if prompt.task_id is not None], prompts[0].rows
+        tasks, count = [prompt.task_id for prompt in prompts if prompt.task_id is not None], prompts[0].encoded_rows
         rows: Tensor = encoder(task_ids=tasks) if tasks else encoder().expand(len(prompts), -1, -1)
         if prompts[0].kept is not None:
             return rows.index_select(1, _constant(prompts[0].kept, rows.device))
@@ -339,7 +358,7 @@ class PromptAdapters(ReadsThrough):
 
     def table(self, prompts: Sequence[Prompt], padded: bool = False) -> Tensor:
         """(R, D): each prompt's rows, and its template's constant tokens; with `padded`, a row of zeros behind all."""
-        return joined(prompts, self._tables, padded, self.active_config.token_dim or 0, self.prompt_device)
+        return joined(self, prompts, self._tables, padded, self.active_config.token_dim or 0)
 
     def _tables(self, prompts: Sequence[Prompt]) -> Tensor:
         """(k, R, D): the tables of prompts of one adapter."""

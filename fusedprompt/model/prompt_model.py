@@ -94,6 +94,9 @@ class PromptModel(Citizen):
         task_ids: (B,) the task of each row, for adapters of multitask prompt tuning: a list, or an int64 tensor (on a
             GPU the host waits for its values). With adapter_names, None (or -1) for rows of other adapters; with
             slots and adapter_names, of each of these.
+        shared_prefix: (1, K) ids that every row begins with (instructions, examples), computed once like the prompt;
+            they are then no part of the rows. Results are those of rows that begin with them, labelled -100 there.
+        shared_prefix_place: "behind" the prompt or "before" it.
         input_type_mask: (B, T) type codes of the tokens, for CPT.
         kwargs: for the base model.
 
@@ -155,6 +158,8 @@ class PromptModel(Citizen):
         fields: Mapping[str, Any] | None = None,
         adapter_names: Sequence[str] | None = None,
         task_ids: Tensor | Sequence[int | None] | None = None,
+        shared_prefix: Tensor | None = None,
+        shared_prefix_place: str = "behind",
         input_type_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -162,7 +167,8 @@ class PromptModel(Citizen):
         batch = Batch(input_ids, inputs_embeds, attention_mask, labels, position_ids, token_type_ids, input_type_mask)
         route = self.route if route is None else route
         logits = self._usual_logits(slots) if logits is None else logits
-        call = Call(batch, kwargs, past_key_values, route, logits, slots, pool_index, fields, adapter_names, task_ids)
+        own = (route, logits, slots, pool_index, fields, adapter_names, task_ids, shared_prefix, shared_prefix_place)
+        call = Call(batch, kwargs, past_key_values, *own)
         return run(self, plan(self, call))
 
     def generate(self, inputs: Tensor | None = None, *, route: str | None = None, **kwargs: Any) -> Any:
@@ -173,7 +179,8 @@ class PromptModel(Citizen):
             route: "auto", "shared" or "splice", instead of the model's own.
             kwargs: every argument of transformers' `generate`. `max_length` counts text only. `slots` (B, S) as in
                 `forward`, and then `attention_mask` and `position_ids` (B, S). `adapter_names` and `task_ids` as in
-                `forward`: the adapter, and the task, of each row.
+                `forward`: the adapter, and the task, of each row. `shared_prefix` as in `forward`: no part of what is
+                returned, nor seen by processors of logits.
 
         Returns:
             What `generate` returns: for decoders, ids of text and new tokens, without the prompt.

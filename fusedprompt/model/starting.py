@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..base.cache import reads_another
 from ..base.state import evaluating
 from ..layouts.mixture import prompts_of_rows
 from ..methods import CartridgeConfig, checkpoint, method_of
 from ..methods.config import CONFIG_NAME, PromptLearningConfig
 from ..methods.method import CACHE
-from ..routes.choice import why_not_prompts
+from ..routes.choice import why_not_length, why_not_prompts
 from ..routes.shared import run_prompt
 from .prompt_model import PromptModel
 
@@ -71,6 +73,42 @@ def _tensors(past_key_values: Any) -> Iterator[Tensor]:
             yield tensor
 
 
+def _fitted(model: PromptModel, name: str, past_key_values: Any, rows: int) -> Any:
+    """A cache's layers in the shape of an adapter's: zeros stand in heads and columns that a layer has not, in layers
+    that read another's, and for what a layer with a window has let go, which nobody sees behind it.
+
+    Raises:
+        ValueError: a layer with a window has let go of the first of `rows` positions and holds later ones.
+    """
+    layers, config = getattr(past_key_values, "layers", None), model.peft_config[name]
+    if layers is None:
+        return past_key_values
+    heads, count = int(config.num_attention_heads or 0), int(config.num_layers or 0)
+    width, pairs = int(config.token_dim or 0) // heads, list[tuple[Tensor, ...] | None]()
+    for index, layer in enumerate(layers):
+        if reads_another(layer) or not isinstance(layer.keys, Tensor):
+            pairs.append(None)
+            continue
+        held = layer.keys.shape[-2]
+        total = int(getattr(layer, "cumulative_length", held))
+        if total not in (held, rows):
+            raise ValueError(
+                f"past_key_values: expected layers that hold the first {rows} positions, got layer {index} with a "
+                f"window, which holds the last {held} of {total}"
+            )
+        pairs.append(
+            tuple(
+                F.pad(part, (0, max(width - part.shape[-1], 0), total - held, 0, 0, max(heads - part.shape[-3], 0)))
+                for part in (layer.keys, layer.values)
+            )
+        )
+    like = next((pair for pair in pairs if pair is not None), None)
+    if like is None:
+        return past_key_values
+    pairs += [None] * (count - len(pairs))
+    return [tuple(map(torch.zeros_like, like)) if pair is None else pair for pair in pairs]
+
+
 @torch.no_grad()
 def initialize_kv_prefix_from_past_key_values(
     model: PromptModel, *, adapter_name: str | None = None, past_key_values: Any, num_virtual_tokens: int | None = None
@@ -89,7 +127,9 @@ def initialize_kv_prefix_from_past_key_values(
     """
     name = _prefix_of(model, adapter_name)
     rows = model.prompts[name].rows if num_virtual_tokens is None else num_virtual_tokens
-    prompt = prompt_embeddings_from_past_key_values(past_key_values, num_virtual_tokens=rows)
+    prompt = prompt_embeddings_from_past_key_values(
+        _fitted(model, name, past_key_values, rows), num_virtual_tokens=rows
+    )
     encoder: Any = model.prompt_encoder[name]
     encoder.load_prompt_embeddings(prompt)
     return prompt
@@ -115,10 +155,13 @@ def initialize_kv_prefix_from_text(
     """
     name = _prefix_of(model, adapter_name)
     ids = _ids(tokenizer, text, use_chat_template, max_length).to(model.prompt_device)
+    from transformers import DynamicCache
+
+    cache = DynamicCache()  # whose layers let go of nothing, windows or not
     with torch.no_grad(), evaluating(model.base_model), model.disable_adapter():
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
     return initialize_kv_prefix_from_past_key_values(
-        model, adapter_name=name, past_key_values=output.past_key_values, num_virtual_tokens=num_virtual_tokens
+        model, adapter_name=name, past_key_values=cache, num_virtual_tokens=num_virtual_tokens
     )
 
 
@@ -162,13 +205,15 @@ def initialize_kv_prefix_from_adapter(
         if other.in_cache:
             prompt = model.table((other,)).clone()
         else:
-            objection = why_not_prompts(model, (other,))
+            objection = why_not_prompts(model, (other,)) or why_not_length(model, own.rows)
             if objection is not None:
                 raise ValueError(
                     f"source: expected an adapter whose text can read its keys and values, but {objection}"
                 )
             cache = run_prompt(model, (other,), all_logits=False).cache
-            prompt = prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=own.rows)
+            prompt = prompt_embeddings_from_past_key_values(
+                _fitted(model, name, cache, own.rows), num_virtual_tokens=own.rows
+            )
     encoder: Any = model.prompt_encoder[name]
     encoder.load_prompt_embeddings(prompt)
     return prompt

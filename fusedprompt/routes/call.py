@@ -14,6 +14,7 @@ from ..layouts.batch import FIELDS, Batch
 from ..layouts.layout import Layout
 from ..layouts.mixture import Mixture
 from ..layouts.prompt import Prompt
+from ..layouts.shared_text import BEHIND
 from ..ops._backend import AUTO
 from .loss import Loss
 
@@ -31,7 +32,8 @@ class Call:
 
     batch: those that have a value for each token.
     others: those that the base model gets as they are.
-    route, logits, slots, pool_index, fields, adapter_names, task_ids: see `PromptModel`.
+    route, logits, slots, pool_index, fields, adapter_names, task_ids, shared_prefix, shared_prefix_place: see
+        `PromptModel`.
     generates: whether it is one of `generate`.
     """
 
@@ -45,6 +47,8 @@ class Call:
     fields: Mapping[str, Any] | None = None
     adapter_names: Sequence[str] | None = None
     task_ids: Any = None
+    shared_prefix: Any = None
+    shared_prefix_place: str = BEHIND
     generates: bool = False
 
     @property
@@ -97,6 +101,8 @@ class Plan:
     waits: whether logits are left until they are read.
     reads: whether it is of interest if somebody reads them.
     logits: "full" or "text". cuts: fields of its output that are cut down to the tokens.
+    joined: why each row's attention gets a copy of the prefix that is in the cache, joined with its own keys; None
+        where it reads the one that all rows share.
     turned: its rows' padding was moved to their end, and full logits are put back: prompt first, then tokens.
     placement: as it was planned with.
     """
@@ -120,6 +126,7 @@ class Plan:
     logits: str = FULL
     cuts: tuple[str, ...] = ()
     turned: bool = False
+    joined: str | None = "no prefix is in the cache"
 
     @property
     def is_padded(self) -> bool:

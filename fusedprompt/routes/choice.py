@@ -147,9 +147,12 @@ def cost_rule(rows: int, size: int, length: int, kept: bool, device: str = "cpu"
     return None
 
 
-def is_kept(host: Host, names: Sequence[str]) -> bool:
-    """Whether the states of adapters' prompts may come from the cache: nothing is trained, random or watched."""
-    encoders = [host.prompt_encoder[name] for name in names]
+def is_kept(host: Host, prompts: Sequence[Prompt]) -> bool:
+    """Whether the states of prompts may come from the cache: nothing is trained, random or watched, and no text beside
+    them is a batch's own."""
+    if any(prompt.shared is not None for prompt in prompts):
+        return False
+    encoders = [host.prompt_encoder[prompt.name] for prompt in prompts]
     if torch.compiler.is_compiling() or any(map(is_replica, encoders)):
         return False
     if any(active_noise(part) is not None or _is_watched(part) for part in encoders):

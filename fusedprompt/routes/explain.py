@@ -13,6 +13,7 @@ from ..layouts.picture import PADDING, join_symbols, row_symbols
 from ..layouts.pieces import anchor_slots
 from ..layouts.prompt import Prompt
 from ..methods import method_of
+from .attention import CHEAP
 from .call import BASE, CONTINUE, PREFIX, SHARED, SPLICE, Call, Plan
 from .choice import RouteUnavailable, why_not_head_loss, why_not_model
 from .host import Host
@@ -40,7 +41,14 @@ def describe(host: Host, planned: Plan) -> str:
     spliced = plan(host, replace(planned.call, route=SPLICE)) if planned.route == SHARED else planned
     found = remembered(host.base_model)
     matters = planned.route == SHARED or (planned.why is not None and planned.why in (found.sharing, found.gap))
-    return "\n".join([line, *_pictures(host, spliced), *(first_use_line(host) if matters else [])])
+    attention = [_attention(planned)] if planned.route in (SHARED, PREFIX) and planned.joined != CHEAP else []
+    return "\n".join([line, *_pictures(host, spliced), *attention, *(first_use_line(host) if matters else [])])
+
+
+def _attention(planned: Plan) -> str:
+    if planned.joined is None:
+        return "attention: all rows read one prefix where it is"
+    return f"attention: the prefix is joined with each row's own keys: {planned.joined}"
 
 
 def first_use_line(host: Host) -> list[str]:
@@ -107,7 +115,7 @@ def _pictures(host: Host, planned: Plan) -> list[str]:
         whose = "" if prompts[0].task_id is None else f"{prompts[0]}, "
         return [f"{whose}row 0: {_single(prompts[0], planned, mask)}"]
     # Where each prompt's rows of the table end; a template's constant tokens stand behind its prompt.
-    owners = [(which, row < one.rows) for which, one in enumerate(prompts) for row in range(one.table_rows)]
+    owners = [(which, one.encodes(row)) for which, one in enumerate(prompts) for row in range(one.table_rows)]
 
     def letter(index: int) -> str:
         owner, is_prompt = owners[index] if index < len(owners) else (None, False)
@@ -139,4 +147,4 @@ def _single(prompt: Prompt, planned: Plan, mask: Any) -> str:
     real = None if mask is None else mask[0].tolist()
     anchors = () if prompt.pattern is None else anchor_slots(prompt.pattern, slots, real)
     # A table's further rows are a template's constant tokens.
-    return join_symbols(row_symbols(slots, real, anchors, lambda row: "P" if row < prompt.rows else "t"))
+    return join_symbols(row_symbols(slots, real, anchors, lambda row: "P" if prompt.encodes(row) else "t"))

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..base.positions import count_positions, counted_behind
+from .attention import in_place
 from .call import BASE, CONTINUE, PREFIX, SPLICE, Plan
 from .generate_by_ids import generate_by_ids
 from .host import Host
-from .plan_generate import most_new_tokens, option, reads_ids
+from .plan_generate import copies, most_new_tokens, option, reads_ids
 from .prefix import PrefixStates, batch_size, filled, prefix_states
 from .shared import prompt_states
 from .splice import embedded, others_of, spliced
@@ -36,7 +37,8 @@ def run_generate(host: Host, plan: Plan) -> Any:
     """
     base, others = host.base_model, dict(plan.others)
     if plan.route in (BASE, CONTINUE):
-        with _counting(host, plan) if plan.route == CONTINUE else contextlib.nullcontext():
+        counting = _counting(host, plan) if plan.route == CONTINUE else contextlib.nullcontext()
+        with counting, in_place(host, others.get("past_key_values")):
             return base.generate(**plan.fields.given(), **others)
     states: PromptStates | PrefixStates | None = None
     if plan.route != SPLICE:
@@ -63,20 +65,22 @@ def run_generate(host: Host, plan: Plan) -> Any:
     arguments = _behind(host, plan)
     # transformers skips as many of the embeddings as the cache holds: the prompt's.
     size, length = arguments["inputs_embeds"].shape[:2]
-    size, length = size * _copies(base, others), length + most_new_tokens(base, others)
+    size, length = size * copies(base, others), length + most_new_tokens(base, others)
     own = others.get("past_key_values")
     cache = (
-        _filled_cache(base, states, size, length, others) if own is None else filled(host, states.for_rows(size), own)
+        _filled_cache(base, states, size, length, others, plan.joined is None)
+        if own is None
+        else filled(host, states.for_rows(size), own)
     )
     others["past_key_values"] = cache
-    with _counting(host, plan):
+    with _counting(host, plan), in_place(host, cache):
         return base.generate(input_ids=ids, **arguments, **others)
 
 
 def _generate_behind(host: Host, plan: Plan, states: PrefixStates) -> Any:
     """What an encoder-decoder's `generate` gives, whose decoder begins with a prefix in its cache."""
     base, others, size = host.base_model, dict(plan.others), batch_size(plan)
-    cache, begun = states.for_rows(size * _copies(base, others)), others.get("decoder_input_ids")
+    cache, begun = states.for_rows(size * copies(base, others)), others.get("decoder_input_ids")
     if others.get("decoder_attention_mask") is None:
         # By a mask that is longer than the ids transformers knows that the cache's tokens are not among these.
         columns = cache.get_seq_length() + (1 if begun is None else begun.shape[1])
@@ -95,7 +99,7 @@ def _counting(host: Host, plan: Plan) -> contextlib.AbstractContextManager[None]
         return _told_positions(host.base_model, facts.first_position)
     if not facts.tells_position_ids:
         return contextlib.nullcontext()
-    return counted_behind(host.base_model, (mask == 0).sum(1).repeat_interleave(_copies(host.base_model, plan.others)))
+    return counted_behind(host.base_model, (mask == 0).sum(1).repeat_interleave(copies(host.base_model, plan.others)))
 
 
 @contextlib.contextmanager
@@ -121,11 +125,6 @@ def _told_positions(base: Any, first: int) -> Iterator[None]:
         hook.remove()
 
 
-def _copies(base: Any, others: Mapping[str, Any]) -> int:
-    """Rows that transformers makes of each."""
-    return max(int(option(base, others, name) or 1) for name in ("num_beams", "num_return_sequences"))
-
-
 def _behind(host: Host, plan: Plan) -> dict[str, Any]:
     """Arguments for the text, with room in front for the prompt, which is in the cache."""
     given, layout = plan.fields.given(), plan.layout
@@ -137,7 +136,12 @@ def _behind(host: Host, plan: Plan) -> dict[str, Any]:
 
 
 def _filled_cache(
-    base: Any, states: PromptStates | PrefixStates, size: int, length: int, kwargs: dict[str, Any]
+    base: Any,
+    states: PromptStates | PrefixStates,
+    size: int,
+    length: int,
+    kwargs: dict[str, Any],
+    attends: bool,
 ) -> Any:
     """A cache that holds the prompt for `size` rows: one that grows, or a static one of `length` positions."""
     kind = option(base, kwargs, "cache_implementation")
@@ -145,9 +149,9 @@ def _filled_cache(
     if getattr(kwargs.get("generation_config"), "cache_implementation", None) is not None:
         config = kwargs["generation_config"] = copy.copy(kwargs["generation_config"])
         config.cache_implementation = None
-    cache = states.for_rows(size)
     if kind != "static":
-        return cache
+        return states.for_rows(size, attends)
+    cache = states.for_rows(size)
     from transformers import StaticCache
 
     static = StaticCache(config=base.config, max_cache_len=length)

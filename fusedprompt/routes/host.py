@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..base.cache import SharingFacts
-from ..base.facts import BaseFacts
+from ..base.facts import BaseFacts, device_of
 from ..base.state import BaseState
 from ..layouts.prompt import Prompt
+from ..layouts.shared_text import put_beside
 from .head import TextHead
 from .prompt_cache import PromptCache
 
@@ -70,15 +71,15 @@ class Host(Protocol):
 
 
 def joined(
-    prompts: Sequence[Prompt],
-    make: Callable[[Sequence[Prompt]], Tensor],
-    padded: bool,
-    width: int,
-    device: torch.device,
+    host: Host, prompts: Sequence[Prompt], make: Callable[[Sequence[Prompt]], Tensor], padded: bool, width: int
 ) -> Tensor:
-    """`Host.table`. make: of prompts of one adapter, (k, R, D)."""
+    """`Host.table`. make: of prompts of one adapter, (k, R, D) without text beside them."""
     groups = [list(group) for _, group in itertools.groupby(prompts, key=lambda prompt: prompt.name)]
-    tables = [make(group).flatten(0, 1) for group in groups]
+    tables, device = [], device_of(host.word_embeddings)
+    for group in groups:
+        text, encoded = group[0].shared, group[0].encoded_rows
+        rows = make(group) if encoded else torch.empty(len(group), 0, width, device=device, dtype=host.base_model.dtype)
+        tables.append((rows if text is None else put_beside(rows, text, host.word_embeddings)).flatten(0, 1))
     if len(tables) == 1 and not padded:
         return tables[0]
     like = tables[0] if tables else torch.empty(0, width, device=device)

@@ -110,6 +110,24 @@ class OwnFunction:
 
 
 @dataclass(frozen=True)
+class PerToken:
+    """Cross entropy of each token's own label (B, T), where the base model's takes its labels by a mask that covers
+    more columns than the text."""
+
+    labels: Tensor
+
+    def of(self, source: Source) -> Tensor:
+        logits = source.logits()() if isinstance(source, Withheld) else source
+        return F.cross_entropy(logits.flatten(0, 1), self.labels.to(logits.device).flatten(), ignore_index=IGNORE_INDEX)
+
+
+def masks_labels(base: nn.Module) -> bool:
+    """Whether a classifier of tokens leaves out labels by its mask, which must then be as long (XLM-RoBERTa-XL)."""
+    model = transformers_model(base)
+    return model is not None and "active_loss" in inspect.unwrap(type(model).forward).__code__.co_varnames
+
+
+@dataclass(frozen=True)
 class Weighted:
     """A method's own loss, of logits (B, S, V): see `ops.cpt_loss`."""
 
@@ -154,7 +172,7 @@ class Answers:
         return loss
 
 
-Loss = NextToken | OwnFunction | Weighted | Answers
+Loss = NextToken | OwnFunction | PerToken | Weighted | Answers
 # Base models whose own loss of answers was compared with `Answers`, and whether they were equal.
 _same_loss: Remembered[bool] = Remembered()
 

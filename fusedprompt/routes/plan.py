@@ -11,9 +11,11 @@ from ..base.tasks import Task
 from ..layouts.batch import Batch
 from ..layouts.from_template import put_into_template, without_prefix_slots
 from ..layouts.layout import Layout
+from ..layouts.mixture import BASE as BASE_ROWS
 from ..layouts.mixture import Mixture, prompts_of, refuse_cache
 from ..layouts.padding import choose_layout
 from ..layouts.prompt import Prompt
+from .beside import prompts_of_call
 from .call import CONTINUE, OURS, SPLICE, Call, Plan, check_logits, refuse, refuse_fields, with_cache, without_prompt
 from .choice import checked_route
 from .host import Host
@@ -38,14 +40,15 @@ def plan(host: Host, call: Call, placement: str = OURS) -> Plan:
         ValueError, TypeError: its arguments do not fit each other.
     """
     checked_route(call.route)
-    if host.in_use is None:
+    prompts = prompts_of_call(host, call)
+    if host.in_use is None and call.shared_prefix is None:
         check_logits(call.logits, None)
         return without_prompt(call)
-    active = host.prompts[host.in_use]
+    active = prompts[host.in_use or BASE_ROWS]
     if not (call.slots is None and call.pool_index is None and call.fields is None):
         _check_places(host, active, call)
     if call.generates:
-        return plan_generate(host, call, placement)
+        return plan_generate(host, prompts, active, call, placement)
     call, given, table = _slots(host, active, call)
     if call.past_key_values is not None:
         if placement == OURS and not host.facts.encoder_decoder and cache_length(call.past_key_values) > 0:
@@ -55,7 +58,7 @@ def plan(host: Host, call: Call, placement: str = OURS) -> Plan:
         call = replace(call, others=with_cache(call.others, call.past_key_values))
     mixture = None
     if given is None:
-        active, mixture = prompts_of(host.prompts, active, call.adapter_names, call.task_ids, call.rows)
+        active, mixture = prompts_of(prompts, active, call.adapter_names, call.task_ids, call.rows)
         table = (active,)
     if mixture is not None:
         refuse_fields(call, "with rows of several adapters or tasks, whose templates may have others")
@@ -98,7 +101,7 @@ def _check_places(host: Host, active: Prompt, call: Call) -> None:
 def _decoded(host: Host, active: Prompt, call: Call) -> Plan:
     """A decoder's tokens after its cache, in which the prefix stands."""
     refuse_cache(call.adapter_names, call.task_ids)
-    others = with_cache(widened(host.facts, call.others, active.rows), call.past_key_values)
+    others = with_cache(widened(host, call.others, active.rows), call.past_key_values)
     return Plan(CONTINUE, call, call.batch, "the cache holds the prompt", task=active.task, others=others)
 
 

@@ -25,12 +25,13 @@ from ..layouts.mixture import BASE, Mixture, prompts_of, refuse_cache
 from ..layouts.padding import Turn, choose_layout, may_be_padded
 from ..layouts.prompt import Prompt
 from ..ops._backend import AUTO
+from .attention import cost_rule, why_not_attend
 from .call import BASE as BASE_ROUTE
 from .call import CONTINUE, FULL, PEFT, PREFIX, SHARED, SPLICE, Call, Plan, refuse, refuse_fields, with_cache
 from .choice import RouteUnavailable, why_not_as_peft, why_not_length, why_not_now, why_not_prompts
 from .host import Host
 from .packing import slots_of_one
-from .prefix import check_padding, check_served, widened
+from .prefix import check_padding, check_served, padding_behind, widened
 from .states import prompt_first
 
 # Options that cover the virtual tokens, and such with other steps than one token at a time.
@@ -40,10 +41,8 @@ _OF_GENERATE = ("tokenizer", "assistant_tokenizer", "use_cache", "prompt_lookup_
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 
 
-def plan_generate(host: Host, call: Call, placement: str) -> Plan:
+def plan_generate(host: Host, prompts: Mapping[str, Prompt], active: Prompt, call: Call, placement: str) -> Plan:
     """See `plan`. The fields are those of the first step, with the prompt in its place."""
-    assert host.in_use is not None
-    active = host.prompts[host.in_use]
     if placement == PEFT:
         why = _why_not_peft(host, active, call)
         if why is not None and call.route == SHARED:
@@ -59,7 +58,7 @@ def plan_generate(host: Host, call: Call, placement: str) -> Plan:
         raise ValueError("adapter_names: expected None with slots, got both")
     mixture = None
     if call.slots is None and call.adapter_names is None:
-        active, mixture = prompts_of(host.prompts, active, None, call.task_ids, call.rows)
+        active, mixture = prompts_of(prompts, active, None, call.task_ids, call.rows)
     mixes = mixture is not None or call.adapter_names is not None
     in_template = active.pattern is not None and call.slots is None and not mixes
     if not in_template:
@@ -72,11 +71,26 @@ def plan_generate(host: Host, call: Call, placement: str) -> Plan:
             raise ValueError(f"{name}: expected None with assisted decoding, which generates one row{hint}")
         if cache_length(call.past_key_values):
             refuse_cache(call.adapter_names, call.task_ids)
-    return _in_front(host, active, call, mixture)
+    return _in_front(host, prompts, active, call, mixture)
+
+
+def _check_steps(host: Host, others: Mapping[str, Any]) -> None:
+    """Refuse what takes another first step than the one that the prompt goes into.
+
+    Raises:
+        ValueError: text is to be read in chunks.
+    """
+    size = option(host.base_model, others, "prefill_chunk_size")
+    if size is not None:
+        raise ValueError(
+            "prefill_chunk_size: expected None with a prompt, because transformers cuts ids into chunks, and "
+            f"the prompt is not among them, got {size}"
+        )
 
 
 def _planned(host: Host, call: Call, active: Prompt, placed: Placed, others: Mapping[str, Any], **more: Any) -> Plan:
     """The plan of a batch with its prompt in its place."""
+    _check_steps(host, others)
     given = {"route": SPLICE, "table": (active,), "others": with_cache(others, call.past_key_values), **more}
     return Plan(call=call, task=active.task, layout=placed.layout, fields=placed.batch, carries=placed.carries, **given)
 
@@ -96,7 +110,7 @@ def _to_splice(batch: Batch) -> Batch:
     return batch if batch.inputs_embeds is None else replace(batch, input_ids=None)
 
 
-def _in_front(host: Host, active: Prompt, call: Call, mixture: Mixture | None) -> Plan:
+def _in_front(host: Host, known: Mapping[str, Prompt], active: Prompt, call: Call, mixture: Mixture | None) -> Plan:
     """Behind a prompt in front of all text, or each row behind its own adapter's or task's."""
     base, facts = host.base_model, host.facts
     if facts.encoder_decoder and not active.in_cache and call.others.get("encoder_outputs") is not None:
@@ -111,7 +125,7 @@ def _in_front(host: Host, active: Prompt, call: Call, mixture: Mixture | None) -
     if not facts.encoder_decoder:
         _count_new_tokens(base, batch.shape[1], others)
     if call.adapter_names is not None:
-        mixture = Mixture.of(host.prompts, active, call.adapter_names, batch.tokens, call.task_ids)
+        mixture = Mixture.of(known, active, call.adapter_names, batch.tokens, call.task_ids)
     elif not facts.encoder_decoder and ids is not None and mask is not None and mask.shape[1] != ids.shape[1]:
         return _continued(host, active, call, others)
     if embeds is not None and ids is not None and embeds.shape[1] != ids.shape[1]:
@@ -124,7 +138,9 @@ def _in_front(host: Host, active: Prompt, call: Call, mixture: Mixture | None) -
     if in_cache:
         _check_behind(host, replace(call, others=others), prompts or (active,), rows)
     if in_cache and facts.encoder_decoder:
-        others = dict(with_cache(widened(facts, others, rows, mixture), cache))
+        _check_steps(host, others)
+        others = dict(with_cache(widened(host, others, rows, mixture), cache))
+        batch = padding_behind(batch, others)
         return Plan(PREFIX, call, batch, task=active.task, table=prompts, mixture=mixture, others=others)
     why = None if in_cache else _choice(host, replace(call, others=others), prompts, rows)
     tokens = _to_splice(batch)
@@ -144,7 +160,30 @@ def _in_front(host: Host, active: Prompt, call: Call, mixture: Mixture | None) -
     else:
         placed = put_in_front(facts, rows, tokens, start=active.start)
     found = {"route": PREFIX if in_cache else SPLICE if why else SHARED, "table": prompts, "mixture": mixture}
+    if why is None:
+        found["joined"] = _why_joined(host, replace(call, others=others), rows)
     return _planned(host, call, active, _counted(facts, placed, call), others, why=why, **found)
+
+
+def _why_joined(host: Host, call: Call, rows: int) -> str | None:
+    """Why each row gets a copy of the prefix, joined with its own keys; None where attention reads the one."""
+    base, others, (size, length) = host.base_model, call.others, call.batch.shape
+    size *= copies(base, others)
+    cost = cost_rule(rows, size)
+    if cost is not None:
+        return cost
+    if call.past_key_values is not None or reads_ids(host, others):
+        return "the prefix is put into a cache of another making"
+    if _is_static(host, call):
+        return "a static cache holds it"
+    if option(base, others, "output_attentions"):
+        return "attention's weights are asked for"
+    return why_not_attend(host, rows + length + most_new_tokens(base, others))
+
+
+def copies(base: Any, others: Mapping[str, Any]) -> int:
+    """Rows that transformers makes of each."""
+    return max(int(option(base, others, name) or 1) for name in ("num_beams", "num_return_sequences"))
 
 
 def _counted(facts: BaseFacts, placed: Placed, call: Call) -> Placed:
@@ -259,10 +298,14 @@ def _check_behind(host: Host, call: Call, prompts: tuple[Prompt, ...], rows: int
             objection = "an encoder-decoder's prefix stands in a cache that grows"
         if objection is None and option(base, others, "use_cache") is False:
             objection = "a decoder without a cache has no place for a prefix"
+        if objection is None and any(option(base, others, name) for name in ASSISTED):
+            objection = (
+                "in assisted decoding transformers cuts a decoder's mask to its ids, behind which the prefix is not"
+            )
     elif objection is None and own and reads_ids(host, others):
         objection = "ids of the prompt go through a cache of transformers' own making"
     length = 0 if host.facts.encoder_decoder else call.batch.shape[1] + most_new_tokens(base, others)
-    if objection is None and _is_static(host, call):
+    if objection is None and (_is_static(host, call) or call.shared_prefix is not None):
         objection = why_not_length(host, rows + length)
     if objection is not None:
         raise RouteUnavailable(objection, PREFIX)

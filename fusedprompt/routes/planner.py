@@ -21,10 +21,11 @@ from ..layouts.prompt import Prompt
 from ..methods import Targets, find_method
 from ..ops._backend import AUTO
 from . import choice
-from .call import FULL, OURS, PEFT, PREFIX, SHARED, SPLICE, TEXT, Plan
+from .attention import cost_rule, why_not_attend
+from .call import FULL, OURS, PEFT, PREFIX, SHARED, SPLICE, TEXT, Plan, refuse
 from .host import Host
-from .loss import Answers, Loss, NextToken, OwnFunction, Weighted, has_transformers_loss
-from .prefix import behind_prefix, check_padding, check_served, widened
+from .loss import Answers, Loss, NextToken, OwnFunction, PerToken, Weighted, has_transformers_loss, masks_labels
+from .prefix import behind_prefix, check_padding, check_served, padding_behind, widened
 
 
 class Planner:
@@ -57,7 +58,7 @@ class Planner:
         objection: str | None = "it was asked for" if route == SPLICE else self._why_not_this()
         cost = None
         if route == AUTO:
-            kept, device = choice.is_kept(host, [one.name for one in self.table]), batch.tokens.device.type
+            kept, device = choice.is_kept(host, self.table), batch.tokens.device.type
             cost = choice.cost_rule(self.rows, *batch.shape, kept, device, len(self.table))
         if objection is None and cost is None:
             objection = choice.why_not_now(host) or self._why_not_found()
@@ -142,26 +143,64 @@ class Planner:
         """Text behind an adapter's keys and values. Its labels and all that comes out are the text's alone."""
         host, facts, task, mixture, batch = self.host, self.facts, self.task, self.mixture, self.batch
         others = self._others()
-        check_served(host, self.table or (self.active,), self.call.route)
+        ours, shares_text = self.placement == OURS, any(prompt.shared is not None for prompt in self.table)
+        if shares_text:
+            self._check_text()
+        check_served(host, self.table or (self.active,), self.call.route, as_peft=not ours)
         if facts.encoder_decoder:  # the prefix is its decoder's
-            return {"route": PREFIX, "fields": batch, "others": widened(facts, others, self.rows, mixture)}
-        ours = self.placement == OURS
+            encoded = others.get("encoder_outputs") is not None
+            if ours and not encoded:
+                batch.checked(facts)
+                batch = padding_behind(batch, others, task)
+            others = widened(host, others, self.rows, mixture, 1 if encoded else batch.shape[1])
+            return {"route": PREFIX, "fields": batch, "others": others}
         if ours:
             batch.checked(facts)
             uneven = mixture is not None and not mixture.even
             check_padding(host, batch.attention_mask, self.rows, batch.shape[1], uneven, task.pools)
-            if self._is_of_next_tokens() and may_be_padded(batch.attention_mask, 0):
+            if self._is_of_next_tokens() and may_be_padded(batch.attention_mask, 0) and not shares_text:
                 # Nothing predicts a row's first token, as without padding.
                 unseen = unpredicted(batch.attention_mask)
                 batch = replace(batch, labels=batch.labels.masked_fill(unseen, IGNORE_INDEX))
+        of_tokens = self._of_tokens(batch, others)
+        batch = batch if of_tokens is None else replace(batch, labels=None)
         fields, looks_up = behind_prefix(facts, batch, self.rows, mixture, task.pools, not ours)
         fields, layout = replace(fields, input_type_mask=None), Layout.prefix(self.rows)
         found = {"route": PREFIX, "fields": fields, "others": others, "looks_up": looks_up, "layout": layout}
-        if not (self.labelled and self._withholds(others)):
+        found["loss"] = of_tokens
+        found["joined"] = self._why_joined()
+        withholds = self.labelled and self._withholds(others)
+        if shares_text and self.labelled:
+            mask, counted = batch.attention_mask, others.get("num_items_in_batch")
+            padding = count_padding(mask)[0] if ours and may_be_padded(mask, 0) else None
+            waits = withholds and not host.text_head.read
+            found |= {"loss": NextToken(batch.labels, padding, None, counted), "fields": replace(fields, labels=None)}
+            return {**found, "waits": waits, "reads": withholds and not waits}
+        if not withholds:
             return found
         waits = not host.text_head.read
         loss = NextToken(counted=others.get("num_items_in_batch")) if waits else None
         return {**found, "loss": loss, "waits": waits, "reads": not waits}
+
+    def _check_text(self) -> None:
+        """Refuse a batch whose rows cannot read a prefix and the text behind it from the cache."""
+        objection = choice.why_not_length(self.host, self.rows + self.batch.shape[1])
+        if self.labelled and not has_transformers_loss(self.host.base_model, self.facts):
+            objection = objection or "the base model's loss is its own"
+        if objection is not None:
+            refuse("shared_prefix", self.call.shared_prefix, f"with {self.table[0].method}, because {objection}")
+
+    def _of_tokens(self, batch: Batch, others: dict[str, Any]) -> PerToken | None:
+        """The loss of a classifier of tokens, if its own would take the mask of prefix and text for the text's."""
+        labels, mask = batch.labels if self.placement == OURS else others.get("labels"), batch.attention_mask
+        if self.task.labels != "tokens" or self.task.predicts_next or not isinstance(labels, Tensor):
+            return None
+        if not masks_labels(self.host.base_model):
+            return None
+        others.pop("labels", None)
+        if self.placement == OURS and mask is not None:  # PEFT's counts labels of padding too
+            labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
+        return PerToken(labels)
 
     # Route splice
 
@@ -273,7 +312,20 @@ class Planner:
         if self.targets_of is not None:  # of logits of prompt and text
             cuts, waits, logits = (("logits",) if logits == TEXT else ()), waits and logits == FULL, FULL
         found = {"layout": layout, "fields": fields, "loss": loss, "waits": waits, "logits": logits, "cuts": cuts}
+        found["joined"] = self._why_joined()
         return {"route": SHARED, "looks_up": self.task.pools, "others": self._others(), **found}
+
+    def _why_joined(self) -> str | None:
+        """Why each row gets a copy of the prefix, joined with its own keys; None where attention reads the one."""
+        size, length = self.batch.shape
+        cost, others = cost_rule(self.rows, size), self.call.others
+        if cost is not None:
+            return cost
+        if others.get("past_key_values") is not None:
+            return "the caller's own cache holds the prefix"
+        if others.get("output_attentions") or getattr(self.host.base_model.config, "output_attentions", False):
+            return "attention's weights are asked for"
+        return why_not_attend(self.host, self.rows + length)
 
     def _text(self) -> tuple[Batch, Layout, Tensor | None]:
         """The text's fields, where prompt and text stand in the output, and (B,) padding at the left of each row."""

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from ..base.facts import transformers_model
-from ..base.first_use import why_not_embeddings
+from ..base.first_use import remember_unread, why_not_embeddings
 from ..base.positions import numbered
+from ..base.reading import NotRead
 from ..ops._backend import AUTO
+from .attention import in_place
 from .call import BASE, CONTINUE, PEFT, PREFIX, SHARED, SPLICE, Plan
 from .choice import RouteUnavailable
 from .generate import run_generate
@@ -24,7 +26,7 @@ def run(host: Host, plan: Plan) -> Any:
     """The output of the call that was planned.
 
     Where the base model turns out to have a cache that cannot be shared, and `auto` was asked for, the call is planned
-    and run once more.
+    and run once more; so it is where its attention turns out not to read a prefix that rows share without copies.
 
     Raises:
         RouteUnavailable: the same, where "shared" was asked for.
@@ -40,6 +42,10 @@ def run(host: Host, plan: Plan) -> Any:
             if plan.route in (BASE, CONTINUE):
                 return _continued(host, plan)
             return _RUNNERS[plan.route](host, plan)
+    except NotRead as error:
+        if plan.joined is not None:  # the next plan would be the same
+            raise
+        remember_unread(host.base_model, str(error))
     except RouteUnavailable:
         if plan.route != SHARED or plan.call.route != AUTO:
             raise
@@ -101,5 +107,6 @@ def _is_ours(error: BaseException) -> bool:
 def _continued(host: Host, plan: Plan) -> Any:
     """The base model's output, of tokens behind a cache or without a prompt."""
     arguments = plan.fields.given()
-    with numbered(host.base_model, arguments, plan.route == BASE or host.facts.takes_position_ids):
+    numbers = numbered(host.base_model, arguments, plan.route == BASE or host.facts.takes_position_ids)
+    with numbers, in_place(host, plan.others.get("past_key_values")):
         return host.base_model(**arguments, **plan.others)

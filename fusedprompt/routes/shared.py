@@ -25,6 +25,7 @@ from ..base.state import active_noise, evaluating
 from ..layouts.layout import Layout
 from ..layouts.mixture import Mixture
 from ..layouts.prompt import Prompt, Source
+from .attention import in_place
 from .call import FULL, Plan
 from .choice import RouteUnavailable, is_kept
 from .head import TextHead, Withheld
@@ -136,7 +137,7 @@ def prompt_states(
     all_logits: of every virtual token, and not of the last one alone.
     wait: a pass of their own may leave logits of all virtual tokens until they are read.
     """
-    if hidden_states or not is_kept(host, [prompt.name for prompt in prompts]):
+    if hidden_states or not is_kept(host, prompts):
         waits = all_logits and wait
         options: dict[str, Any] = {"all_logits": all_logits and not waits, "hidden_states": hidden_states}
         return run_prompt(host, prompts, mixture, wait=waits, **options)
@@ -178,8 +179,9 @@ def run_shared(host: Host, plan: Plan) -> Any:
         others.pop("num_items_in_batch", None)
 
     def call() -> Any:
-        cache = states.for_rows(size)
-        return base(**arguments, **others, past_key_values=cache, use_cache=True, return_dict=True)
+        cache = states.for_rows(size, plan.joined is None)
+        with in_place(host, cache):
+            return base(**arguments, **others, past_key_values=cache, use_cache=True, return_dict=True)
 
     with numbered(base, arguments, host.facts.takes_position_ids):
         output, head = host.text_head.call(base, call) if plan.waits else (call(), None)

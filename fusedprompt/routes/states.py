@@ -35,9 +35,9 @@ class PromptStates:
     mixture: Mixture | None = None
     head: Withheld | None = None
 
-    def for_rows(self, size: int) -> Any:
-        """A cache of its own for `size` rows of text. Of one prompt its tensors are views: no row has a copy."""
-        return cache_for_rows(self.cache, size, self.mixture)
+    def for_rows(self, size: int, attends: bool = False) -> Any:
+        """A cache of its own for `size` rows of text; see `cache_for_rows`."""
+        return cache_for_rows(self.cache, size, self.mixture, attends)
 
     @property
     def nbytes(self) -> int:
@@ -89,12 +89,25 @@ def of_rows(values: Tensor, size: int, mixture: Mixture | None) -> Tensor:
     return mixture.take(values, size // len(mixture.sources))
 
 
-def cache_for_rows(kept: Any, size: int, mixture: Mixture | None) -> Any:
-    """A cache of its own for `size` rows of text, of one with a row for each of A prompts."""
+def cache_for_rows(kept: Any, size: int, mixture: Mixture | None, attends: bool = False) -> Any:
+    """A cache of its own for `size` rows of text, of one with a row for each of A prompts.
+
+    attends: attention reads the prompts where they are. Otherwise tensors of one prompt are views, of which attention
+    gets copies, joined with each row's own keys and values.
+    """
+    if attends and all(layer.keys is not None for layer in kept.layers):
+        from ..base.prefixed_cache import prefixed_cache
+
+        parts, which, mask = [(layer.keys, layer.values) for layer in kept.layers], None, None
+        if mixture is not None:
+            which, mask = mixture.which(size // len(mixture.sources)), mixture.stack_mask(parts[0][0].device)
+            mask = None if mask is None else mask.bool()
+        return prefixed_cache(parts, size, which, mask)
     cache = copy.copy(kept)
     cache.layers = [copy.copy(layer) for layer in kept.layers]
     for layer in cache.layers:
-        layer.keys, layer.values = of_rows(layer.keys, size, mixture), of_rows(layer.values, size, mixture)
+        if layer.keys is not None:  # some read those of an earlier layer
+            layer.keys, layer.values = of_rows(layer.keys, size, mixture), of_rows(layer.values, size, mixture)
     cache.prompt_first = True
     return cache
 
@@ -111,6 +124,8 @@ def fill(cache: Any, source: Any) -> None:
         ValueError: a layer with a window holds but the last of them.
     """
     for index, layer in enumerate(source.layers):
+        if layer.keys is None:
+            continue
         length = layer.keys.shape[-2]
         if getattr(layer, "cumulative_length", length) != length:
             raise ValueError(

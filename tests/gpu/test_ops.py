@@ -76,15 +76,20 @@ def assert_close(actual: Tensors, truth: Tensors, epsilon: float) -> None:
         assert float((value - true).norm()) <= ULPS * epsilon * max(size, 1e-6), name
 
 
+def check_mlp(device: torch.device, dtype: torch.dtype, rows: int, sizes: list[int], activation: str = "relu") -> None:
+    """Output and every gradient against fp64."""
+    inputs, d_out = draw(rows, sizes, dtype), normal((rows, sizes[-1]), dtype, generator(1))
+    require("mlp", "triton", inputs["x"].to(device))
+    actual, hidden = run_mlp(inputs, d_out, device, "triton", activation)
+    assert_close(actual, true_mlp(inputs, d_out, hidden, activation), torch.finfo(dtype).eps)
+
+
 @dtypes
 @pytest.mark.parametrize("rows, sizes", SHAPES, ids=str)
 def test_mlp_and_every_gradient_match_fp64_oracle(
     device: torch.device, dtype: torch.dtype, rows: int, sizes: list[int]
 ) -> None:
-    inputs, d_out = draw(rows, sizes, dtype), normal((rows, sizes[-1]), dtype, generator(1))
-    require("mlp", "triton", inputs["x"].to(device))
-    actual, hidden = run_mlp(inputs, d_out, device, "triton")
-    assert_close(actual, true_mlp(inputs, d_out, hidden), torch.finfo(dtype).eps)
+    check_mlp(device, dtype, rows, sizes)
 
 
 @dtypes
@@ -92,10 +97,7 @@ def test_mlp_and_every_gradient_match_fp64_oracle(
 def test_mlp_of_a_real_model_matches_fp64_oracle(
     cuda: torch.device, dtype: torch.dtype, rows: int, sizes: list[int]
 ) -> None:
-    inputs, d_out = draw(rows, sizes, dtype), normal((rows, sizes[-1]), dtype, generator(1))
-    require("mlp", "triton", inputs["x"].to(cuda))
-    actual, hidden = run_mlp(inputs, d_out, cuda, "triton")
-    assert_close(actual, true_mlp(inputs, d_out, hidden), torch.finfo(dtype).eps)
+    check_mlp(cuda, dtype, rows, sizes)
 
 
 @dtypes
@@ -103,10 +105,7 @@ def test_mlp_of_a_real_model_matches_fp64_oracle(
 def test_mlp_with_tanh_and_every_gradient_match_fp64_oracle(
     device: torch.device, dtype: torch.dtype, rows: int, sizes: list[int]
 ) -> None:
-    inputs, d_out = draw(rows, sizes, dtype), normal((rows, sizes[-1]), dtype, generator(1))
-    require("mlp", "triton", inputs["x"].to(device))
-    actual, hidden = run_mlp(inputs, d_out, device, "triton", "tanh")
-    assert_close(actual, true_mlp(inputs, d_out, hidden, "tanh"), torch.finfo(dtype).eps)
+    check_mlp(device, dtype, rows, sizes, "tanh")
 
 
 @dtypes
@@ -115,10 +114,7 @@ def test_keys_and_values_of_all_layers_match_fp64_oracle(
     cuda: torch.device, dtype: torch.dtype, rows: int, sizes: list[int]
 ) -> None:
     """The last layer's gradients are those of parts of its rows."""
-    inputs, d_out = draw(rows, sizes, dtype), normal((rows, sizes[-1]), dtype, generator(1))
-    require("mlp", "triton", inputs["x"].to(cuda))
-    actual, hidden = run_mlp(inputs, d_out, cuda, "triton", "tanh")
-    assert_close(actual, true_mlp(inputs, d_out, hidden, "tanh"), torch.finfo(dtype).eps)
+    check_mlp(cuda, dtype, rows, sizes, "tanh")
 
 
 @pytest.mark.parametrize("rows", [20, 63])
