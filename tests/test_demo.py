@@ -325,3 +325,14 @@ def test_threads_are_set_back(told: tuple[Path, dict[str, Any]], language_model:
     with pytest.raises(SystemExit):
         main(["--threads", "2", "--output", str(told[0]), "--model", str(language_model), "--text", "missing.txt"])
     assert torch.get_num_threads() == before
+
+
+def test_without_a_terminal_a_training_writes_a_few_lines_and_no_bars(
+    some_words: words.Words, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """tqdm's bars are rewritten at each step, and each of their states would be a line of a file."""
+    story.pretrain(dataclasses.replace(training.QUICK, pretraining_steps=20), some_words, 1, CPU)
+    out, err = capfd.readouterr()
+    assert "\r" not in out + err and "it/s" not in out + err
+    steps = [line.split()[2] for line in out.splitlines() if line.startswith("   pre-training: step ")]
+    assert steps == ["4/20,", "8/20,", "12/20,", "16/20,", "20/20,"]
