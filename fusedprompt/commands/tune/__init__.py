@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fusedprompt tune",
+        usage="python -m fusedprompt tune --model NAME_OR_PATH --data FILE --out DIR [--template TEXT] [OPTIONS]",
         description="Learn a soft prompt for a causal language model, which itself is not changed, from a file of "
         "examples. The prompt with the lowest loss on rows that it was not trained on is kept, in PEFT's format.",
         epilog=_EXAMPLES,
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         type=Path,
         metavar="DIR",
-        help="a new folder for the prompt, or that of a run to go on with",
+        help="a new folder for the prompt, or that of a run that was stopped",
     )
     add("--method", choices=METHODS, default="p-tuning", help="what is learned (%(default)s); see docs/methods.md")
     meaning = r'how a row is written, such as "Review: {text}\nSentiment: {label}": the last column is what is learned'
@@ -114,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--seed", type=_whole, default=0, metavar="N", help="of every random number (%(default)s)")
     meaning = "of the model's weights; auto is that of its files (%(default)s)"
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=meaning)
-    group.add_argument("--device", type=options.device, default="auto", help="cpu, cuda, or auto: cuda where it is")
+    group.add_argument("--device", type=options.device, default="auto", metavar="NAME", help="cpu, cuda, or auto")
     group.add_argument("--threads", type=options.count, metavar="N", help="CPU threads (PyTorch's choice)")
     meaning = "held-out rows to answer at the end, and to count the right ones of (%(default)s)"
     group.add_argument("--answers", type=_whole, default=20, metavar="N", help=meaning)

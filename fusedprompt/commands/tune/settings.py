@@ -87,9 +87,7 @@ def check_same(folder: Path, run: dict[str, Any], settings: Settings) -> None:
     """
     before, now = run["settings"], dataclasses.asdict(settings)
     different = [
-        f"another file of {name}"
-        if name in ("data", "held_out_data")
-        else f"{name} {before[name]!r}, not {now[name]!r}"
+        f"another {name}" if name in ("data", "held_out_data") else f"{name} {before[name]!r}, not {now[name]!r}"
         for name in now
         if before.get(name) != now[name]
     ]

@@ -25,6 +25,7 @@ def prompt_model(settings: Settings, material: Material, base: Any, tokenizer: A
     """The base model with the prompt that training begins with; the same for the same settings."""
     torch.manual_seed(settings.seed)
     shared: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": settings.virtual_tokens}
+    text: dict[str, Any]
     config: Any
     if settings.method == "cpt":
         config = CPTConfig(task_type="CAUSAL_LM", tokenizer_name_or_path=settings.model, **material.context)
@@ -62,7 +63,7 @@ def new_trainer(settings: Settings, material: Material, model: Any, tokenizer: A
         prediction_loss_only=True,
         save_strategy="steps",
         save_steps=settings.interval,
-        save_total_limit=1,  # and the best one
+        save_total_limit=2,  # the last and the best: with 1, Trainer removes the last in the end
         metric_for_best_model="loss",
         greater_is_better=False,
         remove_unused_columns=False,
