@@ -45,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
         known = {"settings": dataclasses.asdict(settings), "data": str(args.data)}
         runs.write(folder, known)
     trainer = training.new_trainer(settings, material, model, tokenizer, folder, args.device.type == "cpu")
-    known.setdefault("held_out_loss_without_prompt", training.loss_without_prompt(trainer))
-    runs.write(folder, known)
+    if "held_out_loss_without_prompt" not in known:
+        known["held_out_loss_without_prompt"] = training.loss_without_prompt(trainer)
+        runs.write(folder, known)
     _begin(settings, material, model, known, training.last_checkpoint(folder))
     intervals = training.train(trainer, settings, folder)
     _finish(settings, model, folder, known, intervals)

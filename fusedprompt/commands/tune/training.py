@@ -73,7 +73,19 @@ def new_trainer(settings: Settings, material: Material, model: Any, tokenizer: A
         disable_tqdm=True,
         report_to=[],
     )
-    trainer = Trainer(
+
+    class LossTrainer(Trainer):  # type: ignore[misc]
+        """Reads nothing of an evaluation but its loss.
+
+        Trainer reads the logits as well, and a step behind one whose logits were read makes its own (`TextHead`): it
+        rounds differently from a step behind a checkpoint, and a resumed run would not be the same bit for bit.
+        """
+
+        def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+            with torch.no_grad():
+                return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    trainer = LossTrainer(
         model=model,
         args=arguments,
         train_dataset=material.train,
