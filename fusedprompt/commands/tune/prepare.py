@@ -14,7 +14,7 @@ from ...layouts.layout import IGNORE_INDEX
 from ..language_model import blocks_of
 from .data import Row, Source
 from .settings import Settings
-from .template import CPTWriter, PlainWriter, TextTemplate, Writer
+from .template import CPTWriter, TextTemplate, Writer, writer_of
 
 Ids = dict[str, list[int]]
 
@@ -51,25 +51,23 @@ def prepare(settings: Settings, source: Source, held_out: Source | None, tokeniz
     train, watched = source.rows(template.columns), held_out.rows(template.columns) if held_out else []
     if held_out is None:
         train, watched = _split(train, settings, "--data")
-    context, writer = dict[str, Any](), PlainWriter(template, tokenizer)
-    chosen: Writer = writer
-    if settings.method == "cpt":
-        chosen = cpt = CPTWriter(template, tokenizer)
+    context, writer = dict[str, Any](), writer_of(settings.method, template, tokenizer)
+    if isinstance(writer, CPTWriter):
         if len(train) <= settings.examples:
             raise ValueError(
-                f"--examples: expected less than the {len(train)} rows to train on, got {settings.examples}"
+                f"--examples: expected less than {len(train)}, the rows to train on, got {settings.examples}"
             )
         shown, train = train[: settings.examples], train[settings.examples :]
-        context = cpt.cpt.context([cpt.example(row.fields) for row in shown], tokenizer)
-    kept, skipped = _written(train, chosen, settings)
-    watched_kept, more = _written(watched, chosen, settings)
+        context = writer.cpt.context([writer.example(row.fields) for row in shown], tokenizer)
+    kept, skipped = _written(train, writer, settings)
+    watched_kept, more = _written(watched, writer, settings)
     if not kept or not watched_kept:
         raise ValueError(f"--max-length: expected rows of at most {settings.max_length} tokens, got longer ones alone")
     return Material(
         [ids for _, ids in kept],
         [ids for _, ids in watched_kept],
         [row for row, _ in watched_kept],
-        chosen,
+        writer,
         context,
         skipped + more,
     )

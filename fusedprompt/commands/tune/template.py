@@ -153,6 +153,11 @@ class CPTWriter:
         return {name: batch[name][0].tolist() for name in ("input_ids", "labels", "input_type_mask")}
 
 
+def writer_of(method: str, template: TextTemplate, tokenizer: Any) -> Writer:
+    """The writer of a method's rows."""
+    return CPTWriter(template, tokenizer) if method == "cpt" else PlainWriter(template, tokenizer)
+
+
 def _end(tokenizer: Any) -> list[int]:
     end = getattr(tokenizer, "eos_token_id", None)
     return [] if end is None else [end]
