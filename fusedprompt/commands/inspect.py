@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m fusedprompt inspect",
-        description="What is in the adapter of a folder, of this package or of PEFT: method, sizes, base model, norms of "
-        "its rows, and the words of the base model that each row is nearest to by cosine, the nearest first.",
+        description="What is in a folder's adapter, of this package or of PEFT: method, sizes, base model, norms of its "
+        "rows, and the words of the base model that each row is nearest to by cosine, the nearest first.",
         epilog="A row is no word: cosines of 0.1 mean little, and those of 0.9 that it has hardly moved from one.",
     )
     add = parser.add_argument
@@ -41,9 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--no-words", action="store_true", help="read the adapter's files alone, without the base model")
     add("--json", action="store_true", help="print JSON, for scripts")
     args = parser.parse_args(argv)
-    folders = [
-        place.parent for place in sorted(args.folder.glob(f"**/{CONFIG_NAME}")) if "checkpoints" not in place.parts
-    ]
+    places = [args.folder, *(sorted(args.folder.glob("[!.]*/")) if args.folder.is_dir() else ())]
+    folders = [place for place in places if stored(place, CONFIG_NAME).is_file()]
     try:
         if not folders:
             raise FileNotFoundError(f"{args.folder}: expected the folder of an adapter, with {CONFIG_NAME} in it")
@@ -73,7 +72,8 @@ def examine(folder: Path, model: str | None, words: int) -> dict[str, Any]:
     if PROMPT_KEY not in tensors:
         raise ValueError(f"{folder / ADAPTER_NAME}: expected the tensor {PROMPT_KEY!r}, got {sorted(tensors)}")
     prompt = tensors[PROMPT_KEY].float()
-    known = runs.read(folder)
+    known, method = runs.read(folder), method_of(config)
+    has_encoder = method.keeps_encoder(config) and stored(folder, ENCODER_NAME).is_file()
     report: dict[str, Any] = {
         "folder": str(folder),
         "method": str(getattr(peft_type, "value", peft_type)),
@@ -81,12 +81,12 @@ def examine(folder: Path, model: str | None, words: int) -> dict[str, Any]:
         "base": model or config.base_model_name_or_path,
         "tensors": {name: [*value.shape] for name, value in sorted(tensors.items())},
         "dtype": str(tensors[PROMPT_KEY].dtype).removeprefix("torch."),
-        "can be trained on": not method_of(config).keeps_encoder(config) or stored(folder, ENCODER_NAME).is_file(),
+        "can be trained on": has_encoder or method.from_prompt is not None,
         "template": stored(folder, TEMPLATE_NAME).is_file(),
     }
     if known is not None:
         report["tuned"] = {"template": known["settings"]["template"], "data": known["data"], **known.get("result", {})}
-    if method_of(config).product == CACHE:
+    if method.product == CACHE:
         return {**report, "layers": _layers(prompt, config)}
     report["rows"] = [{"norm": norm} for norm in prompt.norm(dim=1).tolist()]
     if words:
@@ -99,7 +99,7 @@ def examine(folder: Path, model: str | None, words: int) -> dict[str, Any]:
 
 def _layers(prompt: Tensor, config: Any) -> list[dict[str, float]]:
     """Mean norms of a prefix's keys and values, (N, 2 L D), in each layer."""
-    norms = prompt.unflatten(1, (2 * config.num_layers, -1)).norm(dim=2).mean(0)
+    norms = prompt.view(prompt.shape[0], 2 * config.num_layers, -1).norm(dim=2).mean(0)
     return [{"keys": keys, "values": values} for keys, values in norms.view(-1, 2).tolist()]
 
 
