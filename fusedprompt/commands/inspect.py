@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m fusedprompt inspect",
-        description="What is in a folder's adapter, of this package or of PEFT: method, sizes, base model, norms of its "
+        description="What is in an adapter, of this package or of PEFT: method, sizes, base model, norms of its "
         "rows, and the words of the base model that each row is nearest to by cosine, the nearest first.",
         epilog="A row is no word: cosines of 0.1 mean little, and those of 0.9 that it has hardly moved from one.",
     )
