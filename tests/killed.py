@@ -45,7 +45,7 @@ def prepare(moment: str) -> None:
     from transformers import Trainer
     from transformers.trainer_callback import TrainerState
 
-    from fusedprompt.commands.tune import run, settings, training
+    from fusedprompt.commands.tune import job, settings, training
 
     owners: dict[str, tuple[Any, str, Callable[..., Any]]] = {
         "before training": (training, "train", die),
@@ -55,8 +55,8 @@ def prepare(moment: str) -> None:
         "with half a checkpoint": (Trainer, "_save_rng_state", die),
         "with half a state": (TrainerState, "save_to_json", half_written),
         "with a whole checkpoint": (TrainerState, "save_to_json", then_die(TrainerState.save_to_json)),
-        "before saving": (run, "_finish", die),
-        "before it is told to be done": (run.curve, "draw", then_die(run.curve.draw)),
+        "before saving": (job, "_finish", die),
+        "before it is told to be done": (job.curve, "draw", then_die(job.curve.draw)),
         "while that is written": (settings.os, "replace", die),
     }
     owner, name, function = owners[moment]

@@ -12,7 +12,7 @@ import torch
 from .. import options
 from ..progress import quiet_transformers
 from . import settings as runs
-from .run import run
+from .job import run
 from .settings import METHODS, RATES
 
 PACKAGES = ("transformers", "accelerate", "tqdm", "matplotlib")

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from ... import CPTConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_prompt_model
+from ...layouts.layout import IGNORE_INDEX
 from ...model.prompt_model import PromptModel
 from ...model.starting import initialize_kv_prefix_from_text
 from .. import progress
@@ -82,8 +85,10 @@ def new_trainer(settings: Settings, material: Material, model: Any, tokenizer: A
         """
 
         def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+            inputs = self._prepare_inputs(inputs)
             with torch.no_grad():
-                return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+                loss = _answers_loss(model, inputs) if settings.method == "cpt" else self.compute_loss(model, inputs)
+            return loss.detach(), None, None
 
     trainer = LossTrainer(
         model=model,
@@ -94,6 +99,13 @@ def new_trainer(settings: Settings, material: Material, model: Any, tokenizer: A
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _answers_loss(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """The mean over a batch's own labels: the loss of CPT counts those of its context as well."""
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**given, logits="text").logits[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), inputs["labels"][:, 1:].flatten(), ignore_index=IGNORE_INDEX)
 
 
 def loss_without_prompt(trainer: Any) -> float:
