@@ -12,6 +12,7 @@ from ...layouts.layout import IGNORE_INDEX
 from ...layouts.parts import Anchor, Field
 from ...layouts.tokenizer import encode, learn
 from ...methods.cpt_template import CPTTemplate
+from ...ops.cpt.reference import is_label
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,10 @@ class CPTWriter:
 
     def row(self, fields: Mapping[str, str]) -> dict[str, list[int]]:
         batch = self.cpt.render([self.example(fields)], self.tokenizer)
-        return {name: batch[name][0].tolist() for name in ("input_ids", "labels", "input_type_mask")}
+        # The loss of CPT goes by the codes; that of the base model, which it is compared with, by labels alone.
+        labels = batch["labels"].masked_fill(~is_label(batch["input_type_mask"]), IGNORE_INDEX)
+        columns = {"input_ids": batch["input_ids"], "labels": labels, "input_type_mask": batch["input_type_mask"]}
+        return {name: values[0].tolist() for name, values in columns.items()}
 
 
 def writer_of(method: str, template: TextTemplate, tokenizer: Any) -> Writer:
