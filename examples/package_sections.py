@@ -2,9 +2,9 @@
 
     make demo-real    # fetches the model, and runs this file: under 10 minutes on 2 cores that are left alone
 
-The text is what apt knows of packages, on Debian and its relatives (`apt-get update` fetches it). Each prompt is learned
-by `fusedprompt tune`, counted on packages that had no part in that, and read back by PEFT, whose own training steps are
-timed beside ours. Needs PEFT, accelerate and matplotlib.
+The text is what apt knows of packages, on Debian and its relatives (`apt-get update` fetches it). Each prompt is
+learned by `fusedprompt tune`, counted on packages that had no part in that, and read back by PEFT, whose own training
+steps are timed beside ours. Needs PEFT, accelerate and matplotlib.
 """
 
 from __future__ import annotations
@@ -99,10 +99,8 @@ def learn(method: str, model: Path, folder: Path, test: Rows, options: argparse.
     arguments = {"model": model, "data": folder / "train.jsonl", "held-out-data": folder / "held-out.jsonl", "out": out}
     arguments |= {"method": method, "template": TEMPLATE.text, "virtual-tokens": rows, "learning-rate": rate}
     arguments |= {"steps": options.steps, "interval": max(1, options.steps // 8), "dtype": "float32", "device": "cpu"}
-    code = tune.main(
-        [word for name, value in {**arguments, "answers": 0}.items() for word in (f"--{name}", str(value))]
-    )
-    if code:
+    arguments["answers"] = 0
+    if code := tune.main([word for name, value in arguments.items() for word in (f"--{name}", str(value))]):
         raise SystemExit(code)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
 
