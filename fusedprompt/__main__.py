@@ -6,6 +6,9 @@ import importlib
 import sys
 
 COMMANDS = {
+    "tune": "learn a soft prompt from a file of examples, or of text",
+    "generate": "write with a soft prompt: answers, or on from a text",
+    "inspect": "what is in an adapter: method, sizes, norms, and the words that its rows are nearest to",
     "run": "run a script that uses PEFT, unchanged, with its prompts on these ops and routes",
     "demo": "P-tune a small language model on real words and show what the prompt learned",
     "doctor": "report versions, devices and backends, and check every op against plain formulas",
