@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 import threading
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from torch import Tensor
 from ..methods import checkpoint
 from ..methods.config import CONFIG_NAME
 from . import sources
+from .attach import Attached
+from .bake import bake
 from .entry import DTYPES, Entry, check_name
 from .folder import BankFolder, Contents, Sizes
+from .payload import Payload, payload_of
 from .resident import Resident, Rows
 
 _CPU = torch.device("cpu")
@@ -76,6 +80,9 @@ class PromptBank:
 
     def __contains__(self, name: object) -> bool:
         return name in self._contents.by_name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(PromptBank, resident_bytes=self._resident.max_bytes), (str(self.folder),)
 
     def __deepcopy__(self, memo: Any) -> PromptBank:
         return self  # of a model that is copied, too: it is a folder
@@ -207,6 +214,61 @@ class PromptBank:
             if self._folder.state() != self._state:
                 self._load(keep=True)
 
+    def attach(self, model: Any) -> Attached:
+        """Let a base model's input embedding answer the bank's ids: `generate`, `generate_batch` and whatever else
+        takes ids then takes `bank.ids(name) + text`. Parameters, files and outputs for tokens stay what they are.
+
+        Args:
+            model: the transformers model. Its instance is changed, and nothing of its class.
+
+        Returns:
+            A handle, to be used in `with` or to be given back by `detach()`. Attributes: bank, model, embedding.
+
+        Raises:
+            TypeError, ValueError: it is not the bank's base model, has a bank already, or reads ids in its layers.
+        """
+        return Attached(self, model)
+
+    def bake(
+        self,
+        base: Any,
+        folder: str | os.PathLike[str],
+        tokenizer: Any = None,
+        names: Sequence[str] | None = None,
+    ) -> dict[str, str]:
+        """Write a checkpoint that engines load without this package: the base model with prompts as added tokens
+        `<prompt:name:0>` ... behind its vocabulary, a head that never chooses them, and tokenizer and configuration to
+        match. The chat template is left alone. prompts.json in it has each prompt's text and ids.
+
+        Args:
+            base: the transformers decoder, which is copied, or its folder or name, which is loaded.
+            folder: a new or an empty one. It is written whole or not at all.
+            tokenizer: the base model's, by default the one of its name.
+            names: which prompts, all by default.
+
+        Returns:
+            Of each prompt the text of its tokens. Ids in PEFT's order are those in prompts.json, then the text's with
+            its special tokens; a tokenizer that begins texts with a special token puts that before this text.
+
+        Raises:
+            ValueError: the folder is not empty; the base model is none whose rows and head can be added to; the
+                tokenizer has more tokens than the base model.
+        """
+        return bake(self, base, folder, tokenizer, names)
+
+    def payload(self, name: str, text: str | Sequence[Mapping[str, Any]], base_model: Any, tokenizer: Any) -> Payload:
+        """A prompt in front of a text, as engines take it that run elsewhere, without ids of the bank.
+
+        Args:
+            text: a string, which gets the tokenizer's special tokens, or messages, which get its chat template and the
+                beginning of an answer. The prompt's place is PEFT's: in front of all of it.
+            base_model: whose input embedding makes the text's rows. tokenizer: its own.
+
+        Raises:
+            TypeError, ValueError: text is neither; it is another base model; the tokenizer has no chat template.
+        """
+        return payload_of(self, name, text, base_model, tokenizer)
+
     # Within the package
 
     def _look_up(self, ids: Tensor, device: torch.device) -> Tensor:
@@ -286,11 +348,13 @@ class PromptBank:
         _warn(contents.skipped)
 
     def _check_base(self, base_model: Any) -> None:
-        sizes, given = self._folder.read().sizes, _sizes_of(base_model)
-        if (sizes.vocabulary, sizes.width) != (given.vocabulary, given.width):
+        """Refuse a base model that is not the bank's, by its input embedding; tokens may have been added to it."""
+        sizes = self._folder.read_sizes()
+        vocabulary, width = table_of(base_model).shape
+        if width != sizes.width or not sizes.vocabulary <= vocabulary <= sizes.first:
             raise ValueError(
-                f"base_model: expected the bank's, whose input embedding is ({sizes.vocabulary}, {sizes.width}), got "
-                f"one of ({given.vocabulary}, {given.width})"
+                f"base_model: expected the bank's, of width {sizes.width} and {sizes.vocabulary} tokens (up to "
+                f"{sizes.first} if some were added), got one of width {width} and {vocabulary} tokens"
             )
 
 
