@@ -1,7 +1,7 @@
 """A prompt and a text as embeddings, in the forms in which vLLM, SGLang and transformers take them.
 
-The forms are those of vLLM's documentation (features/prompt_embeds, `EmbedsPrompt`; chat parts: vllm-project/vllm#40720)
-and of SGLang's `/generate` (`input_embeds`).
+The forms are those of vLLM's documentation (features/prompt_embeds, `EmbedsPrompt`; parts of chats:
+vllm-project/vllm#40720) and of SGLang's `/generate` (`input_embeds`).
 """
 
 from __future__ import annotations
