@@ -233,7 +233,7 @@ def write(path, die_at):
             bank.purge()
 
 path, draw, killed = sys.argv[1], random.Random(0), 0
-for attempt in range(1, 49):
+for attempt in range(1, 41):
     child = os.fork()
     if not child:
         try:
@@ -262,7 +262,7 @@ def test_a_folder_whose_writers_are_killed_at_any_point_is_readable_and_can_be_w
     run = subprocess.run([sys.executable, "-c", code, str(bank.folder)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     killed, count = map(int, run.stdout.split())
-    assert killed > 30 and count == 2
+    assert killed > 20 and count == 2
     bank.add("after", rows_of(7.0))
     assert fp.PromptBank(bank.folder).rows("after").eq(7).all()
     bank.purge()
@@ -292,7 +292,7 @@ def test_a_damaged_prompt_is_named_and_the_others_are_read(bank: fp.PromptBank) 
         data[-9] ^= 64
         file_of(bank, name).write_bytes(data[: len(data) - (name == "short")])
     file_of(bank, "gone").unlink()
-    with pytest.warns(UserWarning, match="the prompt 'short' is left out: .*1.safetensors: expected"):
+    with pytest.warns(UserWarning, match="'short' is left out: .*1.safetensors: expected"):
         again = fp.PromptBank(bank.folder)
     assert again.names == ["flipped", "whole"] and again.skipped.keys() == {"short", "gone"}
     assert again.rows("whole").eq(1).all()
@@ -415,7 +415,7 @@ def test_folders_that_hold_more_or_less_than_rows_are_refused_and_skipped(bank: 
             bank.add(name, root / name)
     assert files_of(bank.folder) == before
     ours("Llama").save_pretrained(root / "good")
-    with pytest.warns(UserWarning, match="the prompt 'short' is left out"):
+    with pytest.warns(UserWarning, match="'short' is left out"):
         left_out = bank.add_all(root)
     assert bank.names == ["good"] and left_out.keys() == REFUSED.keys() - {"empty"}
     assert "keys and values" in left_out["prefix"]

@@ -386,4 +386,4 @@ def table_of(base_model: Any) -> Tensor:
 
 def _warn(left_out: Mapping[str, str]) -> None:
     for name, reason in left_out.items():
-        warnings.warn(f"the prompt {name!r} is left out: {reason}", stacklevel=3)
+        warnings.warn(f"{name!r} is left out: {reason}", stacklevel=4)

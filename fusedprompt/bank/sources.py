@@ -30,7 +30,7 @@ def rows_of(source: Any, width: int, adapter_name: str | None, task_id: int | No
         rows = source
     elif isinstance(source, (str, os.PathLike)):
         _refuse("a folder", adapter_name=adapter_name)
-        rows = _of_folder(checkpoint.find_folder(source), task_id)
+        rows = _of_folder(checkpoint.find_folder(source), width, task_id)
     elif hasattr(source, "prompt_rows") and hasattr(source, "prompts"):
         rows = _of_model(source, adapter_name, task_id)
     else:
@@ -63,7 +63,7 @@ def _of_model(model: Any, adapter_name: str | None, task_id: int | None) -> Tens
     return rows
 
 
-def _of_folder(folder: Path, task_id: int | None) -> Tensor:
+def _of_folder(folder: Path, width: int, task_id: int | None) -> Tensor:
     """As `PromptModel.prompt_rows` of the loaded adapter, without a base model."""
     fields = checkpoint.read_json(folder / CONFIG_NAME)
     start, in_template = fields.pop(checkpoint.PROMPT_START_KEY, 0), checkpoint.PEFT_TYPE_KEY in fields
@@ -75,8 +75,8 @@ def _of_folder(folder: Path, task_id: int | None) -> Tensor:
     method, file = method_of(config), checkpoint.stored(folder, checkpoint.ADAPTER_NAME)
     _check_task(config, task_id)
     tensors, _ = checkpoint.read_tensors(file)
-    width = 0 if config.token_dim is None else config.token_dim
-    module = method.module(config.blank(), nn.Embedding(1, max(width, 1), device="meta"))
+    config.token_dim = config.token_dim or width  # CPT's files do not say it
+    module = method.module(config.blank(), nn.Embedding(1, config.token_dim, device="meta"))
     like = torch.empty(module.total_virtual_tokens, module.product_width, device="meta")
     own = {name: module.get_parameter(name) for name in method.in_file}
     checkpoint.check_tensors(file, tensors, {checkpoint.PROMPT_KEY: like, **own})
