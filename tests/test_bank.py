@@ -352,7 +352,10 @@ def test_rows_of_pefts_folder_are_what_peft_puts_in_front(bank: fp.PromptBank, t
         ids = None if task is None else torch.tensor([task])
         expected = theirs.get_prompt(batch_size=1, **({} if ids is None else {"task_ids": ids}))[0].detach()
         bank.add("folder", tmp_path / "peft", task_id=task)
-        assert torch.equal(bank.rows("folder"), expected)
+        if method == "CPT":  # PEFT projects what it has projected once more, which changes last bits
+            torch.testing.assert_close(bank.rows("folder"), expected, rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(bank.rows("folder"), expected)
         mine.train()  # dropout, if there were any, would not be saved
         bank.add("model", mine, adapter_name="default", task_id=task)
         assert torch.equal(bank.rows("model"), mine.eval().prompt_rows("default", task).detach())

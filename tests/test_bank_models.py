@@ -233,9 +233,10 @@ def test_continuous_batching_gives_the_tokens_of_the_prompt_model() -> None:
     bank = filled(base)
     names = ["a", "b", "a", "b"]
     config = transformers.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1)
+    sizes = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
     with bank.attach(base):
         requests = [bank.ids(name) + row.tolist() for name, row in zip(names, ids)]
-        found = base.generate_batch(requests, generation_config=config, progress_bar=False)
+        found = base.generate_batch(requests, generation_config=config, continuous_batching_config=sizes)
     model = fp.PromptModel(base, bank=bank).eval()
     right = model.generate(ids, adapter_names=names, max_new_tokens=8, do_sample=False, eos_token_id=None)
     assert [one.generated_tokens for one in found.values()] == right[:, 5:].tolist()
