@@ -21,6 +21,7 @@ import fusedprompt as fp
 from fusedprompt.bank.folder import INDEX, ROWS, BankFolder
 from models import VOCAB, WIDTH, build, config_fields, ours, pair
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is left out")
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = 128  # ids begin at the next power of two above the 67 tokens
 
