@@ -142,7 +142,7 @@ def test_what_cannot_be_baked_is_refused_and_nothing_is_half_written(tmp_path: P
         bank_of(odd).bake(odd, tmp_path / "out", words)
     taken, large = tokenizer(), build("Llama", vocab_size=VOCAB + 3)
     taken.add_tokens(["<prompt:a:1>"])
-    with pytest.raises(ValueError, match="tokenizer: expected one that gives new tokens ids from 70 on"):
+    with pytest.raises(ValueError, match="tokenizer: expected to give new tokens the ids from 70 on"):
         bank_of(large).bake(large, tmp_path / "out", taken)
 
     class Fails(type(words)):  # type: ignore[misc]
