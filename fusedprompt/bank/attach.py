@@ -12,7 +12,7 @@ from ..base.facts import BaseFacts, check_base_model
 from ..base.own_forward import own_forward
 
 if TYPE_CHECKING:
-    from .bank import PromptBank
+    from .store import PromptStore
 
 _PROCESSORS = "_get_logits_processor"
 _lock = threading.Lock()
@@ -29,7 +29,7 @@ class Attached:
         bank: the bank. model: the base model.
     """
 
-    def __init__(self, bank: PromptBank, model: Any) -> None:
+    def __init__(self, bank: PromptStore, model: Any) -> None:
         check_base_model(model)
         facts = BaseFacts.of(model)
         if facts.placeholder is not None:

@@ -17,14 +17,14 @@ from ..base.facts import BaseFacts
 from ..base.own_forward import has_own_forward
 
 if TYPE_CHECKING:
-    from .bank import PromptBank
+    from .store import PromptStore
 
 FILE = "prompts.json"
 _LOW = 1e4  # far below any logit, and within fp16
 
 
 def bake(
-    bank: PromptBank, base: Any, folder: str | os.PathLike[str], tokenizer: Any, names: Sequence[str] | None
+    bank: PromptStore, base: Any, folder: str | os.PathLike[str], tokenizer: Any, names: Sequence[str] | None
 ) -> dict[str, str]:
     """See `PromptBank.bake`."""
     target = Path(folder)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..base.facts import BaseFacts
 
 if TYPE_CHECKING:
-    from .bank import PromptBank
+    from .store import PromptStore
 
 _MARK = "fusedprompt stands here"
 
@@ -95,7 +95,7 @@ class Payload:
         return {"vllm_chat": f"the rows stand behind {behind}, and not in front of all"}
 
 
-def payload_of(bank: PromptBank, name: str, text: Any, base_model: Any, tokenizer: Any) -> Payload:
+def payload_of(bank: PromptStore, name: str, text: Any, base_model: Any, tokenizer: Any) -> Payload:
     """See `PromptBank.payload`."""
     bank._check_base(base_model)
     if BaseFacts.of(base_model).placeholder is not None:
