@@ -136,6 +136,39 @@ def test_two_banks_of_one_folder_write_in_turn_and_see_each_other(bank: fp.Promp
     assert all(bank.rows(f"p{turn}").eq(turn).all() for turn in range(4))
 
 
+def test_four_banks_of_one_folder_write_at_the_same_time_and_lose_nothing(bank: fp.PromptBank) -> None:
+    """Each with a view of its own, as in four processes; the lock is between open files, and so between these too."""
+    wrong = list[str]()
+
+    def write(number: int) -> None:
+        draw, own = random.Random(number), fp.PromptBank(bank.folder)
+        try:
+            for turn in range(25):
+                name, rows = f"{number}-{turn % 3}", rows_of(100 * number + turn, 1 + turn % 3)
+                own.add(name, rows)
+                if draw.random() < 0.2:
+                    own.purge()
+                own.refresh()
+                if not torch.equal(own.rows(name), rows):
+                    wrong.append(name)
+        except Exception as error:
+            wrong.append(repr(error))
+
+    writers = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert wrong == []
+    again = fp.PromptBank(bank.folder)
+    ids = [one for name in again.names for one in again.ids(name)]
+    assert len(again) == 12 and len(ids) == len({*ids}) and not again.skipped
+    for number in range(4):
+        assert [float(again.rows(f"{number}-{turn % 3}")[0, 0]) for turn in (22, 23, 24)] == [
+            100 * number + turn for turn in (22, 23, 24)
+        ]
+
+
 # Memory
 
 

@@ -12,7 +12,6 @@ without its end, which readers leave out and the next writer cuts off. No name o
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -148,10 +147,10 @@ class BankFolder:
                 contents.skipped[name] = f"{self.file(entry)}: expected {entry.size} bytes, but it {has}"
                 del contents.by_name[name]
 
-    def state(self) -> tuple[int, int]:
-        """Which file the index is, and how long: it has changed when this has."""
+    def state(self) -> tuple[int, int, int]:
+        """Which file the index is, how long, and of when: it has changed when this has."""
         found = self.index.stat()
-        return found.st_ino, found.st_size
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
     def file(self, entry: Entry) -> Path:
         """A version's rows."""
@@ -160,6 +159,8 @@ class BankFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Within the block no other process, or other bank of this one, writes."""
+        import fcntl  # of Linux and macOS: models are imported elsewhere too
+
         with open(self.path / LOCK, "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file gives it back
             yield
