@@ -62,7 +62,7 @@ def test_what_is_added_comes_back_bit_for_bit_from_another_process_view(base: An
         for found in (bank.rows(name), again.rows(name)):
             assert found.dtype == dtype and torch.equal(found, rows)
     assert [again.ids(name) for name in given] == [[128], [*range(129, 136)], [136, 137, 138]]
-    assert fp.PromptBank(tmp_path, base, resident_bytes=0).rows("a").equal(given["a"])
+    assert fp.PromptBank(tmp_path, base, max_bytes=0).rows("a").equal(given["a"])
 
 
 def test_opening_reads_no_rows(bank: fp.PromptBank, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ def test_ids_of_past_versions_answer_until_purge(bank: fp.PromptBank) -> None:
     for gone in (old, other, torch.tensor([FIRST - 1]), torch.tensor([10**9])):
         with pytest.raises(IndexError, match=f"input_ids: expected .* got {int(gone.min())}"):
             bank._look_up(gone, torch.device("cpu"))
-    assert bank.resident_bytes == new.numel() * WIDTH * 4
+    assert bank.nbytes() == new.numel() * WIDTH * 4
 
 
 def test_two_banks_of_one_folder_write_in_turn_and_see_each_other(bank: fp.PromptBank) -> None:
@@ -176,7 +176,7 @@ def test_the_least_recently_used_go_first_and_memory_stays_below_its_limit(
     base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = 4 * WIDTH * 4
-    bank = fp.PromptBank(tmp_path, base, resident_bytes=2 * size + size // 2)
+    bank = fp.PromptBank(tmp_path, base, max_bytes=2 * size + size // 2)
     bank.add_all({name: rows_of(ord(name)) for name in "abcd"})
     reads = list[str]()
     original = BankFolder.read_rows
@@ -185,19 +185,19 @@ def test_the_least_recently_used_go_first_and_memory_stays_below_its_limit(
     )
     for name in "abacab":  # b is read again: a was used after it when c came
         assert bank.rows(name).eq(ord(name)).all()
-        assert bank.resident_bytes <= bank._resident.max_bytes
+        assert bank.nbytes() <= bank.max_bytes
     assert "".join(reads) == "abcb"
     held = bank.rows("a")
     bank.prefetch("cd")
-    assert "".join(reads) == "abcbcd" and bank.resident_bytes == 2 * size
+    assert "".join(reads) == "abcbcd" and bank.nbytes() == 2 * size
     assert held.eq(ord("a")).all()  # whoever has rows keeps them
     bank.add("wide", rows_of(5.0, 40))
-    assert bank.rows("wide").eq(5).all() and bank.resident_bytes <= 2 * size + size // 2
+    assert bank.rows("wide").eq(5).all() and bank.nbytes() <= 2 * size + size // 2
 
 
 def test_eight_readers_and_a_writer_never_see_a_mixture_of_versions(base: Any, tmp_path: Path) -> None:
     """Version v has 2 + v % 5 rows of v: any mixture shows."""
-    bank = fp.PromptBank(tmp_path, base, resident_bytes=6 * WIDTH * 4)  # one version at most, if at all
+    bank = fp.PromptBank(tmp_path, base, max_bytes=6 * WIDTH * 4)  # one version at most, if at all
     names, wrong, done = ["a", "b"], list[str](), threading.Event()
     for name in names:
         bank.add(name, rows_of(0.0, 2))
@@ -486,14 +486,14 @@ def test_other_sources_are_refused_by_name(bank: fp.PromptBank, base: Any, tmp_p
             call("a")
 
 
-def test_a_bank_says_what_it_needs_of_its_base_model(base: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_bank_says_what_it_needs_of_its_base_model(base: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="base_model: expected a transformers model for a new bank"):
         fp.PromptBank(tmp_path / "new")
     assert not (tmp_path / "new").exists()
     with pytest.raises(TypeError, match="base_model: expected a transformers model with a table"):
         fp.PromptBank(tmp_path / "new", torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="resident_bytes: expected an int >= 0"):
-        fp.PromptBank(None, base, resident_bytes=-1)
+    with pytest.raises(ValueError, match="max_bytes: expected an int >= 0"):
+        fp.PromptBank(None, base, max_bytes=-1)
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="folder: expected a folder"):
         fp.PromptBank(tmp_path / "file", base)

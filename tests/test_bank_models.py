@@ -86,6 +86,7 @@ def test_a_model_of_a_bank_trains_nothing_and_without_names_is_the_base_model(ba
     base, ids = build("Llama"), tokens()
     model = fp.PromptModel(base, bank=bank).eval()
     assert not any(one.requires_grad for one in model.parameters())
+    assert model.explain().startswith("PromptBank(") and "3 prompts" in model.explain()
     assert {*model.state_dict()} == {f"base_model.{name}" for name in base.state_dict()}
     for names in (None, [BASE] * 3):
         assert torch.equal(model(input_ids=ids, adapter_names=names).logits, base(input_ids=ids).logits)
@@ -106,7 +107,7 @@ def test_logits_and_loss_of_text_are_as_of_adapters(base: Any, bank: fp.PromptBa
 
 
 def test_a_call_keeps_its_versions_though_others_come_and_the_old_are_purged(base: Any) -> None:
-    bank, ids = filled(base, resident_bytes=0), tokens(2, 5)
+    bank, ids = filled(base, max_bytes=0), tokens(2, 5)
     model = fp.PromptModel(base, bank=bank).eval()
     old, rows = greedy(bank, base, "a", ids[0]), bank.rows("a")
 
@@ -289,7 +290,7 @@ def test_a_prompt_model_runs_on_an_attached_base_model(base: Any, bank: fp.Promp
 
 
 def test_threads_share_an_attached_model_while_prompts_are_updated(base: Any) -> None:
-    bank, wrong, done = filled(base, resident_bytes=600), list[str](), threading.Event()
+    bank, wrong, done = filled(base, max_bytes=600), list[str](), threading.Event()
     texts, right = tokens(4, 5), dict[int, Tensor]()
     ids = [torch.tensor([bank.ids(name) + row.tolist()]) for name, row in zip("abca", texts)]
     handle = bank.attach(base)

@@ -24,7 +24,7 @@ class PromptBank(PromptStore):
         folder: where the prompts are; it is made if missing. None for a temporary one, which goes with the bank.
         base_model: the transformers model that the prompts are for. Needed for a new folder; for one that is there, it
             is compared with what the folder says.
-        resident_bytes: how much memory rows may take that are kept between uses, on all devices together.
+        max_bytes: how much memory rows may take that are kept between uses, on all devices together.
 
     Attributes:
         vocabulary: V, the tokens of the base model's input embedding. width: D.

@@ -30,16 +30,16 @@ class PromptStore:
     """The prompts of a bank, by name and by id: adding, reading and forgetting them. See `PromptBank`."""
 
     def __init__(
-        self, folder: str | os.PathLike[str] | None = None, base_model: Any = None, *, resident_bytes: int = 1 << 30
+        self, folder: str | os.PathLike[str] | None = None, base_model: Any = None, *, max_bytes: int = 1 << 30
     ) -> None:
-        if isinstance(resident_bytes, bool) or not isinstance(resident_bytes, int) or resident_bytes < 0:
-            raise ValueError(f"resident_bytes: expected an int >= 0, got {resident_bytes!r}")
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
+            raise ValueError(f"max_bytes: expected an int >= 0, got {max_bytes!r}")
         self._temporary = None
         if folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="fusedprompt-bank-")
             folder = self._temporary.name
         self._folder, self._lock = BankFolder(folder), threading.RLock()
-        self._resident = Resident(resident_bytes)
+        self._resident = Resident(max_bytes)
         self._by_id: tuple[list[int], list[Entry]] = ([], [])  # versions that answer, by their first ids
         if not self._folder.exists():
             if base_model is None:
@@ -59,7 +59,7 @@ class PromptStore:
         return name in self._contents.by_name
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(type(self), resident_bytes=self._resident.max_bytes), (str(self.folder),)
+        return functools.partial(type(self), max_bytes=self.max_bytes), (str(self.folder),)
 
     def __deepcopy__(self, memo: Any) -> PromptStore:
         return self  # of a model that is copied, too: it is a folder
@@ -90,7 +90,11 @@ class PromptStore:
         return dict(self._contents.skipped)
 
     @property
-    def resident_bytes(self) -> int:
+    def max_bytes(self) -> int:
+        """How much memory rows may take that are kept between uses; as it was given."""
+        return self._resident.max_bytes
+
+    def nbytes(self) -> int:
         """Bytes of rows that are in memory now."""
         return self._resident.nbytes
 

@@ -93,7 +93,7 @@ class PromptModel(Citizen):
             pairs of ids and mask. Labels per token are then a mapping too.
         adapter_names: the adapter of each row, "__base__" for none, instead of the active one for all; their
             prompts and templates may differ. The loss is the mean over the whole batch. With slots: the adapters
-            whose prompts, one after another, the slots refer to.
+            whose prompts, one after another, the slots refer to. With a bank these are its prompts.
         task_ids: (B,) the task of each row, for adapters of multitask prompt tuning: a list, or an int64 tensor (on a
             GPU the host waits for its values). With adapter_names, None (or -1) for rows of other adapters; with
             slots and adapter_names, of each of these.
@@ -238,7 +238,10 @@ class PromptModel(Citizen):
         if method not in ("forward", "generate"):
             raise ValueError(f"method: expected 'forward' or 'generate', got {method!r}")
         if method == "forward" and not arguments:
-            return "\n".join([*(describe_adapter(self, name) for name in self.peft_config), *first_use_line(self)])
+            bank = [] if self.bank is None else [repr(self.bank)]
+            return "\n".join(
+                [*bank, *(describe_adapter(self, name) for name in self.peft_config), *first_use_line(self)]
+            )
         host, arguments["adapter_names"] = self._named(arguments.get("adapter_names"), self.route)
         if method == "generate":
             return explain(host, Call.to_generate(arguments.pop("inputs", None), arguments, self.route))
