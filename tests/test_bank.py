@@ -461,7 +461,8 @@ def test_folders_that_hold_more_or_less_than_rows_are_refused_and_skipped(bank: 
 def test_other_sources_are_refused_by_name(bank: fp.PromptBank, base: Any, tmp_path: Path) -> None:
     nan = rows_of(1.0).index_fill(0, torch.tensor([1]), float("nan"))
     for source, message in (
-        (torch.zeros(4, WIDTH, dtype=torch.int64), "floating-point dtype, got torch.int64"),
+        (torch.zeros(4, WIDTH, dtype=torch.int64), "one of .*float64.*, got torch.int64"),
+        (torch.zeros(4, WIDTH).to(torch.float8_e5m2), "one of .*float64.*, got torch.float8"),
         (torch.zeros(4, WIDTH + 1), "D = 32"),
         (torch.zeros(WIDTH), "D = 32"),
         (torch.zeros(0, WIDTH), "D = 32"),

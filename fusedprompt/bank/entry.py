@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ..layouts.mixture import BASE
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -59,6 +61,11 @@ class Entry:
         if fields["dtype"] not in DTYPES or not isinstance(fields["digest"], str):
             raise ValueError(f"dtype, digest: expected one of {DTYPES} and a string, got {fields!r}")
         return cls(**fields)
+
+
+def dtype_name(rows: Tensor) -> str:
+    """A tensor's dtype, as `Entry.dtype` has it."""
+    return str(rows.dtype).removeprefix("torch.")
 
 
 def check_name(name: Any) -> str:

@@ -15,6 +15,7 @@ from ..layouts.template import Template
 from ..methods import checkpoint, method_of
 from ..methods.config import CONFIG_NAME, PromptLearningConfig
 from ..methods.method import CACHE
+from .entry import DTYPES, dtype_name
 
 
 def rows_of(source: Any, width: int, adapter_name: str | None, task_id: int | None) -> Tensor:
@@ -36,10 +37,9 @@ def rows_of(source: Any, width: int, adapter_name: str | None, task_id: int | No
     else:
         raise TypeError(f"source: expected a tensor, a folder or a PromptModel, got {type(source).__name__}")
     rows = rows.detach()
-    if rows.dim() != 2 or not rows.shape[0] or rows.shape[1] != width or not rows.is_floating_point():
+    if rows.dim() != 2 or not rows.shape[0] or rows.shape[1] != width or dtype_name(rows) not in DTYPES:
         raise ValueError(
-            f"source: expected rows (P, D = {width}) of a floating-point dtype, got {rows.dtype} of shape "
-            f"{tuple(rows.shape)}"
+            f"source: expected rows (P, D = {width}) of one of {DTYPES}, got {rows.dtype} of shape {tuple(rows.shape)}"
         )
     if not bool(torch.isfinite(rows).all()):
         raise ValueError("source: expected finite rows, got some that are not")

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..methods import checkpoint
 from ..methods.config import CONFIG_NAME
 from . import sources
-from .entry import DTYPES, Entry, check_name
+from .entry import Entry, check_name, dtype_name
 from .folder import BankFolder, Contents, Sizes
 from .resident import Resident, Rows
 
@@ -181,8 +181,8 @@ class PromptStore:
             del contents.by_name[name]
 
     def purge(self) -> None:
-        """Forget versions that were replaced or removed, here and in the folder. Their ids answer no more: call it when
-        nothing runs that was begun with them, in any process that has the folder open."""
+        """Forget versions that were replaced or removed, and what was skipped, here and in the folder. Their ids answer no
+        more: call it when nothing runs that was begun with them, in any process that has the folder open."""
         with self._writing() as contents:
             self._folder.compact(contents)
             gone = {entry.serial for entry in self._by_id[1]}
@@ -236,14 +236,11 @@ class PromptStore:
         return self._resident.get((entry.serial, device), lambda: self._folder.read_rows(entry, self.width).to(device))
 
     def _add(self, prompts: Mapping[str, Tensor]) -> None:
-        for name, rows in prompts.items():
-            if _dtype(rows) not in DTYPES:
-                raise ValueError(f"source: expected rows of one of {DTYPES} for {name!r}, got {rows.dtype}")
         with self._writing() as contents:
             entries, serial, first = list[Entry](), contents.serial, contents.next
             for name, rows in prompts.items():
                 size, digest = self._folder.write_rows(serial, rows), checkpoint.fingerprint(rows)
-                entries.append(Entry(name, serial, first, rows.shape[0], _dtype(rows), size, digest))
+                entries.append(Entry(name, serial, first, rows.shape[0], dtype_name(rows), size, digest))
                 serial, first = serial + 1, first + rows.shape[0]
             contents.end = self._folder.append([entry.to_record() for entry in entries], contents.end)
             self._state = self._folder.state()
@@ -282,10 +279,6 @@ class PromptStore:
                 f"base_model: expected the bank's, of width {sizes.width} and {sizes.vocabulary} tokens (up to "
                 f"{sizes.first} if some were added), got one of width {width} and {vocabulary} tokens"
             )
-
-
-def _dtype(rows: Tensor) -> str:
-    return str(rows.dtype).removeprefix("torch.")
 
 
 def _sizes_of(base_model: Any) -> Sizes:
