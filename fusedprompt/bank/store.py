@@ -181,8 +181,11 @@ class PromptStore:
             del contents.by_name[name]
 
     def purge(self) -> None:
-        """Forget versions that were replaced or removed, and what was skipped, here and in the folder. Their ids answer no
-        more: call it when nothing runs that was begun with them, in any process that has the folder open."""
+        """Forget versions that were replaced or removed, and what was skipped, here and in the folder.
+
+        Their ids answer no more: call it when nothing runs that was begun with them, in any process that has the folder
+        open. Calls of a `PromptModel` that run keep what they have.
+        """
         with self._writing() as contents:
             self._folder.compact(contents)
             gone = {entry.serial for entry in self._by_id[1]}
