@@ -31,7 +31,7 @@ $(READY): constraints.txt pyproject.toml setup.py $(NATIVE)
 demo: $(READY)  ## P-tune a small language model on real words, from nothing, in under 4 minutes
 	$(BIN)/python -m fusedprompt demo $(ARGS)
 
-demo-real: models  ## tune three prompts of a small trained model on descriptions of packages, in under 10 minutes
+demo-real: models  ## tune three prompts of a small trained model on descriptions of packages, beside PEFT
 	$(BIN)/python examples/package_sections.py $(ARGS)
 
 # A process for each core, and a file for each process: WORKERS=0 runs all in one.

@@ -1,6 +1,6 @@
 """A small trained model learns to name a package's section from its description, by three kinds of soft prompts.
 
-    make demo-real    # fetches the model, and runs this file: under 10 minutes on 2 cores that are left alone
+    make demo-real    # fetches the model, and runs this file
 
 The text is what apt knows of packages, on Debian and its relatives (`apt-get update` fetches it). Each prompt is
 learned by `fusedprompt tune`, counted on packages that had no part in that, and read back by PEFT, whose own training
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "--each",
         type=int,
         default=140,
-        help="packages of each section, 12 of them to watch and 20 to test (%(default)s)",
+        help="packages of each section, 6 of them to watch and 12 to test (%(default)s)",
     )
     add("--steps", type=int, default=64, help="of each prompt (%(default)s)")
     add("--virtual-tokens", type=int, default=20, help="(%(default)s)")
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     else:
         apt = options.packages.read_text()
     start, rows = time.perf_counter(), packages(apt, options.each, letters=200)
-    held_out, tested = 12 * len(SECTIONS), 20 * len(SECTIONS)
+    held_out, tested = 6 * len(SECTIONS), 12 * len(SECTIONS)
     parts = {"test": rows[:tested], "held-out": rows[tested : tested + held_out], "train": rows[tested + held_out :]}
     options.output.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -28,7 +29,14 @@ def main(arguments: list[str]) -> int:
     """Run one command; returns its exit code (2 for an unknown command)."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command in COMMANDS:
-        code: int = importlib.import_module(f"fusedprompt.commands.{command}").main(rest)
+        try:
+            code: int = importlib.import_module(f"fusedprompt.commands.{command}").main(rest)
+            sys.stdout.flush()
+        except BrokenPipeError:  # somebody reads no further, as `head` does
+            if command == "run":  # whose errors are the program's
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still has to write at its end
+            return 1
         return code
     wants_help = command in ("-h", "--help")
     if command and not wants_help:

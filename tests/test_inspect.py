@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +108,15 @@ def test_what_is_no_adapter_is_told(fields: Any, message: str, tmp_path: Path, c
     assert main([str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and message in err
+
+
+def test_a_reader_that_reads_no_further_is_no_error(model: Path, tmp_path: Path) -> None:
+    config = fp.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    fp.get_prompt_model(load(model), config).save_pretrained(tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "fusedprompt", "inspect", str(tmp_path), "--no-words"]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
