@@ -102,7 +102,10 @@ def main() -> None:
         rows.append(("full context", ids.shape[1], *answered(model, tokenizer, asked, shared_prefix=ids)))
     begun = options.virtual_tokens, *answered(model, tokenizer, asked)
     distil(model, ids, passages(tokenizer, facts, options.steps), options.steps)
-    rows += [("the text's first tokens", *begun), ("cartridge", options.virtual_tokens, *answered(model, tokenizer, asked))]
+    rows += [
+        ("the text's first tokens", *begun),
+        ("cartridge", options.virtual_tokens, *answered(model, tokenizer, asked)),
+    ]
     print(f"| context | its tokens | answered of {len(asked)} | ms a question |\n|---|---|---|---|")
     for name, tokens, right, milliseconds in rows:
         print(f"| {name} | {tokens} | {right} | {milliseconds:.0f} |")
