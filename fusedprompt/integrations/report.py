@@ -57,7 +57,7 @@ DEFECTS = (
         _PREFIXES,
     ),
     Defect(
-        "generate behind a prefix fails with use_cache=False, embeddings or a conversation's cache",
+        "generate behind a prefix fails with use_cache=False, assisted decoding, embeddings or a conversation's cache",
         "this package's generate serves them",
         ("CAUSAL_LM",),
         _PREFIXES,
