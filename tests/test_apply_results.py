@@ -343,3 +343,21 @@ def test_training_follows_peft_and_saves_the_same_files(method: str, tmp_path: P
     with fusedprompt.apply(reloaded):
         assert torch.equal(reloaded.get_prompt(1), trained)
         torch.testing.assert_close(reloaded(**inputs).loss, model.eval()(**inputs).loss, rtol=1e-5, atol=0)
+
+
+def test_a_context_whose_codes_leave_no_label_is_nan_as_in_peft_and_with_fix_named_and_trained() -> None:
+    import peft
+
+    config = peft.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[5, 6, 7])  # its codes are 1 by default
+    model = peft.get_peft_model(build("Llama"), config)
+    ids, what = tokens(), "CPT's loss is no number where the context's largest type code is no multiple of 4"
+    assert model(input_ids=ids, labels=ids).loss.isnan()
+    with fusedprompt.apply(model) as patch:
+        assert model(input_ids=ids, labels=ids).loss.isnan()
+        assert what in patch.report().split("PEFT's defects that remain:")[1]
+    with fusedprompt.apply(model, fix=True) as patch:
+        output = model(input_ids=ids, labels=ids)
+        right = torch.nn.functional.cross_entropy(output.logits[:, 2:-1].flatten(0, 1), ids.flatten())
+        torch.testing.assert_close(output.loss, right)
+        corrected, remain = patch.report().split("PEFT's defects that remain:")
+        assert what in corrected.split("corrected:")[1] and "CPT's cpt_mask is not read" in remain

@@ -350,13 +350,18 @@ def test_what_is_pooled_behind_a_window_may_have_no_padding_at_all() -> None:
     model(input_ids=ids[:, :5], attention_mask=mask[:, :5])
 
 
-def test_a_cache_of_the_callers_takes_no_prefix_that_a_window_cuts() -> None:
+def test_a_cache_of_the_callers_takes_a_prefix_that_a_window_cuts_if_it_has_that_window() -> None:
     model = ours("Gemma2", method="PREFIX", rows=12, sliding_window=8)
+    ids, expected = tokens(), model(input_ids=tokens()).logits
     own = transformers.DynamicCache(config=model.base_model.config)
-    with pytest.raises(
-        ValueError, match="past_key_values: expected None for 12 virtual tokens, of which a layer with a"
-    ):
-        model(input_ids=tokens(), past_key_values=own)
+    begun = model(input_ids=ids[:, :4], past_key_values=own).logits
+    found = torch.cat((begun, model(input_ids=ids[:, 4:], past_key_values=own).logits), 1)
+    assert_close({"": found}, {"": expected})
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None}
+    generated = model.generate(input_ids=ids[:1], **options)
+    assert torch.equal(model.generate(input_ids=ids[:1], prompt_lookup_num_tokens=2, **options), generated)
+    with pytest.raises(ValueError, match="for 12 virtual tokens, of which a layer with a window keeps 7"):
+        model(input_ids=ids, past_key_values=transformers.DynamicCache())
 
 
 # Counts

@@ -80,6 +80,42 @@ def test_layers_that_peft_ties_come_apart_here_and_do_not_go_back(tmp_path: Path
         peft.PeftModel.from_pretrained(base(), str(tmp_path / "mine"))
 
 
+@pytest.mark.parametrize(
+    ("family", "encoder", "decoder", "told"),
+    [
+        ("T5", 6, 2, None),  # as ByT5: PEFT counts the encoder's layers
+        ("T5", 6, 3, 3),
+        ("T5", 2, 5, 5),
+        ("Bart", 4, 3, None),
+    ],
+)
+@torch.no_grad()
+def test_a_decoder_with_other_layers_than_its_encoder_has_files_both_ways(
+    family: str, encoder: int, decoder: int, told: int | None, tmp_path: Path
+) -> None:
+    names = ("num_layers", "num_decoder_layers") if family == "T5" else ("encoder_layers", "decoder_layers")
+    base = lambda: build(family, "SEQ_2_SEQ_LM", **dict(zip(names, (encoder, decoder))))  # noqa: E731
+    fields = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 4, "num_layers": told}
+    theirs = peft.get_peft_model(base(), peft.PrefixTuningConfig(**fields)).eval()
+    mine = fusedprompt.get_prompt_model(base(), fusedprompt.PrefixTuningConfig(**fields)).eval()
+    inputs = task_inputs("SEQ_2_SEQ_LM", tokens())
+    theirs.save_pretrained(tmp_path / "theirs")
+    mine.save_pretrained(tmp_path / "mine")
+    assert_close({"": load(base(), tmp_path / "theirs")(**inputs).logits}, {"": theirs(**inputs).logits})
+    read = peft.PeftModel.from_pretrained(base(), str(tmp_path / "mine"))
+    assert_close({"": read(**inputs).logits}, {"": mine(**inputs).logits})
+
+
+def test_a_decoder_with_more_layers_than_its_encoder_has_a_prefix_in_each() -> None:
+    model = ours("T5", "SEQ_2_SEQ_LM", "PREFIX", num_layers=2, num_decoder_layers=5)
+    model(**task_inputs("SEQ_2_SEQ_LM", tokens())).loss.backward()
+    assert model.peft_config["default"].num_layers == 5
+    assert model.prompt_encoder["default"].embedding.weight.grad.view(4, 10, -1).any(2).all()
+    with pytest.raises(ValueError, match="num_layers: expected the 5 layers of the base model's cache, got 4"):
+        config = fusedprompt.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4, num_layers=4)
+        model.add_adapter("few", config)
+
+
 # Starting points
 
 

@@ -83,6 +83,10 @@ def test_encoder_decoders_go_on_from_what_is_there() -> None:
     assert torch.equal(generate(model, encoder_outputs=encoded), expected)
     padded, mask = pad(ids, 0, 3)
     assert torch.equal(generate(model, input_ids=padded, attention_mask=mask), expected)
+    for options in ({"use_cache": False}, {"generation_config": transformers.GenerationConfig(use_cache=False)}):
+        with pytest.warns(UserWarning, match="use_cache=False is ignored: a decoder's prefix stands in its cache"):
+            found = generate(model, input_ids=ids, bos_token_id=None, decoder_start_token_id=PAD, **options)
+        assert torch.equal(found, expected)
     begun = generate(model, input_ids=ids, decoder_input_ids=expected[:, :4], max_new_tokens=3)
     assert torch.equal(begun, expected)
     forced = model(input_ids=ids, decoder_input_ids=expected[:, :-1]).logits.argmax(-1)
@@ -102,8 +106,8 @@ def test_what_cannot_hold_a_prefix_is_refused_with_the_reason() -> None:
     ):
         generate(model, input_ids=ids, route="splice")
     of_decoder = ours("Bart", "SEQ_2_SEQ_LM", "PREFIX")
-    with pytest.raises(fusedprompt.RouteUnavailable, match="a decoder without a cache has no place for a prefix"):
-        generate(of_decoder, input_ids=ids, use_cache=False)
+    with pytest.raises(fusedprompt.RouteUnavailable, match="an encoder-decoder's prefix stands in a cache that grows"):
+        generate(of_decoder, input_ids=ids, cache_implementation="static")
     windowed = ours("Mistral", method="PREFIX", sliding_window=8)
     generate(windowed, input_ids=ids[:, :3])  # beyond the window
     padded, mask = pad(ids[:, :3], 2, 0)
@@ -138,3 +142,12 @@ def test_a_prefix_is_one_copy_until_attention_reads_it() -> None:
     model.prompt_encoder["default"].register_forward_hook(lambda *_: runs.append(1))
     generate(model, input_ids=tokens(8))
     assert len(runs) == 1  # the hook watches it, so it is made for this call, and not for each of its six steps
+
+
+def test_a_static_cache_whose_empty_columns_would_count_is_refused_by_that_name() -> None:
+    base = transformers.MptForCausalLM(transformers.MptConfig(vocab_size=67, d_model=32, n_heads=4, n_layers=2)).eval()
+    config = fusedprompt.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_attention_heads=4)
+    model = fusedprompt.get_prompt_model(base, config).eval()
+    assert generate(model, input_ids=tokens()).shape == (3, 13)
+    with pytest.raises(ValueError, match=r"rows without .* a static cache's empty columns, because .* it counts"):
+        generate(model, input_ids=tokens(), cache_implementation="static")

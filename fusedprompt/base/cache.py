@@ -122,7 +122,17 @@ def new_cache(base: nn.Module) -> Any:
     """An empty cache, as transformers' decoders make for themselves."""
     from transformers.cache_utils import DynamicCache
 
-    return DynamicCache(config=transformers_model(base).config)
+    model = transformers_model(base)
+    config: Any = model.config
+    if getattr(config, "is_encoder_decoder", False):  # T5's tells the encoder's layers, and its decoder's its own
+        config = getattr(model.get_decoder(), "config", config)
+    return DynamicCache(config=config)
+
+
+def told_layers(base: nn.Module) -> int:
+    """How many layers a prefix has by PEFT's count: of a T5 those of its encoder, if its decoder has no more."""
+    told = getattr(transformers_model(base).config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    return max(int(told), len(new_cache(base).layers))
 
 
 def _odd_layer(layers: Any) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache import keeps_all, reads_another, told_key_shapes, why_no_prefix
+from .cache import keeps_all, new_cache, reads_another, told_key_shapes, why_no_prefix
 from .facts import BaseFacts, device_of, transformers_model
 from .own_forward import has_own_forward
 from .positions import count_positions, numbered
@@ -296,9 +296,7 @@ class _Trial:
         return None if isinstance(right, str) else self._differs(found, right, "it counts") is not None
 
     def _empty(self) -> Any:
-        from transformers.cache_utils import DynamicCache
-
-        return DynamicCache(config=self.model.config)
+        return new_cache(self.model)
 
     def _decoded(self, ids: Tensor, cache: Any = None, mask: Tensor | None = None) -> Any:
         """A decoder's text behind a cache, if there is one; its encoder has read the prompt."""

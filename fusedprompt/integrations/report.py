@@ -57,7 +57,7 @@ DEFECTS = (
         _PREFIXES,
     ),
     Defect(
-        "generate behind a prefix fails with use_cache=False, embeddings or a conversation's cache",
+        "generate behind a prefix fails with use_cache=False, assisted decoding, embeddings or a conversation's cache",
         "this package's generate serves them",
         ("CAUSAL_LM",),
         _PREFIXES,
@@ -126,6 +126,12 @@ DEFECTS = (
         methods=("MULTITASK_PROMPT_TUNING",),
     ),
     Defect("CPT changes the caller's input_type_mask", "it stays as it is", methods=("CPT",)),
+    Defect(
+        "CPT's loss is no number where the context's largest type code is no multiple of 4, as by default",
+        "the text's codes begin behind the next multiple of 4",
+        methods=("CPT",),
+    ),
+    Defect("CPT's cpt_mask is not read", "", methods=("CPT",)),
     Defect("training P-tuning cannot be resumed from a saved adapter", "", methods=("P_TUNING",)),
     Defect("parameters of adapters that are inactive or loaded for inference require gradients", ""),
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import saved_modules
-from ..base.cache import SharingFacts, new_cache, why_no_prefix
+from ..base.cache import SharingFacts, new_cache, told_layers, why_no_prefix
 from ..base.facts import BaseFacts, check_base_model, device_of
 from ..base.first_use import key_shapes
 from ..base.state import BaseState, evaluating
@@ -201,7 +201,7 @@ class PromptAdapters(ReadsThrough):
                 )
             width = None
             if self.facts.encoder_decoder:  # the prefix is its decoder's
-                layers = layers or len(new_cache(self.base_model).layers)
+                layers = layers or told_layers(self.base_model)
         resolved = config.resolved(
             self.base_model.config,
             token_dim=config.token_dim or width,
@@ -288,7 +288,9 @@ class PromptAdapters(ReadsThrough):
     ) -> None:
         method = method_of(config).name
         layers = len(new_cache(self.base_model).layers)
-        if config.num_layers != layers:
+        # PEFT counts an encoder's layers for a decoder that has fewer, and nobody reads the rest.
+        more = self.facts.encoder_decoder and (config.num_layers or 0) > layers
+        if config.num_layers != layers and not more:
             raise ValueError(
                 f"num_layers: expected the {layers} layers of the base model's cache, got {config.num_layers}"
             )

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..base import saved_modules
+from ..base.cache import new_cache
 from ..base.state import evaluating
 from ..layouts.template import Template
 from ..methods import PromptModule, checkpoint, method_of
 from ..methods.config import CONFIG_NAME, PromptLearningConfig, format_json
 from ..methods.method import CACHE
+from ..routes.prefix import layer_order
 from .adapters import PromptAdapters
 
 
@@ -61,8 +63,10 @@ def save(
 
 def _is_tied_by_peft(model: PromptAdapters, config: PromptLearningConfig) -> bool:
     """Whether PEFT would read half of a prefix's keys and values in all layers; see `routes.prefix.layer_order`."""
-    of_decoder = method_of(config).product == CACHE and model.facts.encoder_decoder
-    return of_decoder and (config.num_layers or 0) % 2 == 0
+    if method_of(config).product != CACHE or not model.facts.encoder_decoder:
+        return False
+    layers, count = len(new_cache(model.base_model).layers), int(config.num_layers or 0)
+    return layer_order(count, True)[:layers] != layer_order(count, True, ties=True)[:layers]
 
 
 def _values(

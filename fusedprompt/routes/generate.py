@@ -52,12 +52,7 @@ def run_generate(host: Host, plan: Plan) -> Any:
         with _counting(host, plan):
             return generate_by_ids(host, plan, states, others)
     if others.get("use_cache") is False:
-        warnings.warn(
-            "use_cache=False is ignored: transformers generates from embeddings only with a cache. The result is the "
-            "same.",
-            stacklevel=4,
-        )
-        others["use_cache"] = True
+        _use_cache(others, "transformers generates from embeddings only with a cache")
     ids = plan.call.batch.input_ids
     if states is None:
         with spliced(host, plan) as arguments, _counting(host, plan):
@@ -81,6 +76,8 @@ def _generate_behind(host: Host, plan: Plan, states: PrefixStates) -> Any:
     """What an encoder-decoder's `generate` gives, whose decoder begins with a prefix in its cache."""
     base, others, size = host.base_model, dict(plan.others), batch_size(plan)
     cache, begun = states.for_rows(size * copies(base, others)), others.get("decoder_input_ids")
+    if option(base, others, "use_cache") is False:
+        _use_cache(others, "a decoder's prefix stands in its cache")
     if others.get("decoder_attention_mask") is None:
         # By a mask that is longer than the ids transformers knows that the cache's tokens are not among these.
         columns = cache.get_seq_length() + (1 if begun is None else begun.shape[1])
@@ -88,6 +85,11 @@ def _generate_behind(host: Host, plan: Plan, states: PrefixStates) -> Any:
         others["decoder_attention_mask"] = mask
     others["past_key_values"] = filled(host, cache, others.get("past_key_values"))
     return base.generate(**plan.fields.given(), **others)
+
+
+def _use_cache(others: dict[str, Any], why: str) -> None:
+    warnings.warn(f"use_cache=False is ignored: {why}. The result is the same.", stacklevel=5)
+    others["use_cache"] = True
 
 
 def _counting(host: Host, plan: Plan) -> contextlib.AbstractContextManager[None]:

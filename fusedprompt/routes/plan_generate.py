@@ -296,8 +296,6 @@ def _check_behind(host: Host, call: Call, prompts: tuple[Prompt, ...], rows: int
     if host.facts.encoder_decoder:
         if objection is None and not own and option(base, others, "cache_implementation") == "static":
             objection = "an encoder-decoder's prefix stands in a cache that grows"
-        if objection is None and option(base, others, "use_cache") is False:
-            objection = "a decoder without a cache has no place for a prefix"
         if objection is None and any(option(base, others, name) for name in ASSISTED):
             objection = (
                 "in assisted decoding transformers cuts a decoder's mask to its ids, behind which the prefix is not"

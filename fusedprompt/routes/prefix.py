@@ -213,6 +213,7 @@ def check_padding(
     padded = (may_be_padded(mask, side) and bool((mask[:, side] == 0).any()) for side in sides)
     if reason is not None and (uneven or any(padded)):
         where = "padding" if pools else "padding at the left"
+        where = "prefixes of several lengths, or a static cache's empty columns" if uneven else where
         raise ValueError(f"attention_mask: expected rows without {where}, because of the base model: {reason}")
 
 

@@ -121,16 +121,22 @@ def fill(cache: Any, source: Any) -> None:
     """Put all keys and values of one cache into another, empty one.
 
     Raises:
-        ValueError: a layer with a window holds but the last of them.
+        ValueError: a layer with a window holds but the last of them, and the other has none or another.
     """
+    targets = [*cache.layers]
     for index, layer in enumerate(source.layers):
         if layer.keys is None:
             continue
         length = layer.keys.shape[-2]
-        if getattr(layer, "cumulative_length", length) != length:
+        total = getattr(layer, "cumulative_length", length)
+        target = targets[index] if index < len(targets) else None
+        kind = type(layer), getattr(layer, "sliding_window", None)
+        if total != length and kind != (type(target), getattr(target, "sliding_window", None)):
             raise ValueError(
-                f"past_key_values: expected None for {layer.cumulative_length} virtual tokens, of which a layer with a "
-                f"window keeps {length}"
+                f"past_key_values: expected None, or a DynamicCache(config=...) of the base model, for {total} virtual "
+                f"tokens, of which a layer with a window keeps {length}"
             )
         positions = torch.arange(layer.keys.shape[-2], device=layer.keys.device)
         cache.update(layer.keys, layer.values, index, {"cache_position": positions})
+        if total != length:
+            cache.layers[index].cumulative_length = total  # it counts what the window has let go, too
