@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ...base import check
 from .._backend import Op, never_objects
+from .._requirements import why_not_triton
 from . import reference
+
+_WIDEST = 256  # of what a kernel's registers and shared memory hold
+
+
+def _triton(*args: Any) -> Tensor:
+    from . import triton
+
+    return triton.prefix_attention(*args)
+
+
+def _why_not_triton(query: Tensor, *args: Any) -> str | None:
+    """Also of the query alone, for `explain`."""
+    reason = why_not_triton(query)
+    if reason is not None:
+        return reason
+    widths = [query.shape[3], *(args[3].shape[3:] if args else ())]
+    return f"needs heads of at most {_WIDEST} numbers, got {max(widths)}" if max(widths) > _WIDEST else None
+
 
 OP = Op("prefix_attention")
 OP.add("reference", reference.prefix_attention, never_objects)
+OP.add("triton", _triton, _why_not_triton)
 
 
 def prefix_attention(
@@ -49,7 +69,7 @@ def prefix_attention(
         window: a query sees its own position and the window - 1 positions before it, counted over prefix and own keys,
             padding included, as transformers counts them; None for all.
         softcap: scores become softcap * tanh(scores / softcap); positive, or None.
-        backend: "auto" or "reference".
+        backend: "auto", "reference" or "triton" (CUDA).
 
     Returns:
         (B, Hq, T, dv). A query that sees no key at all gets zeros, and gives none of the inputs a gradient.
