@@ -202,22 +202,24 @@ def attention_d_keys(
     d_key, d_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for step in range(begin, end, BLOCK_M):
         m = step + tl.arange(0, BLOCK_M)
-        inside = m < end
-        if HAS_INDEX:
+        inside, is_read = m < end, True
+        if HAS_INDEX:  # other prefixes' readers are passed over
             inside = inside & (tl.load(index_ptr + m // GROUP // T, mask=inside, other=-1) == owner)
-        t, query_at, out_at = addresses(m, h, heads, T, query_row, query_head, query_place, GROUP)
-        query = load_rows(query_ptr, query_at, inside, WIDTH, BLOCK_D)
-        d_out = load_rows(d_out_ptr, out_at, inside, VALUE_WIDTH, BLOCK_V)
-        lse = tl.load(lse_ptr + out_at, mask=inside, other=float("inf")) * LOG2_E
-        delta = tl.load(delta_ptr + out_at, mask=inside, other=0.0)
-        nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        scores, slope = score(dot(key, tl.trans(query), nothing, PRECISION, INTERPRETED), SCALE, SOFTCAP)
-        seen = is_seen(place[:, None], (last0 + t)[None, :], length, mask_ptr, HAS_MASK, WINDOW)
-        weights = tl.where(seen, tl.exp2(scores - lse[None, :]), 0.0)
-        d_value = dot(weights.to(d_out.dtype), d_out, d_value, PRECISION, INTERPRETED)
-        d_weights = dot(value, tl.trans(d_out), nothing, PRECISION, INTERPRETED)
-        d_scores = weights * (d_weights - delta[None, :]) * slope
-        d_key = dot(d_scores.to(query.dtype), query, d_key, PRECISION, INTERPRETED)
+            is_read = tl.max(inside.to(tl.int32), axis=0) > 0
+        if is_read:
+            t, query_at, out_at = addresses(m, h, heads, T, query_row, query_head, query_place, GROUP)
+            query = load_rows(query_ptr, query_at, inside, WIDTH, BLOCK_D)
+            d_out = load_rows(d_out_ptr, out_at, inside, VALUE_WIDTH, BLOCK_V)
+            lse = tl.load(lse_ptr + out_at, mask=inside, other=float("inf")) * LOG2_E
+            delta = tl.load(delta_ptr + out_at, mask=inside, other=0.0)
+            nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            scores, slope = score(dot(key, tl.trans(query), nothing, PRECISION, INTERPRETED), SCALE, SOFTCAP)
+            seen = is_seen(place[:, None], (last0 + t)[None, :], length, mask_ptr, HAS_MASK, WINDOW)
+            weights = tl.where(seen, tl.exp2(scores - lse[None, :]), 0.0)
+            d_value = dot(weights.to(d_out.dtype), d_out, d_value, PRECISION, INTERPRETED)
+            d_weights = dot(value, tl.trans(d_out), nothing, PRECISION, INTERPRETED)
+            d_scores = weights * (d_weights - delta[None, :]) * slope
+            d_key = dot(d_scores.to(query.dtype), query, d_key, PRECISION, INTERPRETED)
     owners = tl.num_programs(0) // blocks
     at = ((tl.program_id(2).to(tl.int64) * owners + owner) * length + place) * heads + h
     store_rows(d_key_ptr, at, d_key * SCALE, place < length, WIDTH, BLOCK_D)

@@ -227,7 +227,9 @@ def attention_forward(
             mask_ptr + row * S, key_place, first_seen(S - T + first, WINDOW), S - T + behind, S, HAS_MASK,
             WINDOW, SCALE, SOFTCAP, WIDTH, VALUE_WIDTH, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V, INTERPRETED,
         )  # fmt: skip
-    lse = tl.where(is_wrong, float("nan"), tl.where(total == 0, float("inf"), (most + tl.log2(total)) * LN_2))
-    sums = tl.where(is_wrong, float("nan"), sums / tl.where(total == 0, 1.0, total)[:, None])
+    is_blind = total == 0
+    total = tl.where(is_blind, 1.0, total)
+    lse = tl.where(is_wrong, float("nan"), tl.where(is_blind, float("inf"), (most + tl.log2(total)) * LN_2))
+    sums = tl.where(is_wrong, float("nan"), sums / total[:, None])
     tl.store(lse_ptr + out_at, lse, mask=inside)
     store_rows(out_ptr, out_at, sums, inside, VALUE_WIDTH, BLOCK_V)
