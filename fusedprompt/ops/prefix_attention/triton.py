@@ -39,16 +39,17 @@ def _launch(kernel: Any, kind: Kind, few: bool, dtypes: tuple[torch.dtype, ...],
 
 
 def _kind(given: Arguments) -> Kind:
-    dtype = given.query.dtype
+    precision = ""
+    if given.query.dtype == torch.float32:
+        precision = "ieee" if multiplies_exactly() else "tf32"
     return Kind(
-        dtype.itemsize,
         given.group,
         given.query.shape[3],
         given.value.shape[3],
         given.scale,
         given.softcap,
         given.window,
-        "ieee" if dtype == torch.float32 and multiplies_exactly() else "tf32",
+        precision,
         supports_pdl(given.query.device),
         INTERPRETED,
     )
@@ -179,9 +180,9 @@ def _d_keys(inputs: _Inputs, prefix: bool, of_queries: tuple[Tensor, ...]) -> li
 
 def _backward(d_out: Tensor, out: Tensor, lse: Tensor, needs: list[bool], *args: Any) -> list[Tensor]:
     given = Arguments(*args)
-    gradients = new_gradients(needs, given)
     if given.query.numel() == 0:
-        return [one.zero_() for one in gradients]
+        return [one.zero_() for one in new_gradients(needs, given)]
+    gradients = [given.query.new_empty(0)] * 5
     inputs = _Inputs(given)
     d_out, out, lse = (one.transpose(1, 2).contiguous() for one in (d_out, out, lse))
     delta, d_query = torch.empty_like(lse), new_heads(inputs.query, *inputs.query.shape)
