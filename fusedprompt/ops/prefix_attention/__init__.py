@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ...base import check
 from .._backend import Op, never_objects
-from .._requirements import why_not_triton
+from .._requirements import multiplies_exactly, why_not_triton
 from . import reference
 
-_WIDEST = 256  # of what a kernel's registers and shared memory hold
+# Numbers of a head in a kernel's registers and shared memory; of products without tensor cores.
+_WIDEST, _WIDEST_EXACT = 256, 128
 
 
 def _triton(*args: Any) -> Tensor:
@@ -27,8 +28,14 @@ def _why_not_triton(query: Tensor, *args: Any) -> str | None:
     reason = why_not_triton(query)
     if reason is not None:
         return reason
-    widths = [query.shape[3], *(args[3].shape[3:] if args else ())]
-    return f"needs heads of at most {_WIDEST} numbers, got {max(widths)}" if max(widths) > _WIDEST else None
+    width = max(query.shape[3], *(args[3].shape[3:] if args else ()), 1)
+    if width > _WIDEST:
+        return f"needs heads of at most {_WIDEST} numbers, got {width}"
+    if width > _WIDEST_EXACT and query.dtype == torch.float32 and multiplies_exactly():
+        return f"leaves exact products in fp32 of heads of more than {_WIDEST_EXACT} numbers to PyTorch, got {width}"
+    if query.shape[:3].numel() >= 2**30:  # which are counted in 32 bits
+        return f"needs fewer than 2**30 queries, got {query.shape[:3].numel()}"
+    return None
 
 
 OP = Op("prefix_attention")
@@ -62,7 +69,8 @@ def prefix_attention(
         query: (B, Hq, T, d) floating point, any strides.
         prefix_key: (A, Hkv, N, d) A distinct prefixes, N >= 1, and prefix_value: (A, Hkv, N, dv); Hkv divides Hq.
         key: (B, Hkv, S, d) the row's own keys, S >= T, of which the queries are the last T, and value: (B, Hkv, S, dv).
-        index: (B,) int64 in [-1, A): which prefix a row reads, -1 for none; None where A is 1.
+        index: (B,) int64 in [-1, A): which prefix a row reads, -1 for none; None where A is 1. One out of range is an
+            IndexError on a CPU; on CUDA the row becomes NaN.
         prefix_mask: (A, N) bool, False at padding between prefixes of different lengths; None for all True.
         mask: (B, S) bool, False at padding, which may be anywhere; None for all True.
         scale: None for d ** -0.5.

@@ -182,7 +182,7 @@ def _backward(d_out: Tensor, out: Tensor, lse: Tensor, needs: list[bool], *args:
     given = Arguments(*args)
     if given.query.numel() == 0:
         return [one.zero_() for one in new_gradients(needs, given)]
-    gradients = [given.query.new_empty(0)] * 5
+    gradients = [given.query.new_empty(0) for _ in needs]
     inputs = _Inputs(given)
     d_out, out, lse = (one.transpose(1, 2).contiguous() for one in (d_out, out, lse))
     delta, d_query = torch.empty_like(lse), new_heads(inputs.query, *inputs.query.shape)
