@@ -29,7 +29,7 @@ CHIPS = {80: "A100", 90: "H100, H200", 100: "B200"}
 # Most shared memory one block may have on sm_86, sm_89 and sm_120, bytes (CUDA C++ programming guide, table of compute
 # capabilities). The chips above have more, but these get the same tiles.
 SHARED_LIMIT = 99 * 1024
-MODULES = tuple(f"fusedprompt.ops.{name}.triton" for name in ("splice", "mlp", "head_loss", "cpt"))
+MODULES = tuple(f"fusedprompt.ops.{name}.triton" for name in ("splice", "mlp", "head_loss", "cpt", "prefix_attention"))
 _WIDE = re.compile(r"\b(?:LDG|STG|LDGSTS)\.[^ ]*128|\b(?:UBLKCP|UTMALDG|UTMASTG)\b")
 _TENSOR = re.compile(r"\b(HMMA\.\d+|HGMMA\.\w+|UTC\w*MMA)\b")
 

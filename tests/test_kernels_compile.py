@@ -131,6 +131,7 @@ def compiled(compiled_and_all: tuple[list[Compiled], set[tuple[str, str]]]) -> l
 def test_configurations_fit_spill_nothing_and_wait_before_they_touch_memory(compiled: list[Compiled]) -> None:
     names = {"splice_forward", "splice_prefix_backward", "segment_sum", "linear_forward", "linear_backward"}
     names |= {"sum_of_parts", "loss_in_place", "cpt_forward", "cpt_backward"}
+    names |= {"attention_forward", "attention_d_query", "attention_d_keys"}
     for chip in compile_table.CHIPS:
         assert {row.kernel for row in compiled if row.capability == chip} == names
     assert [(row.kernel, row.label, row.capability, row.objection) for row in compiled if row.objection] == []
@@ -182,7 +183,8 @@ def test_rows_are_moved_in_128_bit_accesses_where_widths_allow(disassembled: lis
 
 def test_products_use_tensor_cores_unless_they_must_be_exact(disassembled: list[Compiled]) -> None:
     for row in disassembled:
-        is_product = row.kernel.startswith("linear") and "in fp32" not in row.label
+        is_exact = "in fp32" in row.label or row.label.startswith("fp32")
+        is_product = row.kernel.startswith(("linear", "attention")) and not is_exact
         assert (row.tensor_instructions != "none") == is_product, row
 
 

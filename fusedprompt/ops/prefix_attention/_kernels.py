@@ -166,7 +166,7 @@ def attention_forward(
     lse_ptr,  # (B, T, Hq) fp32
     B: tl.int32,
     T: tl.int32,
-    S: tl.int32,  # fmt: skip
+    S: tl.int32,
     N: tl.int32,
     A: tl.int32,
     query_row: tl.int64,
