@@ -22,7 +22,7 @@ def draw(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def run_triton() -> None:
-    """Forward and backward of MLP, splice, the head's loss and CPT, in each dtype and kind of layout."""
+    """Forward and backward of MLP, splice, the head's loss, CPT and attention, in each dtype and kind of layout."""
     for dtype in DTYPES:
         for rows, width, hidden in ((1, 1, 1), (7, 33, 17), (20, 64, 96), (32, 16, 48)):
             x, table = draw(rows, width, dtype=dtype), draw(11, width, dtype=dtype)
@@ -40,6 +40,16 @@ def run_triton() -> None:
             ops.head_loss(prompt, head, labels, soft_cap=2.0, backend="triton").backward(retain_graph=True)
             limits = torch.ones(rows, device=DEVICE), torch.arange(rows, device=DEVICE) % 2 == 0
             ops.cpt(x.detach(), x, *limits, backend="triton")[0].sum().backward()
+        for length, prefix, width, index in ((1, 7, 5, None), (19, 33, 24, None), (9, 17, 80, [1, -1, 0])):
+            count = 1 if index is None else 2
+            query, *own = (draw(3, heads, length, width, dtype=dtype) for heads in (4, 2, 2))
+            keys, values = (draw(count, 2, prefix, width, dtype=dtype) for _ in range(2))
+            ops.prefix_attention(
+                query, keys, values, *own,
+                index=None if index is None else torch.tensor(index, device=DEVICE),
+                mask=torch.rand(3, length, device=DEVICE) > 0.5,
+                window=prefix + 3, softcap=None if index is None else 3.0, backend="triton",
+            ).sum().backward()  # fmt: skip
     for rows, width, hidden, outputs in ((3, 5, 33, 16417), (20, 16, 64, 18432)):  # keys and values of all layers
         shapes = (rows, width), (hidden, width), (hidden,), (outputs, hidden), (outputs,)
         x, *layers = (draw(*shape, dtype=torch.float32) for shape in (shapes if ON_GPU else shapes[:3]))

@@ -92,8 +92,8 @@ RUNS += [("every option", torch.float16)]
 
 
 def check(sizes: dict[str, int], options: dict[str, Any], dtype: torch.dtype) -> None:
-    """Output and every gradient. A second unit in the last place is for the kernels' tanh, and for the interpreter, which
-    truncates to bf16."""
+    """Output and every gradient. A second unit in the last place is for the kernels' tanh, and for the interpreter,
+    which truncates to bf16."""
     inputs = some_inputs(**sizes, dtype=dtype)
     d_out = normal((*inputs["query"].shape[:3], inputs["value"].shape[3]), dtype, generator(5))
     found = evaluate(lambda x: attend(x, "triton", options), inputs, d_out)
