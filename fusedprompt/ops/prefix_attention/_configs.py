@@ -55,7 +55,7 @@ _TILES: dict[Any, dict[tuple[str, int], tuple[int, int, int, int]]] = {
         ("", 64): (64, 32, 4, 1),
         ("", 128): (32, 32, 4, 1),
         ("", 256): (32, 32, 4, 1),
-        ("tf32", 64): (64, 32, 4, 2),
+        ("tf32", 64): (32, 32, 4, 1),
         ("tf32", 128): (32, 16, 4, 2),
         ("tf32", 256): (32, 16, 8, 1),
         ("ieee", 64): (32, 32, 4, 2),
@@ -65,7 +65,7 @@ _TILES: dict[Any, dict[tuple[str, int], tuple[int, int, int, int]]] = {
         ("", 64): (32, 64, 4, 2),
         ("", 128): (32, 64, 8, 2),
         ("", 256): (32, 32, 8, 2),
-        ("tf32", 64): (64, 32, 4, 2),
+        ("tf32", 64): (32, 32, 4, 2),
         ("tf32", 128): (32, 32, 8, 1),
         ("tf32", 256): (16, 16, 4, 1),
         ("ieee", 64): (32, 16, 8, 2),
@@ -75,9 +75,10 @@ _TILES: dict[Any, dict[tuple[str, int], tuple[int, int, int, int]]] = {
 
 
 def tile(kernel: Any, kind: Kind, few: bool) -> dict[str, int]:
-    """few: no row has more than FEW_QUERIES."""
+    """few: no row has more than FEW_QUERIES. Tiles of TF32 are small as they are, and smaller ones spill."""
     queries, keys, warps, stages = _TILES[kernel][kind.precision, max(64, *kind.blocks.values())]
-    return {"BLOCK_M": FEW_QUERIES if few else queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+    queries = FEW_QUERIES if few and kind.precision != "tf32" else queries
+    return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
 def constants(kernel: Any, kind: Kind, few: bool, flags: dict[str, Any]) -> dict[str, Any]:
