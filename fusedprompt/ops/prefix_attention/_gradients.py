@@ -217,10 +217,8 @@ def attention_d_keys(
             seen = is_seen(place[:, None], (last0 + t)[None, :], length, mask_ptr, HAS_MASK, WINDOW)
             weights = tl.where(seen, tl.exp2(scores - lse[None, :]), 0.0)
             d_value = dot(weights.to(d_out.dtype), d_out, d_value, PRECISION, INTERPRETED)
-            d_weights = dot(value, tl.trans(d_out), nothing, PRECISION, INTERPRETED)
-            d_scores = weights * (d_weights - delta[None, :]) * slope
-            d_key = dot(d_scores.to(query.dtype), query, d_key, PRECISION, INTERPRETED)
-    owners = tl.num_programs(0) // blocks
-    at = ((tl.program_id(2).to(tl.int64) * owners + owner) * length + place) * heads + h
+            d_weights = dot(value, tl.trans(d_out), nothing, PRECISION, INTERPRETED) - delta[None, :]
+            d_key = dot((weights * d_weights * slope).to(query.dtype), query, d_key, PRECISION, INTERPRETED)
+    at = ((tl.program_id(2).to(tl.int64) * (tl.num_programs(0) // blocks) + owner) * length + place) * heads + h
     store_rows(d_key_ptr, at, d_key * SCALE, place < length, WIDTH, BLOCK_D)
     store_rows(d_value_ptr, at, d_value, place < length, VALUE_WIDTH, BLOCK_V)
