@@ -200,7 +200,7 @@ def attention_forward(
     where nothing is seen. Grid (B times blocks of BLOCK_M queries, Hkv); for the prefix alone, blocks of all rows."""
     if PDL:
         wait_for_kernel_before()
-    h, heads, is_wrong = tl.program_id(1), tl.num_programs(1), False
+    h, heads = tl.program_id(1), tl.num_programs(1)
     if PART == "prefix":
         row, first, behind = tl.zeros((), tl.int64), 0, T
         m, end = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), B * T * GROUP
@@ -212,8 +212,8 @@ def attention_forward(
     most, total, sums = _begin(before_ptr, before_lse_ptr, out_at, inside, PART == "own", VALUE_WIDTH, BLOCK_V)
     if PART != "own":
         number = tl.load(index_ptr + row) if HAS_INDEX else row * 0
-        is_wrong = (number < -1) | (number >= A)  # of an index out of range all is NaN
-        stop, number = tl.where((number < 0) | is_wrong, 0, N), tl.where(is_wrong, 0, number)
+        is_wrong = (number < -1) | (number >= A)  # of a prefix that is none all is NaN
+        stop, total = tl.where((number < 0) | is_wrong, 0, N), tl.where(is_wrong, float("nan"), total)
         prefix = number * prefix_row + h * prefix_head
         most, total, sums = _attend_to(
             most, total, sums, query, N + S - T + t, prefix_key_ptr + prefix * WIDTH,
@@ -227,9 +227,7 @@ def attention_forward(
             mask_ptr + row * S, key_place, first_seen(S - T + first, WINDOW), S - T + behind, S, HAS_MASK,
             WINDOW, SCALE, SOFTCAP, WIDTH, VALUE_WIDTH, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V, INTERPRETED,
         )  # fmt: skip
-    is_blind = total == 0
-    total = tl.where(is_blind, 1.0, total)
-    lse = tl.where(is_wrong, float("nan"), tl.where(is_blind, float("inf"), (most + tl.log2(total)) * LN_2))
-    sums = tl.where(is_wrong, float("nan"), sums / total[:, None])
+    lse = tl.where(total == 0, float("inf"), (most + tl.log2(total)) * LN_2)
+    sums = sums / tl.where(total == 0, 1.0, total)[:, None]
     tl.store(lse_ptr + out_at, lse, mask=inside)
     store_rows(out_ptr, out_at, sums, inside, VALUE_WIDTH, BLOCK_V)
