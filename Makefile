@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format types check shim families kernels kernels-oldest triton-oldest versions trl models bench bench-prefix bench-routes bench-scaling bench-metamath \
+.PHONY: help demo demo-real test lint format types check shim families kernels kernels-oldest triton-oldest versions trl models bench bench-prefix bench-routes bench-scaling bench-metamath \
         bench-apply bench-compare pictures doctor wheel sdist clean \
         gpu-first gpu-again gpu gpu-test gpu-sanitize gpu-bench gpu-steps
 
@@ -30,6 +30,9 @@ $(READY): constraints.txt pyproject.toml setup.py $(NATIVE)
 
 demo: $(READY)  ## P-tune a small language model on real words, from nothing, in under 4 minutes
 	$(BIN)/python -m fusedprompt demo $(ARGS)
+
+demo-real: models  ## tune three prompts of a small trained model on descriptions of packages, beside PEFT
+	$(BIN)/python examples/package_sections.py $(ARGS)
 
 # A process for each core, and a file for each process: WORKERS=0 runs all in one.
 WORKERS ?= auto

@@ -13,6 +13,7 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import ops as ops
+    from .bank.bank import PromptBank as PromptBank
     from .base.tasks import TaskType as TaskType
     from .integrations.callback import FusedPromptCallback as FusedPromptCallback
     from .integrations.peft import apply as apply
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from .routes.packing import pack as pack
 
 _NAMES_IN = {
+    "bank.bank": ("PromptBank",),
     "base.tasks": ("TaskType",),
     "integrations.callback": ("FusedPromptCallback",),
     "integrations.peft": ("apply",),

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
+    "tune": "learn a soft prompt from a file of examples, or of text",
+    "generate": "write with a soft prompt: answers, or on from a text",
+    "inspect": "what is in an adapter: method, sizes, norms, and the words that its rows are nearest to",
     "run": "run a script that uses PEFT, unchanged, with its prompts on these ops and routes",
     "demo": "P-tune a small language model on real words and show what the prompt learned",
     "doctor": "report versions, devices and backends, and check every op against plain formulas",
@@ -25,7 +29,14 @@ def main(arguments: list[str]) -> int:
     """Run one command; returns its exit code (2 for an unknown command)."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command in COMMANDS:
-        code: int = importlib.import_module(f"fusedprompt.commands.{command}").main(rest)
+        try:
+            code: int = importlib.import_module(f"fusedprompt.commands.{command}").main(rest)
+            sys.stdout.flush()
+        except BrokenPipeError:  # somebody reads no further, as `head` does
+            if command == "run":  # whose errors are the program's
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still has to write at its end
+            return 1
         return code
     wants_help = command in ("-h", "--help")
     if command and not wants_help:

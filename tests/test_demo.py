@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fusedprompt as fp
+from byte_models import save_byte_model
 from fusedprompt.commands.demo import main, own_text, story, timing, training, words
 from fusedprompt.commands.demo.words import IGNORED, PAD, TASKS
 
@@ -200,29 +201,7 @@ def test_timed_encoders_compute_the_same(kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny untrained Llama with a byte-level tokenizer whose texts begin with <s>, saved locally."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("language-model")
-    vocabulary = {"<s>": 0, **{symbol: i + 1 for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_byte_model(tmp_path_factory.mktemp("language-model"))
 
 
 @pytest.fixture
@@ -325,3 +304,14 @@ def test_threads_are_set_back(told: tuple[Path, dict[str, Any]], language_model:
     with pytest.raises(SystemExit):
         main(["--threads", "2", "--output", str(told[0]), "--model", str(language_model), "--text", "missing.txt"])
     assert torch.get_num_threads() == before
+
+
+def test_without_a_terminal_a_training_writes_a_few_lines_and_no_bars(
+    some_words: words.Words, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """tqdm's bars are rewritten at each step, and each of their states would be a line of a file."""
+    story.pretrain(dataclasses.replace(training.QUICK, pretraining_steps=20), some_words, 1, CPU)
+    out, err = capfd.readouterr()
+    assert "\r" not in out + err and "it/s" not in out + err
+    steps = [line.split()[2] for line in out.splitlines() if line.startswith("   pre-training: step ")]
+    assert steps == ["4/20,", "8/20,", "12/20,", "16/20,", "20/20,"]

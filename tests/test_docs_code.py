@@ -24,6 +24,7 @@ from word_tokenizers import word_tokenizer
 # Python blocks of every page that has any. A page that gains or loses one must say so here.
 BLOCKS = {
     "README.md": 2,
+    "docs/bank.md": 5,
     "docs/faq.md": 14,
     "docs/layouts.md": 7,
     "docs/methods.md": 3,
@@ -97,6 +98,13 @@ def given_peft() -> dict[str, Any]:
     return {**names, "base_model": small_model(), "arguments": arguments, "rows": rows}
 
 
+def given_bank() -> dict[str, Any]:
+    names = {"fp": fp, "torch": torch, "base": small_model(), "tokenizer": byte_tokenizer()}
+    config = fp.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
+    fp.get_prompt_model(small_model(), config).save_pretrained("adapters/translate")
+    return {**names, "rows": torch.randn(4, 64), "ids": batch()["input_ids"][:2]}
+
+
 def given_faq() -> dict[str, Any]:
     return {"fp": fp, "torch": torch, "new_model": small_model, "batch": batch(), "ids": batch()["input_ids"]}
 
@@ -112,6 +120,7 @@ def given_numerics() -> dict[str, Any]:
 
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": given_readme,
+    "docs/bank.md": given_bank,
     "docs/faq.md": given_faq,
     "docs/methods.md": given_methods,
     "docs/numerics.md": given_numerics,

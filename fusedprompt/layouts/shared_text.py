@@ -122,4 +122,6 @@ def put_beside(rows: Tensor, text: SharedText, embed: Callable[[Tensor], Tensor]
     embed: (1, K) ids to (1, K, D).
     """
     shared = embed(text.ids.unsqueeze(0)).to(rows.dtype).expand(rows.shape[0], -1, -1)
+    if not rows.shape[1]:  # no prompt: its width may be that of a prefix's keys
+        return shared
     return torch.cat((shared, rows) if text.before else (rows, shared), 1)

@@ -28,6 +28,11 @@ ADAPTER_NAME = "adapter_model.safetensors"
 ENCODER_NAME = "prompt_encoder.safetensors"
 TEMPLATE_NAME = "prompt_template.json"
 PROMPT_KEY = "prompt_embeddings"
+# Beside PEFT's fields in adapter_config.json, and only where the prompt is not at PEFT's place: PEFT warns of it.
+PROMPT_START_KEY = "fusedprompt_prompt_start"
+# For adapters that PEFT would misread, such as those in a template: the field that it dispatches on says why it cannot
+# load them, and the true value stands under a key of our own.
+PEFT_TYPE_KEY = "fusedprompt_peft_type"
 _COMMITTED = ".fusedprompt-committed"
 
 PathLike = str | os.PathLike[str]
@@ -47,14 +52,14 @@ def atomic_writes(folder: PathLike) -> Iterator[Path]:
         mode = _usual_mode(stage)
         for file in stage.iterdir():
             file.chmod(mode)  # safetensors makes files that their owner alone can read
-            _flush(file)
-        _flush(stage)
+            flush(file)
+        flush(stage)
         os.rename(stage, target / _COMMITTED)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
     _move_committed(target, undo=True)
-    _flush(target)
+    flush(target)
 
 
 def _usual_mode(folder: Path) -> int:
@@ -83,7 +88,8 @@ def _move_committed(target: Path, undo: bool = False) -> None:
     committed.rmdir()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

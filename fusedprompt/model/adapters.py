@@ -42,8 +42,10 @@ class PromptAdapters(ReadsThrough):
         active_adapter: the adapter in use.
         prompt_cache: prompts' keys and values for calls that train nothing.
         text_head: whether the next training step may leave its logits until they are read.
+        bank: the `PromptBank` whose prompts calls name in place of adapters; None for adapters.
     """
 
+    bank: Any = None
     backend = AUTO  # ops follow `use_backend`
     ties_layers = False
 
@@ -241,6 +243,8 @@ class PromptAdapters(ReadsThrough):
         encoder: PromptModule | None = None,
         template: Template | None = None,
     ) -> None:
+        if self.bank is not None:
+            raise ValueError(f"adapter_name: expected none in a model of a bank, got {adapter_name!r}; see bank.add")
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
         if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bank.bank import PromptBank
 from ..layouts.batch import Batch
+from ..layouts.mixture import BASE
 from ..layouts.template import Template
 from ..methods import checkpoint
 from ..ops._backend import AUTO
@@ -20,6 +22,7 @@ from ..routes.explain import describe_adapter, explain, first_use_line
 from ..routes.plan import plan
 from ..routes.run import run
 from . import card, saving
+from .banked import BankedCall, check_bank
 from .citizen import Citizen
 
 
@@ -90,7 +93,7 @@ class PromptModel(Citizen):
             pairs of ids and mask. Labels per token are then a mapping too.
         adapter_names: the adapter of each row, "__base__" for none, instead of the active one for all; their
             prompts and templates may differ. The loss is the mean over the whole batch. With slots: the adapters
-            whose prompts, one after another, the slots refer to.
+            whose prompts, one after another, the slots refer to. With a bank these are its prompts.
         task_ids: (B,) the task of each row, for adapters of multitask prompt tuning: a list, or an int64 tensor (on a
             GPU the host waits for its values). With adapter_names, None (or -1) for rows of other adapters; with
             slots and adapter_names, of each of these.
@@ -110,10 +113,31 @@ class PromptModel(Citizen):
         ValueError: `slots` or a tensor that goes with them has the wrong shape, dtype or (on a CPU) values.
     """
 
-    def __init__(self, base_model: nn.Module, route: str = AUTO, logits: str = FULL) -> None:
-        """Without adapters, the base model as it is; see `get_prompt_model`."""
+    def __init__(
+        self, base_model: nn.Module, route: str = AUTO, logits: str = FULL, bank: PromptBank | None = None
+    ) -> None:
+        """Without adapters, the base model as it is; see `get_prompt_model`.
+
+        Args:
+            bank: the prompts that calls may name as `adapter_names`, in place of adapters. A call reads the versions
+                that are there when it begins. The base model is frozen; without names a call is for it alone.
+        """
         super().__init__(base_model)
         self.route, self.logits = route, logits
+        if bank is not None:
+            self.bank = check_bank(bank, self)
+            base_model.requires_grad_(False)
+
+    def _named(self, names: Any, route: str) -> tuple[Any, Any]:
+        """The host of a call, and its `adapter_names`: of a bank, those of versions."""
+        if self.bank is None or names is None:
+            return self, names
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"adapter_names: expected a list of one name per row, got {names!r}")
+        if not set(names) - {BASE}:
+            return self, None
+        host = BankedCall(self, self.bank, names, route)
+        return host, host.names
 
     @property
     def route(self) -> str:
@@ -134,9 +158,10 @@ class PromptModel(Citizen):
         check_logits(logits, None)
         self._logits = logits
 
-    def _usual_logits(self, slots: Any) -> str:
+    def _usual_logits(self, host: Any, slots: Any) -> str:
         """With slots labels are those of the output; other tasks' logits stand where their labels stand already."""
-        of_tokens = self.in_use is not None and self.prompts[self.in_use].task.predicts_next and slots is None
+        in_use = host.in_use
+        of_tokens = in_use is not None and host.prompts[in_use].task.predicts_next and slots is None
         return self.logits if of_tokens else FULL
 
     # Running
@@ -166,10 +191,11 @@ class PromptModel(Citizen):
         """Run the base model on prompt and tokens; the class says what the arguments are."""
         batch = Batch(input_ids, inputs_embeds, attention_mask, labels, position_ids, token_type_ids, input_type_mask)
         route = self.route if route is None else route
-        logits = self._usual_logits(slots) if logits is None else logits
+        host, adapter_names = self._named(adapter_names, self.route)
+        logits = self._usual_logits(host, slots) if logits is None else logits
         own = (route, logits, slots, pool_index, fields, adapter_names, task_ids, shared_prefix, shared_prefix_place)
         call = Call(batch, kwargs, past_key_values, *own)
-        return run(self, plan(self, call))
+        return run(host, plan(host, call))
 
     def generate(self, inputs: Tensor | None = None, *, route: str | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, with the prompt in front.
@@ -186,9 +212,10 @@ class PromptModel(Citizen):
             What `generate` returns: for decoders, ids of text and new tokens, without the prompt.
         """
         kwargs.pop("labels", None)  # Seq2SeqTrainer hands on its batch as it is
+        host, kwargs["adapter_names"] = self._named(kwargs.get("adapter_names"), self.route)
         call = Call.to_generate(inputs, kwargs, self.route if route is None else route)
         with torch.no_grad():  # as transformers does: nothing here is to be trained
-            return run(self, plan(self, call))
+            return run(host, plan(host, call))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable and of all parameters."""
@@ -211,12 +238,16 @@ class PromptModel(Citizen):
         if method not in ("forward", "generate"):
             raise ValueError(f"method: expected 'forward' or 'generate', got {method!r}")
         if method == "forward" and not arguments:
-            return "\n".join([*(describe_adapter(self, name) for name in self.peft_config), *first_use_line(self)])
+            bank = [] if self.bank is None else [repr(self.bank)]
+            return "\n".join(
+                [*bank, *(describe_adapter(self, name) for name in self.peft_config), *first_use_line(self)]
+            )
+        host, arguments["adapter_names"] = self._named(arguments.get("adapter_names"), self.route)
         if method == "generate":
-            return explain(self, Call.to_generate(arguments.pop("inputs", None), arguments, self.route))
+            return explain(host, Call.to_generate(arguments.pop("inputs", None), arguments, self.route))
         if arguments.get("logits") is None:
-            arguments["logits"] = self._usual_logits(arguments.get("slots"))
-        return explain(self, Call.of(arguments, self.route))
+            arguments["logits"] = self._usual_logits(host, arguments.get("slots"))
+        return explain(host, Call.of(arguments, self.route))
 
     # Saving and loading
 

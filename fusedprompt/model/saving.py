@@ -18,14 +18,6 @@ from ..methods.config import CONFIG_NAME, PromptLearningConfig, format_json
 from ..methods.method import CACHE
 from .adapters import PromptAdapters
 
-# Beside PEFT's fields in adapter_config.json, and only where the prompt is not at PEFT's place: PEFT warns of it.
-PROMPT_START_KEY = "fusedprompt_prompt_start"
-
-
-# For adapters that PEFT would misread, such as those in a template: the field that it dispatches on says why it cannot
-# load them, and the true value stands under a key of our own.
-PEFT_TYPE_KEY = "fusedprompt_peft_type"
-
 
 def save(
     model: PromptAdapters, adapter_name: str, folder: Path, state_dict: Mapping[str, Tensor] | None = None
@@ -40,14 +32,14 @@ def save(
     config.inference_mode = True  # PEFT's files always say so
     fields = config.to_dict()
     if place.start:
-        fields[PROMPT_START_KEY] = place.start
+        fields[checkpoint.PROMPT_START_KEY] = place.start
     if place.pattern is not None:
-        fields[PEFT_TYPE_KEY] = fields["peft_type"]
+        fields[checkpoint.PEFT_TYPE_KEY] = fields["peft_type"]
         fields["peft_type"] = (
             f"a fusedprompt adapter with the template {place.pattern}, while PEFT only puts prompts in front of a text"
         )
     elif _is_tied_by_peft(model, config):
-        fields[PEFT_TYPE_KEY] = fields["peft_type"]
+        fields[checkpoint.PEFT_TYPE_KEY] = fields["peft_type"]
         fields["peft_type"] = (
             f"a fusedprompt adapter whose decoder has keys and values of its own in each of {config.num_layers} "
             "layers, while PEFT gives those of the first half to the second"
@@ -95,8 +87,8 @@ def _values(
 def load(model: PromptAdapters, adapter_name: str, folder: Path, is_trainable: bool) -> None:
     """Read an adapter from a folder, check every tensor against a model, and only then put it into the model."""
     fields = checkpoint.read_json(folder / CONFIG_NAME)
-    prompt_start = int(fields.pop(PROMPT_START_KEY, 0))
-    peft_type = fields.pop(PEFT_TYPE_KEY, None)
+    prompt_start = int(fields.pop(checkpoint.PROMPT_START_KEY, 0))
+    peft_type = fields.pop(checkpoint.PEFT_TYPE_KEY, None)
     if peft_type is not None:
         fields["peft_type"] = peft_type
     config = model._resolve(PromptLearningConfig.from_dict(fields, origin=str(folder / CONFIG_NAME)))

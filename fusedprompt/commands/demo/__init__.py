@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from .. import options
 from . import own_text, report, story
 from .own_text import TextSettings
 from .training import QUICK, Settings
@@ -35,9 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.model is None and text_options:
         names = ", ".join("--" + name.replace("_", "-") for name in text_options)
         parser.error(f"{names}: expected only with --model and --text")
-    missing = " and ".join(name for name in PACKAGES if importlib.util.find_spec(name) is None)
-    if missing:
-        print(f"error: the demo needs {missing}; install with: pip install fusedprompt[demo]", file=sys.stderr)
+    if missing := options.missing("the demo", PACKAGES, "demo"):
+        print(f"error: {missing}", file=sys.stderr)
         return 1
     try:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -75,8 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output", type=Path, default="fusedprompt-demo", metavar="DIR", help="where results go (%(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of every random number (%(default)s)")
-    add("--threads", type=_count, metavar="N", help="CPU threads (PyTorch's choice)")
-    add("--device", type=_device, default="auto", help="cpu, cuda, or auto, which takes cuda where it is (%(default)s)")
+    add("--threads", type=options.count, metavar="N", help="CPU threads (PyTorch's choice)")
+    add(
+        "--device",
+        type=options.device,
+        default="auto",
+        help="cpu, cuda, or auto: cuda where it is (%(default)s)",
+    )
     add("--quick", action="store_true", help="go through every stage in seconds, too fast to learn much")
     add("--task", choices=list(TASKS), default="reverse", help="what the prompt shall ask for (%(default)s)")
 
@@ -85,40 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to learn; its last tenth is held out")
     defaults = TextSettings()
     for name, kind, meaning in (
-        ("virtual_tokens", _count, "length of the prompt"),
-        ("block_size", _count, "tokens in a row of text"),
-        ("steps", _count, "optimizer steps"),
-        ("batch_size", _count, "rows of text in a step"),
-        ("learning_rate", _positive, "the highest of the schedule"),
+        ("virtual_tokens", options.count, "length of the prompt"),
+        ("block_size", options.count, "tokens in a row of text"),
+        ("steps", options.count, "optimizer steps"),
+        ("batch_size", options.count, "rows of text in a step"),
+        ("learning_rate", options.positive, "the highest of the schedule"),
     ):
         option, meaning = "--" + name.replace("_", "-"), f"{meaning} ({getattr(defaults, name)})"
         group.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar="N", help=meaning)
     meaning = f"what makes the prompt ({defaults.encoder})"
     group.add_argument("--encoder", choices=["MLP", "LSTM"], default=argparse.SUPPRESS, help=meaning)
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return value
-
-
-def _device(text: str) -> torch.device:
-    if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "cpu"
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("expected cpu, because PyTorch finds no CUDA device, got 'cuda'")
-    if text not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"expected auto, cpu or cuda, got {text!r}")
-    return torch.device(text)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import PromptEncoderConfig, PromptModel, get_prompt_model
+from ..language_model import blocks_of, check_positions, load_base, load_tokenizer
+from ..progress import quiet_transformers
 from . import report, timing
 from .training import train
 from .words import IGNORED
@@ -49,42 +51,18 @@ class TextData:
 def load(model: str, text: Path, settings: TextSettings) -> TextData:
     """Load a causal language model with its tokenizer, and cut a text into blocks, of which the last tenth is held out.
 
-    Every block begins with the token that begins a text, where the tokenizer has one: some models predict badly
-    without, and the prompt should get no credit for mending that.
-
     Raises:
         ValueError: one of them cannot be loaded, or the text is too short; the message names the argument.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     try:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--text: expected a file of UTF-8 text, got {str(text)!r}: {error}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        base = AutoModelForCausalLM.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise ValueError(f"--model: expected a causal language model with a tokenizer, got {model!r}: {why}") from error
-    size = settings.block_size
-    if size < 2:
-        raise ValueError(f"--block-size: expected at least 2, one token to predict the next, got {size}")
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and settings.virtual_tokens + size > limit:
-        raise ValueError(
-            f"--virtual-tokens + --block-size: expected at most the model's {limit} positions, "
-            f"got {settings.virtual_tokens} + {size}"
-        )
-    # A long text is more than the model's context, about which tokenizers warn; here it is cut into blocks.
-    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
-    begin = [token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id]
-    width = size - len(begin)
-    count = len(ids) // width
-    if count < 2:
-        raise ValueError(f"--text: expected at least two blocks of --block-size {size} tokens, got {len(ids)} tokens")
-    blocks = torch.tensor([begin + ids[width * row : width * (row + 1)] for row in range(count)])
-    held_out = max(1, count // 10)
+    with quiet_transformers():
+        tokenizer, base = load_tokenizer(model), load_base(model)
+    check_positions(base.config, settings.virtual_tokens, settings.block_size, "--virtual-tokens + --block-size")
+    blocks = blocks_of(content, tokenizer, settings.block_size, ("--text", "--block-size"))
+    held_out = max(1, len(blocks) // 10)
     return TextData(base, blocks[:-held_out], blocks[-held_out:])
 
 

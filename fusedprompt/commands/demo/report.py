@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..._version import __version__
+from .. import figures
 from .training import Curve
 
 COLORS = {"MLP": "tab:blue", "LSTM": "tab:orange"}
@@ -105,13 +106,13 @@ def draw_story(
     path: Path, pretraining: Curve, curves: Mapping[str, Curve], task: str, before: float, with_tag: float
 ) -> None:
     """Draw loss and exact match of the pre-training (top) and of the prompts (bottom) over time."""
-    figure, axes = _figure(2, 2)
+    figure, axes = figures.new(2, 2)
     top, bottom = "Pre-training with the tag", f"P-tuning to '{task}', model frozen, no tag"
     _story_row(axes[0], top, {"all four tasks": (pretraining, "tab:green")})
     _story_row(axes[1], bottom, {f"{kind} encoder": (curve, COLORS[kind]) for kind, curve in curves.items()})
     axes[1][1].axhline(with_tag, color="gray", linestyle="--", label=f"with the tag, no prompt ({with_tag:.1f} %)")
     axes[1][1].axhline(before, color="gray", linestyle=":", label=f"without tag or prompt ({before:.1f} %)")
-    _finish(figure, path)
+    figures.finish(figure, path, "training time (seconds)")
 
 
 def _story_row(axes: Any, title: str, curves: Mapping[str, tuple[Curve, str]]) -> None:
@@ -125,26 +126,10 @@ def _story_row(axes: Any, title: str, curves: Mapping[str, tuple[Curve, str]]) -
 
 def draw_text(path: Path, curve: Curve, encoder: str, without: float) -> None:
     """Draw the loss on training batches and on the held-out blocks over time."""
-    figure, axes = _figure(1, 1)
+    figure, axes = figures.new(1, 1)
     axis, color = axes[0][0], COLORS[encoder]
     axis.plot(curve.seconds, curve.loss, color=color, alpha=0.35, label="training batch")
     axis.plot(curve.checked_seconds(), curve.checks, color=color, marker="o", label="held-out text")
     axis.axhline(without, color="gray", linestyle="--", label=f"held-out text without prompt ({without:.3f})")
     axis.set(title=f"P-tuning with the {encoder} encoder, model frozen", ylabel="loss (nats per token)")
-    _finish(figure, path)
-
-
-def _figure(rows: int, columns: int) -> tuple[Any, Any]:
-    # Not pyplot: it would look for a window system and keep the figure.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6 * columns, 3.8 * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _finish(figure: Any, path: Path) -> None:
-    for axis in figure.axes:
-        axis.set_xlabel("training time (seconds)")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=120)
+    figures.finish(figure, path, "training time (seconds)")

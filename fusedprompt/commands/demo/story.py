@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +12,13 @@ import torch
 from torch import nn
 
 from ... import PromptEncoderConfig, PromptModel, get_prompt_model
+from .. import progress
 from . import report, timing
 from .training import Curve, Settings, train
 from .words import TASKS, TOKENS, Task, Words, all_lines, exact_match, exact_matches, lines, load_words, rewrite_words
 
 
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers' own for a model of half a million parameters."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
-
-
-@_quiet_transformers()
+@progress.quiet_transformers()
 def tell(settings: Settings, output: Path, task: Task, seed: int, device: torch.device) -> dict[str, Any]:
     """Run the story of prompts that ask for `task`, print it, and write models, adapters and curves below `output`.
 
@@ -43,8 +28,6 @@ def tell(settings: Settings, output: Path, task: Task, seed: int, device: torch.
     Raises:
         RuntimeError: a reloaded adapter computes something else than the one that was saved.
     """
-    from tqdm import tqdm
-
     start = time.perf_counter()
     words = load_words(settings.words, settings.validation_words, settings.test_words, seed)
     print(
@@ -58,7 +41,7 @@ def tell(settings: Settings, output: Path, task: Task, seed: int, device: torch.
     base.save_pretrained(output / "base")
     with_tag = {
         each.name: exact_match(base, words.test, each, tagged=True)
-        for each in tqdm(TASKS.values(), desc="counting", unit="task", leave=False)
+        for each in progress.bar(TASKS.values(), desc="counting", unit="task")
     }
     before = exact_match(base, words.test, task, tagged=False)
     print(

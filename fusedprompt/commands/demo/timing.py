@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...methods import PromptEncoder
+from ..progress import bar
 
 
 class PlainEncoder(nn.Module):
@@ -46,15 +47,13 @@ def compare_encoders(encoder: PromptEncoder, rounds: int) -> dict[str, Any]:
         `fusedprompt_ms` and `pytorch_ms`, medians in milliseconds; `calls`, the number of calls of each; and
         `largest_difference`, relative to the largest entry, over the prompt rows and all gradients.
     """
-    from tqdm import tqdm
-
     ours, plain = copy.deepcopy(encoder).train(), PlainEncoder(encoder)
     rows_gradient = torch.randn_like(ours.embedding.weight)
     for _ in range(5):
         _step(ours, rows_gradient)
         _step(plain, rows_gradient)
     times: dict[nn.Module, list[float]] = {ours: [], plain: []}
-    for _ in tqdm(range(rounds), desc="timing the encoders", leave=False):
+    for _ in bar(range(rounds), desc="timing the encoders"):
         for module in (ours, plain, plain, ours):
             _wait(rows_gradient.device)
             start = time.perf_counter()

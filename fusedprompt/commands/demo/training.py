@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .. import progress
+
+LINES = 5  # of a training without a terminal
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -98,14 +102,12 @@ def train(
 
     Args:
         data: the model's arguments by name, each (rows, T); a step takes `batch_size` random rows.
-        title: shown beside the progress bar.
+        title: shown beside the progress bar, or without a terminal in each of `LINES` lines.
         learning_rate: the highest; it rises over the first tenth of the steps and falls to zero along a cosine.
         check: called every `check_every` steps, before the first, and after the last.
         enough: stop when two checks in a row reach this.
         adapter_names: the adapter of each row of the data; None for a model that has one for all.
     """
-    from tqdm import tqdm
-
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = parameters[0].device
     data = {name: tensor.to(device) for name, tensor in data.items()}
@@ -118,7 +120,7 @@ def train(
     count = len(data["input_ids"])
     curve = Curve(checked_steps=[0], checks=[check()])
     elapsed = 0.0
-    with tqdm(total=steps, desc=title, unit="step", leave=False) as progress:
+    with progress.bar(total=steps, desc=title, unit="step") as shown:
         for step in range(1, steps + 1):
             start = time.perf_counter()
             model.train()
@@ -134,12 +136,14 @@ def train(
             curve.loss.append(loss.item())
             elapsed += time.perf_counter() - start
             curve.seconds.append(elapsed)
-            progress.update()
+            shown.update()
+            if not progress.is_shown() and step % max(1, steps // LINES) == 0:
+                print(f"   {title}: step {step}/{steps}, loss {curve.loss[-1]:.3f}", flush=True)
             if step % check_every == 0 or step == steps:
                 model.eval()
                 curve.checked_steps.append(step)
                 curve.checks.append(check())
-                progress.set_postfix(loss=f"{curve.loss[-1]:.3f}", check=f"{curve.checks[-1]:.1f}")
+                shown.set_postfix(loss=f"{curve.loss[-1]:.3f}", check=f"{curve.checks[-1]:.1f}")
                 if min(curve.checks[-2:]) >= enough:
                     break
     model.eval()

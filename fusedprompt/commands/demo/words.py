@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..progress import bar
+
 PAD, END = 0, ord("\n")
 # For a model's configuration: one token per byte.
 TOKENS = {"vocab_size": 256, "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": END}
@@ -86,13 +88,11 @@ def load_words(count: int = 12_000, validation: int = 250, test: int = 500, seed
 
 def _python_sources(folder: str) -> Iterator[str]:
     """The text of each .py file below `folder`, in sorted order, without installed packages."""
-    from tqdm import tqdm
-
     paths = []
     for path, folders, files in os.walk(folder):
         folders[:] = sorted(set(folders) - {"site-packages", "dist-packages"})
         paths += [os.path.join(path, file) for file in sorted(files) if file.endswith(".py")]
-    for path in tqdm(paths, desc="reading sources", unit="file", leave=False):
+    for path in bar(paths, desc="reading sources", unit="file"):
         with open(path, encoding="utf-8", errors="replace") as source:
             yield source.read()
 

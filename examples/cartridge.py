@@ -1,0 +1,115 @@
+"""Distil a text into a cartridge: a few keys and values that answer like the text in context (arXiv:2506.06266).
+
+    make models && python examples/cartridge.py [--model FOLDER] [--virtual-tokens 128] [--steps 200]
+
+The text lists functions of Python's standard library by what they do. The teacher is the base model with the text in
+context; it reads passages, entries of the text in other orders, and its most likely next tokens are kept. The student
+is the base model with a cartridge of N tokens, which learns to predict them. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import random
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fusedprompt as fp
+
+MODULES = "shutil statistics textwrap random inspect glob fnmatch difflib calendar ast tokenize platform heapq bisect"
+TOP, ROWS, ENTRIES = 20, 4, 4  # logits kept for each token; passages of a step, and entries of a passage
+
+
+def entries(count: int) -> list[tuple[str, str]]:
+    """(what it does, name) of functions whose documentation begins with a short sentence."""
+    found: dict[str, str] = {}
+    for module in map(importlib.import_module, MODULES.split()):
+        for name in getattr(module, "__all__", dir(module)):
+            function = getattr(module, name)
+            said = " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+            if inspect.isfunction(function) and 5 <= len(said.split()) <= 14 and "(" not in said and name not in said:
+                found.setdefault(said, name)
+    return list(found.items())[:count]
+
+
+def question(said: str) -> str:
+    return f"Task: {said}.\nFunction:"
+
+
+def passages(tokenizer: fp.PromptModel, facts: list[tuple[str, str]], count: int) -> Iterator[Tensor]:
+    """Batches (ROWS, T) of entries in random order, cut to the shortest."""
+    rng = random.Random(0)
+    for _ in range(count):
+        texts = ["".join(f"{question(s)} {n}\n\n" for s, n in rng.sample(facts, ENTRIES)) for _ in range(ROWS)]
+        rows = [tokenizer(text).input_ids for text in texts]
+        yield torch.tensor([row[: min(map(len, rows))] for row in rows])
+
+
+def distil(model: fp.PromptModel, text: Tensor, batches: Iterator[Tensor], steps: int) -> float:
+    """Train the active cartridge on what the base model says with `text` (1, K) in context; the last loss."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
+    for step, ids in enumerate(batches):
+        with torch.no_grad(), model.disable_adapter():
+            logits = model(ids, shared_prefix=text).logits[:, -ids.shape[1] :]
+            likely, tokens = logits.log_softmax(-1).topk(min(TOP, logits.shape[-1]))
+        said = model(ids).logits.log_softmax(-1).gather(-1, tokens)
+        loss = (likely.exp() * (likely - said)).sum(-1).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 20 == 0 or step == steps - 1:
+            print(f"step {step}: {float(loss.detach()):.3f} nats a token from the text in context", flush=True)
+    return float(loss.detach())
+
+
+def answered(model: fp.PromptModel, tokenizer: fp.PromptModel, facts: list[tuple[str, str]], **context: Tensor):
+    """(right answers, milliseconds of a question)."""
+    right, begin = 0, time.perf_counter()
+    for said, name in facts:
+        inputs = tokenizer(question(said), return_tensors="pt")
+        new = len(tokenizer(f" {name}\n").input_ids)
+        ids = model.generate(**inputs, **context, max_new_tokens=new, do_sample=False, pad_token_id=0)
+        right += tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]).strip(" `").split("\n")[0] == name
+    return right, 1000 * (time.perf_counter() - begin) / len(facts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="build/models/SmolLM2-135M-Instruct")
+    parser.add_argument("--virtual-tokens", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--entries", type=int, default=48)
+    options = parser.parse_args()
+    base = AutoModelForCausalLM.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    facts = entries(options.entries)
+    text = "".join(f"{question(said)} {name}\n\n" for said, name in facts)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    config = fp.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.virtual_tokens)
+    model = fp.get_prompt_model(base, config).eval()
+    fp.initialize_kv_prefix_from_text(model, tokenizer, text=text, use_chat_template=False)
+    asked = facts[:: max(len(facts) // 24, 1)]
+    with model.disable_adapter():
+        rows = [("no context", 0, *answered(model, tokenizer, asked))]
+        rows.append(("full context", ids.shape[1], *answered(model, tokenizer, asked, shared_prefix=ids)))
+    begun = options.virtual_tokens, *answered(model, tokenizer, asked)
+    distil(model, ids, passages(tokenizer, facts, options.steps), options.steps)
+    rows += [
+        ("the text's first tokens", *begun),
+        ("cartridge", options.virtual_tokens, *answered(model, tokenizer, asked)),
+    ]
+    print(f"| context | its tokens | answered of {len(asked)} | ms a question |\n|---|---|---|---|")
+    for name, tokens, right, milliseconds in rows:
+        print(f"| {name} | {tokens} | {right} | {milliseconds:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
