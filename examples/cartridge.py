@@ -1,6 +1,6 @@
 """Distil a text into a cartridge: a few keys and values that answer like the text in context (arXiv:2506.06266).
 
-    make models && python examples/cartridge.py [--model FOLDER] [--virtual-tokens 128] [--steps 200]
+    make models && python examples/cartridge.py [--model FOLDER] [--virtual-tokens 128] [--steps 100]
 
 The text lists functions of Python's standard library by what they do. The teacher is the base model with the text in
 context; it reads passages, entries of the text in other orders, and its most likely next tokens are kept. The student
@@ -14,7 +14,7 @@ import importlib
 import inspect
 import random
 import time
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fusedprompt as fp
 
 MODULES = "shutil statistics textwrap random inspect glob fnmatch difflib calendar ast tokenize platform heapq bisect"
-TOP, ROWS, ENTRIES = 20, 4, 4  # logits kept for each token; passages of a step, and entries of a passage
+TOP, ROWS, ENTRIES = 20, 8, 2  # logits kept for each token; passages of a step, and entries of a passage
+RATE = 0.02
 
 
 def entries(count: int) -> list[tuple[str, str]]:
@@ -42,35 +43,47 @@ def question(said: str) -> str:
     return f"Task: {said}.\nFunction:"
 
 
-def passages(tokenizer: fp.PromptModel, facts: list[tuple[str, str]], count: int) -> Iterator[Tensor]:
-    """Batches (ROWS, T) of entries in random order, cut to the shortest."""
-    rng = random.Random(0)
+def passages(tokenizer: Any, facts: list[tuple[str, str]], count: int) -> list[Tensor]:
+    """Batches (ROWS, T) of entries of the text in random order, cut to the shortest."""
+    rng, batches = random.Random(0), []
     for _ in range(count):
         texts = ["".join(f"{question(s)} {n}\n\n" for s, n in rng.sample(facts, ENTRIES)) for _ in range(ROWS)]
         rows = [tokenizer(text).input_ids for text in texts]
-        yield torch.tensor([row[: min(map(len, rows))] for row in rows])
+        batches.append(torch.tensor([row[: min(map(len, rows))] for row in rows]))
+    return batches
 
 
-def distil(model: fp.PromptModel, text: Tensor, batches: Iterator[Tensor], steps: int) -> float:
-    """Train the active cartridge on what the base model says with `text` (1, K) in context; the last loss."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.0)
+@torch.no_grad()
+def taught(model: fp.PromptModel, text: Tensor, batches: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(ids, the TOP most likely next tokens, their log-probabilities) of the base model with `text` in context."""
+    lessons = []
+    for ids in batches:
+        with model.disable_adapter():
+            logits = model(ids, shared_prefix=text, logits="text").logits
+        likely, tokens = logits.log_softmax(-1).topk(min(TOP, logits.shape[-1]))
+        lessons.append((ids, tokens, likely))
+    return lessons
+
+
+def distil(model: fp.PromptModel, lessons: list[tuple[Tensor, Tensor, Tensor]], steps: int) -> None:
+    """Train the active cartridge to say the same without the text."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
-    for step, ids in enumerate(batches):
-        with torch.no_grad(), model.disable_adapter():
-            logits = model(ids, shared_prefix=text).logits[:, -ids.shape[1] :]
-            likely, tokens = logits.log_softmax(-1).topk(min(TOP, logits.shape[-1]))
+    for step in range(steps):
+        ids, tokens, likely = lessons[step % len(lessons)]
         said = model(ids).logits.log_softmax(-1).gather(-1, tokens)
         loss = (likely.exp() * (likely - said)).sum(-1).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if step % 20 == 0 or step == steps - 1:
+        if step % 10 == 0 or step == steps - 1:
             print(f"step {step}: {float(loss.detach()):.3f} nats a token from the text in context", flush=True)
-    return float(loss.detach())
 
 
-def answered(model: fp.PromptModel, tokenizer: fp.PromptModel, facts: list[tuple[str, str]], **context: Tensor):
+def answered(
+    model: fp.PromptModel, tokenizer: Any, facts: list[tuple[str, str]], **context: Tensor
+) -> tuple[int, float]:
     """(right answers, milliseconds of a question)."""
     right, begin = 0, time.perf_counter()
     for said, name in facts:
@@ -85,8 +98,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="build/models/SmolLM2-135M-Instruct")
     parser.add_argument("--virtual-tokens", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--entries", type=int, default=48)
+    parser.add_argument("--lessons", type=int, default=12, help="batches that the teacher reads")
     options = parser.parse_args()
     base = AutoModelForCausalLM.from_pretrained(options.model)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -96,12 +110,12 @@ def main() -> None:
     config = fp.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.virtual_tokens)
     model = fp.get_prompt_model(base, config).eval()
     fp.initialize_kv_prefix_from_text(model, tokenizer, text=text, use_chat_template=False)
-    asked = facts[:: max(len(facts) // 24, 1)]
+    asked = facts[:: max(len(facts) // 12, 1)]
     with model.disable_adapter():
         rows = [("no context", 0, *answered(model, tokenizer, asked))]
         rows.append(("full context", ids.shape[1], *answered(model, tokenizer, asked, shared_prefix=ids)))
     begun = options.virtual_tokens, *answered(model, tokenizer, asked)
-    distil(model, ids, passages(tokenizer, facts, options.steps), options.steps)
+    distil(model, taught(model, ids, passages(tokenizer, facts, options.lessons)), options.steps)
     rows += [
         ("the text's first tokens", *begun),
         ("cartridge", options.virtual_tokens, *answered(model, tokenizer, asked)),

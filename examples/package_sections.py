@@ -36,7 +36,7 @@ SECTIONS = ("games", "fonts", "sound", "science", "admin", "web", "graphics", "n
 TEMPLATE = TextTemplate(r"Description: {text}\nSection: {section}")
 METHODS = {  # learning rate, and PEFT's configuration
     "p-tuning": (2e-3, lambda rows: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=rows)),
-    "prompt-tuning": (1e-2, lambda rows: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=rows)),
+    "prompt-tuning": (5e-2, lambda rows: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=rows)),
     "prefix": (1e-2, lambda rows: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=rows)),
 }
 Rows = list[dict[str, str]]

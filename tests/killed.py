@@ -57,7 +57,7 @@ def prepare(moment: str) -> None:
         "with a whole checkpoint": (TrainerState, "save_to_json", then_die(TrainerState.save_to_json)),
         "before saving": (job, "_finish", die),
         "before it is told to be done": (job.curve, "draw", then_die(job.curve.draw)),
-        "while that is written": (settings.os, "replace", die),
+        "while its file is written": (settings.os, "replace", die),
     }
     owner, name, function = owners[moment]
     setattr(owner, name, function)

@@ -19,7 +19,7 @@ import fusedprompt as fp
 import killed
 from byte_models import END, save_byte_model
 from fusedprompt.commands.language_model import load_tokenizer
-from fusedprompt.commands.tune import curve, main, training
+from fusedprompt.commands.tune import curve, main, settings, training
 from fusedprompt.commands.tune.data import Source
 from fusedprompt.commands.tune.template import CPTWriter, PlainWriter, TextTemplate
 
@@ -82,6 +82,7 @@ def done(
 
 MOMENTS = {
     "p-tuning": [
+        "while its file is written",
         "before training",
         "in the first interval",
         "in a later interval",
@@ -91,7 +92,7 @@ MOMENTS = {
         "with a whole checkpoint",
         "before saving",
         "before it is told to be done",
-        "while that is written",
+        "while its file is written",
     ],
     "prompt-tuning": ["in a later interval"],
     "prefix": ["in a later interval"],
@@ -106,7 +107,8 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_no
     arguments = command(model, data, tmp_path / "run", "--method", method)
     for moment in MOMENTS[method]:
         assert killed.run(moment, arguments) == -9, moment
-        assert "result" not in json.loads((tmp_path / "run" / "tune.json").read_text()), moment
+        known = tmp_path / "run" / "tune.json"
+        assert not known.exists() or "result" not in json.loads(known.read_text()), moment
     assert killed.run(None, arguments) == 0
     assert files(tmp_path / "run") == files(undisturbed)
     assert {entry.name for entry in (tmp_path / "run").iterdir()} == {entry.name for entry in undisturbed.iterdir()}
@@ -413,6 +415,14 @@ def test_another_run_is_not_gone_on_with(
     told = refusal(arguments, capsys)
     assert "holds another run, with another data; steps 9, not 11. Choose another folder" in told
     assert files(folder) == before
+
+
+def test_a_folder_that_a_run_is_at_work_in_is_left_to_it(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "run").mkdir()
+    with settings.alone_in(tmp_path / "run"):
+        told = refusal(command(model, data, tmp_path / "run"), capsys)
+    assert "--out: expected a folder that no other run is at work in, got" in told
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_loss_that_is_never_finite_is_told(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:

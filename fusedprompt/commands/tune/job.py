@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..answers import answers
@@ -40,10 +41,28 @@ def run(args: argparse.Namespace) -> int:
     rows = len(material.context.get("cpt_token_ids", ())) or settings.virtual_tokens
     check_positions(base.config, rows, material.longest, "--virtual-tokens + the longest row")
     model = training.prompt_model(settings, material, base, tokenizer)
-    if known is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        known = {"settings": dataclasses.asdict(settings), "data": str(args.data)}
-        runs.write(folder, known)
+    folder.mkdir(parents=True, exist_ok=True)
+    with runs.alone_in(folder):
+        if known is None:
+            known = {"settings": dataclasses.asdict(settings), "data": str(args.data)}
+            runs.write(folder, known)
+        _carry_out(settings, material, model, tokenizer, folder, known, args)
+    if material.writer is not None and args.answers:
+        show(model, tokenizer, material, TextTemplate(settings.template or ""), args.answers)
+    print(f"Try it: fusedprompt generate --adapter {folder}; what is in it: fusedprompt inspect {folder}")
+    return 0
+
+
+def _carry_out(
+    settings: Settings,
+    material: Material,
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    known: dict[str, Any],
+    args: argparse.Namespace,
+) -> None:
+    """What is written: the loss without a prompt, checkpoints, and in the end the best of them as adapter and curve."""
     trainer = training.new_trainer(settings, material, model, tokenizer, folder, args.device.type == "cpu")
     if "held_out_loss_without_prompt" not in known:
         known["held_out_loss_without_prompt"] = training.loss_without_prompt(trainer)
@@ -51,10 +70,6 @@ def run(args: argparse.Namespace) -> int:
     _begin(settings, material, model, known, training.last_checkpoint(folder))
     intervals = training.train(trainer, settings, folder)
     _finish(settings, model, folder, known, intervals)
-    if material.writer is not None and args.answers:
-        show(model, tokenizer, material, TextTemplate(settings.template or ""), args.answers)
-    print(f"Try it: fusedprompt generate --adapter {folder}; what is in it: fusedprompt inspect {folder}")
-    return 0
 
 
 def settings_of(args: argparse.Namespace, source: Source, watched: Source | None) -> Settings:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,10 +108,30 @@ def check_new(folder: Path) -> None:
         ValueError: it does, or is a file.
     """
     if folder.is_dir():
-        names = sorted(entry.name for entry in folder.iterdir())
+        # A run that was killed as it began has left this.
+        names = sorted(entry.name for entry in folder.iterdir() if entry.name != f".{FILE}.new")
         if names:
             raise ValueError(
                 f"--out: expected a new or empty folder, or that of a run, got {str(folder)!r} with {names[0]}"
             )
     elif folder.exists():
         raise ValueError(f"--out: expected a folder, got the file {str(folder)!r}")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within the block no other process works in a folder. The system knows of it: a process that is killed lets go.
+
+    Raises:
+        ValueError: another one does.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"--out: expected a folder that no other run is at work in, got {str(folder)!r}") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
