@@ -86,6 +86,42 @@ def head_loss(rows: int, width: int, vocabulary: int, itemsize: int) -> dict[str
     return {FORWARD: Work(read, product), BACKWARD: Work(read + rows * width * itemsize, 2 * product)}
 
 
+def prefix_attention(
+    batch: int, heads: int, kv_heads: int, length: int, prefix: int, width: int, itemsize: int
+) -> dict[str, Work]:
+    """Queries of all rows to one prefix and, causally, to a row's own keys: each read once. Backward reads all, output
+    and its gradient again, and makes five products where forward makes two."""
+    queries, keys = batch * heads * length * width, 2 * kv_heads * width * (prefix + batch * length)
+    pairs = batch * heads * (length * prefix + length * (length + 1) / 2)
+    forward = (2 * queries + keys) * itemsize + 4 * batch * heads * length
+    backward = (4 * queries + 2 * keys) * itemsize + 4 * batch * heads * length
+    return {
+        FORWARD: Work(forward, 4.0 * pairs * width),
+        BACKWARD: Work(forward + backward, 14.0 * pairs * width),
+    }
+
+
+def prefix_attention_kernels(
+    batch: int, heads: int, kv_heads: int, length: int, prefix: int, width: int, itemsize: int
+) -> dict[str, list[Work]]:
+    """What each Triton kernel of `prefix_attention` does, where keys stay in L2: of the backward pass d_query, and
+    d_key and d_value of the prefix and of the rows, each of which makes the scores again."""
+    least = prefix_attention(batch, heads, kv_heads, length, prefix, width, itemsize)[FORWARD]
+    queries, sums = batch * heads * length * width * itemsize, 4 * batch * heads * length
+    shared, own = (2 * kv_heads * width * one * itemsize for one in (prefix, batch * length))
+    to_prefix = 2.0 * batch * heads * length * prefix * width
+    to_own = least.flops / 2 - to_prefix
+    return {
+        FORWARD: [least],
+        BACKWARD: [
+            least,
+            Work(4 * queries + shared + own + 2 * sums, 3 * (to_prefix + to_own)),
+            Work(2 * queries + 2 * shared + 2 * sums, 4 * to_prefix),
+            Work(2 * queries + 2 * own + 2 * sums, 4 * to_own),
+        ],
+    }
+
+
 def mlp_kernels(rows: int, width: int, hidden: int, itemsize: int) -> dict[str, list[Work]]:
     """What each Triton kernel of `mlp` does: one a layer in either direction."""
     return _kernels_of_layers(rows, ((width, hidden), (hidden, hidden), (hidden, width)), itemsize)

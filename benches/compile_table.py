@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ CHIPS = {80: "A100", 90: "H100, H200", 100: "B200"}
 # Most shared memory one block may have on sm_86, sm_89 and sm_120, bytes (CUDA C++ programming guide, table of compute
 # capabilities). The chips above have more, but these get the same tiles.
 SHARED_LIMIT = 99 * 1024
-MODULES = tuple(f"fusedprompt.ops.{name}.triton" for name in ("splice", "mlp", "head_loss", "cpt"))
+MODULES = tuple(f"fusedprompt.ops.{name}.triton" for name in ("splice", "mlp", "head_loss", "cpt", "prefix_attention"))
 _WIDE = re.compile(r"\b(?:LDG|STG|LDGSTS)\.[^ ]*128|\b(?:UBLKCP|UTMALDG|UTMASTG)\b")
 _TENSOR = re.compile(r"\b(HMMA\.\d+|HGMMA\.\w+|UTC\w*MMA)\b")
 
@@ -92,6 +92,15 @@ def configurations(capability: int) -> Iterator[Configuration]:
     for name in MODULES:
         for fields in importlib.import_module(name).configurations(pdl=capability >= 90):
             yield Configuration(**fields)
+
+
+def _sample(all_of_them: Iterable[Configuration], every: int) -> Iterator[Configuration]:
+    """Of each kernel the first configuration, and then one in `every` so many."""
+    seen: collections.Counter[str] = collections.Counter()
+    for configuration in all_of_them:
+        if seen[configuration.name] % every == 0:
+            yield configuration
+        seen[configuration.name] += 1
 
 
 def compile_with_triton(configuration: Configuration, capability: int) -> Any:
@@ -159,13 +168,12 @@ def _compile_share(
     chips: Sequence[int], disassembled: Sequence[int], every: int, share: int, shares: int
 ) -> list[tuple[int, Compiled]]:
     """Every `shares`-th compilation, with its place in the whole list."""
-    jobs = [(configuration, chip, chip in disassembled) for chip in chips for configuration in configurations(chip)]
-    jobs = jobs[::every]
+    jobs = [(one, chip, chip in disassembled) for chip in chips for one in _sample(configurations(chip), every)]
     return [(place, compile_for(*jobs[place])) for place in range(share, len(jobs), shares)]
 
 
 def compile_all(chips: Sequence[int], disassembled: Sequence[int], every: int = 1) -> list[Compiled]:
-    """Configurations for chips, on all processors: all, or one of `every` so many.
+    """Configurations for chips, on all processors: all, or of each kernel one of `every` so many.
 
     disassembled: the chips for which instructions are read.
     """
@@ -209,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benches.compile_table", description=__doc__)
     parser.add_argument("--write", type=Path, help="write the table to this file")
     parser.add_argument("--chips", type=int, nargs="+", default=list(CHIPS), help="compute capabilities, such as 80 90")
-    parser.add_argument("--every", type=int, default=1, help="compile only one configuration in so many")
+    parser.add_argument("--every", type=int, default=1, help="of each kernel compile only one configuration in so many")
     options = parser.parse_args(arguments)
     import triton
 

@@ -314,6 +314,19 @@ def test_peak_memory_is_what_is_held_at_once() -> None:
     assert peak_bytes(work) == 4 * 2500
 
 
+def test_work_of_attention_to_a_prefix_is_counted_one_pair_at_a_time() -> None:
+    """Its kernels make the scores again, and so more products than the least."""
+    batch, heads, kv_heads, length, prefix, width = sizes = (3, 4, 2, 5, 7, 8)
+    seen = sum(prefix + t + 1 for t in range(length)) * batch * heads
+    least, kernels = _work.prefix_attention(*sizes, 2), _work.prefix_attention_kernels(*sizes, 2)
+    queries, keys = batch * heads * length * width, kv_heads * width * (prefix + batch * length)
+    assert least[FORWARD] == _work.Work(2 * (2 * queries + 2 * keys) + 4 * batch * heads * length, 2 * seen * 2 * width)
+    assert least[BACKWARD].flops == 7 * 2 * seen * width
+    assert [len(kernels[mode]) for mode in (FORWARD, BACKWARD)] == [1, 4]
+    assert sum(part.flops for part in kernels[BACKWARD]) == (2 + 3 + 4) * 2 * seen * width
+    assert sum(part.bytes for part in kernels[BACKWARD]) >= least[BACKWARD].bytes
+
+
 def test_least_work_of_the_ops_is_counted_by_the_formula() -> None:
     rows, width, hidden = 3, 5, 7
     mlp = _work.mlp(rows, width, hidden, itemsize=2)

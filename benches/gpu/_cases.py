@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -400,6 +401,48 @@ def head_case(rows: int, width: int, vocabulary: int, kind: str, device: torch.d
     )
 
 
+def prefix_attention_case(
+    batch: int, heads: int, kv_heads: int, length: int, prefix: int, width: int, kind: str, device: torch.device
+) -> Case:
+    """One prefix for all rows. ATen has keys that are put together for each row, as transformers' caches give them."""
+    dtype, _, precision, tolerance = _KINDS[kind]
+    d_out = _normal(_seeded(1), batch, heads, length, width).to(device, dtype)
+    shapes_of = [(batch, heads, length, width), *[(1, kv_heads, prefix, width)] * 2]
+    shapes_of += [(batch, kv_heads, length, width)] * 2
+
+    def draw(index: int) -> list[Tensor]:
+        source = _seeded(index)
+        return [_normal(source, *shape).to(device, dtype).requires_grad_() for shape in shapes_of]
+
+    def make_ours(index: int) -> Work:
+        inputs = draw(index)
+        return Work(lambda: ops.prefix_attention(*inputs), inputs, d_out)
+
+    def together(query: Tensor, prefix_key: Tensor, prefix_value: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        pairs = ((prefix_key, key), (prefix_value, value))
+        keys, values = (torch.cat((one.expand(batch, -1, -1, -1), own), 2) for one, own in pairs)
+        seen = torch.ones(length, prefix + length, dtype=torch.bool, device=device).tril(prefix)
+        return nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, enable_gqa=True)
+
+    def make_theirs(index: int) -> Work:
+        inputs = draw(index)
+        return Work(lambda: together(*inputs), inputs, d_out)
+
+    def truth() -> tuple[Tensor, Sequence[Tensor]]:
+        inputs = [one.detach().double().requires_grad_() for one in draw(0)]
+        out = together(*inputs)
+        return out, torch.autograd.grad(out, inputs, d_out.double())
+
+    return Case(
+        shape=shapes.prefix_attention(batch, heads, kv_heads, length, prefix, width, kind),
+        contenders={OURS: make_ours, ATEN: make_theirs},
+        truth=truth,
+        tolerance=tolerance,
+        set_bytes=sum(math.prod(shape) for shape in shapes_of) * dtype.itemsize,
+        precision=precision,
+    )
+
+
 @dataclass(frozen=True)
 class Planned:
     """A case that is not built yet."""
@@ -423,6 +466,7 @@ def cases(device: torch.device) -> Iterator[Planned]:
     mlps = shapes.MLPS if on_gpu else ((5, 16),)
     projections = shapes.PROJECTIONS if on_gpu else ((5, 2, 16),)
     contexts = shapes.CPTS if on_gpu else ((5, 16),)
+    attentions = shapes.ATTENTIONS if on_gpu else ((2, 2, 1, 5, 7, 16),)
     half, others = ("bf16", "fp32"), ("bf16 autocast", "tf32")
     in_turns = itertools.zip_longest(
         ((splice_case, *sizes) for sizes in splices),
@@ -431,6 +475,7 @@ def cases(device: torch.device) -> Iterator[Planned]:
         ((mlp_case, *sizes, kind) for kind in (*half, *others) for sizes in mlps),
         ((projection_case, *sizes, kind) for sizes in projections for kind in (*half, *others)),
         ((cpt_case, *sizes) for sizes in contexts),
+        ((prefix_attention_case, *sizes, "bf16") for sizes in attentions),
     )
     planned: list[Any] = [case for turn in in_turns for case in turn if case is not None]
     if on_gpu:

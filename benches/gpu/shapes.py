@@ -88,12 +88,22 @@ def head(rows: int, width: int, vocabulary: int, kind: str) -> Shape:
     return _by_kernels("head loss", name, kind, _work.head_loss(*sizes), _work.head_loss_kernels(*sizes))
 
 
+def prefix_attention(batch: int, heads: int, kv_heads: int, length: int, prefix: int, width: int, kind: str) -> Shape:
+    """Attention of every row to one prefix and to itself."""
+    sizes = (batch, heads, kv_heads, length, prefix, width, ITEMSIZE[kind])
+    name = f"B={batch} H={heads}/{kv_heads} T={length} N={prefix} d={width}"
+    work, kernels = _work.prefix_attention(*sizes), _work.prefix_attention_kernels(*sizes)
+    return _by_kernels("prefix attention", name, kind, work, kernels)
+
+
 SPLICES = ((32, 2048, 4096), (8, 512, 4096))
 LSTMS = ((100, 1024, 1024), (20, 768, 256), (50, 3072, 3072), (20, 768, 768), (100, 4096, 4096))
 HEADS = ((840, 3072, 128256), (8192, 4096, 32000))
 MLPS = ((20, 4096), (50, 3072), (20, 768), (100, 4096), (20, 3072), (100, 8192))
 PROJECTIONS = ((30, 28, 1024),)
 CPTS = ((250, 4096),)
+# Of a layer of Llama 3.2 3B, in training.
+ATTENTIONS = ((4, 24, 8, 210, 200, 128), (64, 24, 8, 100, 2000, 128))
 
 
 def shown() -> Iterator[Shape]:
@@ -102,6 +112,8 @@ def shown() -> Iterator[Shape]:
         yield splice(*sizes)
     for sizes in CPTS:
         yield cpt(*sizes)
+    for attention in ATTENTIONS:
+        yield prefix_attention(*attention, "bf16")
     for function, all_sizes in ((mlp, MLPS), (projection, PROJECTIONS), (lstm, LSTMS), (head, HEADS)):
         for sizes in sorted(all_sizes):
             for kind in ("fp32", "bf16"):

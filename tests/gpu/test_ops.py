@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +169,75 @@ def test_cpt_and_its_gradient_match_fp64_oracle(
     d_rows = normal(shape, dtype, source)
     (d_delta,) = torch.autograd.grad(rows, leaf, d_rows.to(device))
     assert torch.equal(d_delta.double().cpu(), oracle.cpt_gradient(d_rows, types))
+
+
+# B, Hkv, group, T, S, N, A, d, dv, and options.
+ATTENTIONS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+    ((2, 2, 3, 9, 11, 7, 1, 40, 24), {}),
+    ((3, 1, 2, 5, 5, 70, 2, 16, 16), {"window": 60, "softcap": 3.0, "scale": 0.3}),
+    ((4, 1, 4, 1, 9, 20, 1, 8, 8), {}),
+]
+# Of Llama 3.2 3B, of Gemma 2 with its soft cap and a window, and of a step of generation.
+LARGE_ATTENTIONS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+    ((4, 8, 3, 210, 210, 200, 1, 128, 128), {}),
+    ((2, 4, 2, 300, 300, 1000, 3, 256, 256), {"window": 700, "softcap": 50.0}),
+    ((64, 8, 3, 1, 129, 2000, 1, 128, 128), {}),
+    ((16, 8, 1, 100, 100, 2000, 1, 64, 64), {}),
+]
+
+
+def draw_attention(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensors, dict[str, Tensor], Tensor]:
+    """Inputs, masks and index, and d_out. Rows have padding at the left; one of several reads no prefix."""
+    batch, kv_heads, group, length, own, prefix, prefixes, width, value_width = sizes
+    source, heads = generator(length), kv_heads * group
+    shapes = {"query": (batch, heads, length, width), "prefix_key": (prefixes, kv_heads, prefix, width)}
+    shapes |= {"prefix_value": (prefixes, kv_heads, prefix, value_width), "key": (batch, kv_heads, own, width)}
+    shapes |= {"value": (batch, kv_heads, own, value_width)}
+    inputs = {name: normal(shape, dtype, source) for name, shape in shapes.items()}
+    rows, place = torch.arange(batch), torch.arange(own)
+    choice = {"mask": place >= (rows % (own // 2 + 1)).unsqueeze(1)}
+    if prefixes > 1:
+        choice["index"] = rows % (prefixes + 1) - 1
+        choice["prefix_mask"] = torch.arange(prefix) < prefix - torch.arange(prefixes).unsqueeze(1)
+    return inputs, choice, normal((batch, heads, length, value_width), dtype, source)
+
+
+def check_attention(
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], options: dict[str, Any], truth_on: str
+) -> None:
+    """Output and every gradient. truth_on: the device on which the formula runs, in fp64."""
+    inputs, choice, d_out = draw_attention(sizes, dtype)
+
+    def run(where: Any, dtype: torch.dtype, backend: str) -> Tensors:
+        leaves = {name: value.to(where, dtype).requires_grad_() for name, value in inputs.items()}
+        given = {name: value.to(where) for name, value in choice.items()}
+        out = ops.prefix_attention(**leaves, **given, **options, backend=backend)
+        gradients = torch.autograd.grad(out, list(leaves.values()), d_out.to(where, dtype))
+        found = {"output": out.detach(), **{f"d_{name}": one for name, one in zip(leaves, gradients)}}
+        return {name: value.cpu() for name, value in found.items()}
+
+    found, again = (run(device, dtype, "triton") for _ in range(2))
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    assert_close(found, run(truth_on, torch.float64, "reference"), torch.finfo(dtype).eps)
+
+
+@dtypes
+@pytest.mark.parametrize(("sizes", "options"), ATTENTIONS, ids=str)
+def test_prefix_attention_and_every_gradient_match_the_reference_in_fp64(
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    """Which tests/test_ops_prefix_attention.py holds against one query at a time."""
+    check_attention(device, dtype, sizes, options, "cpu")
+
+
+@dtypes
+@pytest.mark.parametrize(("sizes", "options"), LARGE_ATTENTIONS, ids=str)
+def test_prefix_attention_of_a_real_model_matches_the_reference_in_fp64(
+    cuda: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    if dtype == torch.float32 and sizes[7] > 128:
+        pytest.skip("exact products in fp32 of such heads are left to PyTorch")
+    check_attention(cuda, dtype, sizes, options, "cuda")
 
 
 # B, R, T, D, V

@@ -20,6 +20,7 @@ from fusedprompt.ops import _triton  # noqa: E402
 from fusedprompt.ops.cpt import triton as cpt  # noqa: E402
 from fusedprompt.ops.head_loss import triton as head_loss  # noqa: E402
 from fusedprompt.ops.mlp import triton as mlp  # noqa: E402
+from fusedprompt.ops.prefix_attention import triton as prefix_attention  # noqa: E402
 from fusedprompt.ops.splice import triton as splice  # noqa: E402
 
 SIZES = {"i32": 4, "i64": 8}
@@ -55,6 +56,18 @@ def context_step(dtype: torch.dtype = torch.float32, width: int = 48, rows: int 
     embedding, delta = (torch.zeros(rows, width, dtype=dtype) for _ in range(2))
     limits = (torch.zeros(rows), torch.ones(rows, dtype=torch.bool))
     cpt.cpt(embedding, delta.requires_grad_(), *limits)[0].sum().backward()
+
+
+def attention_step(
+    dtype: torch.dtype = torch.float32, batch: int = 2, length: int = 20, prefix: int = 5, mixed: bool = False
+) -> None:
+    """Two heads of queries to one of keys, and back."""
+    query, own = (2, length, 48), (1, length, 48)
+    shapes = ((batch, *query), *[(1 + mixed, 1, prefix, 48)] * 2, *[(batch, *own)] * 2)
+    tensors = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    index = torch.zeros(batch, dtype=torch.int64) if mixed else None
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    prefix_attention.prefix_attention(*tensors, index, None, mask, 0.3, 0, 0.0).sum().backward()
 
 
 @pytest.fixture
@@ -106,6 +119,8 @@ def test_driver_gets_what_triton_dispatch_gives_it(compared: list[str], dtype: t
         training_step(dtype, width, slots=layout)
     projection_step(width)
     context_step(dtype, width)
+    attention_step(dtype, mixed=width == 33)
+    attention_step(dtype, length=1)
     assert set(compared) == {
         "linear_forward",
         "linear_backward",
@@ -116,6 +131,9 @@ def test_driver_gets_what_triton_dispatch_gives_it(compared: list[str], dtype: t
         "loss_in_place",
         "cpt_forward",
         "cpt_backward",
+        "attention_forward",
+        "attention_d_query",
+        "attention_d_keys",
     }
 
 
@@ -164,3 +182,17 @@ def test_context_launches_one_kernel_forward_and_one_backward(request: pytest.Fi
     before = STUB.num_launches
     context_step(rows=16)
     assert STUB.num_launches - before == 1 + 1
+
+
+def test_attention_compiles_nothing_for_another_batch_text_or_prefix(request: pytest.FixtureRequest) -> None:
+    """One kernel forward and three backward; two forward where rows have few queries."""
+    attention_step()
+    attention_step(length=1)
+    request.getfixturevalue("without_dispatch")
+    for batch, length, prefix in ((3, 33, 16), (16, 256, 1), (1, 17, 64)):
+        before = STUB.num_launches
+        attention_step(batch=batch, length=length, prefix=prefix)
+        assert STUB.num_launches - before == 1 + 3
+    before = STUB.num_launches
+    attention_step(length=1, batch=5)
+    assert STUB.num_launches - before == 2 + 3

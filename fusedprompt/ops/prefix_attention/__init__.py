@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ...base import check
 from .._backend import Op, never_objects
+from .._requirements import multiplies_exactly, why_not_triton
 from . import reference
+
+# Numbers of a head in a kernel's registers and shared memory; of products without tensor cores.
+_WIDEST, _WIDEST_EXACT = 256, 128
+
+
+def _triton(*args: Any) -> Tensor:
+    from . import triton
+
+    return triton.prefix_attention(*args)
+
+
+def _why_not_triton(query: Tensor, *args: Any) -> str | None:
+    """Also of the query alone, for `explain`."""
+    reason = why_not_triton(query)
+    if reason is not None:
+        return reason
+    width = max(query.shape[3], *(args[3].shape[3:] if args else ()), 1)
+    if width > _WIDEST:
+        return f"needs heads of at most {_WIDEST} numbers, got {width}"
+    if width > _WIDEST_EXACT and query.dtype == torch.float32 and multiplies_exactly():
+        return f"leaves exact products in fp32 of heads of more than {_WIDEST_EXACT} numbers to PyTorch, got {width}"
+    if query.shape[:3].numel() >= 2**30:  # which are counted in 32 bits
+        return f"needs fewer than 2**30 queries, got {query.shape[:3].numel()}"
+    return None
+
 
 OP = Op("prefix_attention")
 OP.add("reference", reference.prefix_attention, never_objects)
+OP.add("triton", _triton, _why_not_triton)
 
 
 def prefix_attention(
@@ -42,14 +69,15 @@ def prefix_attention(
         query: (B, Hq, T, d) floating point, any strides.
         prefix_key: (A, Hkv, N, d) A distinct prefixes, N >= 1, and prefix_value: (A, Hkv, N, dv); Hkv divides Hq.
         key: (B, Hkv, S, d) the row's own keys, S >= T, of which the queries are the last T, and value: (B, Hkv, S, dv).
-        index: (B,) int64 in [-1, A): which prefix a row reads, -1 for none; None where A is 1.
+        index: (B,) int64 in [-1, A): which prefix a row reads, -1 for none; None where A is 1. One out of range is an
+            IndexError on a CPU; on CUDA the row becomes NaN.
         prefix_mask: (A, N) bool, False at padding between prefixes of different lengths; None for all True.
         mask: (B, S) bool, False at padding, which may be anywhere; None for all True.
         scale: None for d ** -0.5.
         window: a query sees its own position and the window - 1 positions before it, counted over prefix and own keys,
             padding included, as transformers counts them; None for all.
         softcap: scores become softcap * tanh(scores / softcap); positive, or None.
-        backend: "auto" or "reference".
+        backend: "auto", "reference" or "triton" (CUDA).
 
     Returns:
         (B, Hq, T, dv). A query that sees no key at all gets zeros, and gives none of the inputs a gradient.
