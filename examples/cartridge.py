@@ -1,10 +1,10 @@
 """Distil a text into a cartridge: a few keys and values that answer like the text in context (arXiv:2506.06266).
 
-    make models && python examples/cartridge.py [--model FOLDER] [--virtual-tokens 128] [--steps 100]
+    make models && python examples/cartridge.py [--model FOLDER] [--virtual-tokens 128] [--steps 100]    # some minutes
 
-The text lists functions of Python's standard library by what they do. The teacher is the base model with the text in
-context; it reads passages, entries of the text in other orders, and its most likely next tokens are kept. The student
-is the base model with a cartridge of N tokens, which learns to predict them. Nothing is downloaded.
+The text lists functions of Python's library by what they do. The teacher is the base model with the text in context; of
+passages with entries in other orders its most likely next tokens are kept. The student, the base model with a cartridge
+of N tokens, learns to predict them. Then both are asked for functions, one at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import importlib
 import inspect
 import random
+import statistics
 import time
 from typing import Any
 
@@ -23,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fusedprompt as fp
 
 MODULES = "shutil statistics textwrap random inspect glob fnmatch difflib calendar ast tokenize platform heapq bisect"
-TOP, ROWS, ENTRIES = 20, 8, 2  # logits kept for each token; passages of a step, and entries of a passage
-RATE = 0.02
+QUESTION = "Task: {}.\nFunction:"
+TOP, LESSONS, ROWS, ENTRIES = 20, 12, 8, 2  # logits kept for a token; batches, passages of one, entries of a passage
 
 
 def entries(count: int) -> list[tuple[str, str]]:
@@ -39,15 +40,11 @@ def entries(count: int) -> list[tuple[str, str]]:
     return list(found.items())[:count]
 
 
-def question(said: str) -> str:
-    return f"Task: {said}.\nFunction:"
-
-
 def passages(tokenizer: Any, facts: list[tuple[str, str]], count: int) -> list[Tensor]:
     """Batches (ROWS, T) of entries of the text in random order, cut to the shortest."""
     rng, batches = random.Random(0), []
     for _ in range(count):
-        texts = ["".join(f"{question(s)} {n}\n\n" for s, n in rng.sample(facts, ENTRIES)) for _ in range(ROWS)]
+        texts = ["".join(f"{QUESTION.format(s)} {n}\n\n" for s, n in rng.sample(facts, ENTRIES)) for _ in range(ROWS)]
         rows = [tokenizer(text).input_ids for text in texts]
         batches.append(torch.tensor([row[: min(map(len, rows))] for row in rows]))
     return batches
@@ -67,7 +64,7 @@ def taught(model: fp.PromptModel, text: Tensor, batches: list[Tensor]) -> list[t
 
 def distil(model: fp.PromptModel, lessons: list[tuple[Tensor, Tensor, Tensor]], steps: int) -> None:
     """Train the active cartridge to say the same without the text."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=0.02, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     for step in range(steps):
         ids, tokens, likely = lessons[step % len(lessons)]
@@ -81,17 +78,17 @@ def distil(model: fp.PromptModel, lessons: list[tuple[Tensor, Tensor, Tensor]], 
             print(f"step {step}: {float(loss.detach()):.3f} nats a token from the text in context", flush=True)
 
 
-def answered(
-    model: fp.PromptModel, tokenizer: Any, facts: list[tuple[str, str]], **context: Tensor
-) -> tuple[int, float]:
-    """(right answers, milliseconds of a question)."""
-    right, begin = 0, time.perf_counter()
+def answered(model: fp.PromptModel, tokenizer: Any, facts: list[tuple[str, str]], **context: Tensor) -> list[float]:
+    """Right answers, and the median of milliseconds that a question takes."""
+    right, seconds = 0, []
     for said, name in facts:
-        inputs = tokenizer(question(said), return_tensors="pt")
+        begin = time.perf_counter()
+        inputs = tokenizer(QUESTION.format(said), return_tensors="pt")
         new = len(tokenizer(f" {name}\n").input_ids)
         ids = model.generate(**inputs, **context, max_new_tokens=new, do_sample=False, pad_token_id=0)
         right += tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]).strip(" `").split("\n")[0] == name
-    return right, 1000 * (time.perf_counter() - begin) / len(facts)
+        seconds.append(time.perf_counter() - begin)
+    return [right, 1000 * statistics.median(seconds)]
 
 
 def main() -> None:
@@ -99,30 +96,23 @@ def main() -> None:
     parser.add_argument("--model", default="build/models/SmolLM2-135M-Instruct")
     parser.add_argument("--virtual-tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--entries", type=int, default=48)
-    parser.add_argument("--lessons", type=int, default=12, help="batches that the teacher reads")
     options = parser.parse_args()
-    base = AutoModelForCausalLM.from_pretrained(options.model)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    facts = entries(options.entries)
-    text = "".join(f"{question(said)} {name}\n\n" for said, name in facts)
+    facts = entries(48)
+    text = "".join(f"{QUESTION.format(said)} {name}\n\n" for said, name in facts)
     ids = tokenizer(text, return_tensors="pt").input_ids
     config = fp.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.virtual_tokens)
-    model = fp.get_prompt_model(base, config).eval()
+    model = fp.get_prompt_model(AutoModelForCausalLM.from_pretrained(options.model), config).eval()
     fp.initialize_kv_prefix_from_text(model, tokenizer, text=text, use_chat_template=False)
-    asked = facts[:: max(len(facts) // 12, 1)]
+    asked, rows = facts[::4], []
     with model.disable_adapter():
-        rows = [("no context", 0, *answered(model, tokenizer, asked))]
+        rows.append(("no context", 0, *answered(model, tokenizer, asked)))
         rows.append(("full context", ids.shape[1], *answered(model, tokenizer, asked, shared_prefix=ids)))
-    begun = options.virtual_tokens, *answered(model, tokenizer, asked)
-    distil(model, taught(model, ids, passages(tokenizer, facts, options.lessons)), options.steps)
-    rows += [
-        ("the text's first tokens", *begun),
-        ("cartridge", options.virtual_tokens, *answered(model, tokenizer, asked)),
-    ]
+    rows.append(("the text's first tokens", options.virtual_tokens, *answered(model, tokenizer, asked)))
+    distil(model, taught(model, ids, passages(tokenizer, facts, LESSONS)), options.steps)
+    rows.append(("cartridge", options.virtual_tokens, *answered(model, tokenizer, asked)))
     print(f"| context | its tokens | answered of {len(asked)} | ms a question |\n|---|---|---|---|")
-    for name, tokens, right, milliseconds in rows:
-        print(f"| {name} | {tokens} | {right} | {milliseconds:.0f} |")
+    print("\n".join(f"| {name} | {tokens} | {right} | {time:.0f} |" for name, tokens, right, time in rows))
 
 
 if __name__ == "__main__":
