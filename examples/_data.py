@@ -11,9 +11,9 @@ Row = dict[str, str]
 
 
 def documented(modules: tuple[str, ...] = MODULES, each: int = 60) -> list[Row]:
-    """First sentences about functions, classes and methods: {"module", "name", "text"}, at most `each` of a module.
+    """First sentences on functions, classes and methods: {"module", "name", "text"}, at most `each` of a module.
 
-    Every text is there once, and the order is random but always the same. Private names, inherited ones and sentences of
+    Every text is there once, in a random order that is always the same. Private names, inherited ones, and sentences of
     fewer than 5 or more than 30 words are left out.
     """
     found: dict[str, Row] = {}

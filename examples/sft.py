@@ -1,4 +1,4 @@
-"""Instruction tuning with a prompt: questions and answers in the model's own chat format, of which answers are labelled.
+"""Instruction tuning with a prompt: questions and answers in the model's own chat format; answers alone have labels.
 
     make models && python examples/sft.py [--model FOLDER] [--virtual-tokens 16] [--steps 40]
 
@@ -71,9 +71,8 @@ def main() -> None:
         )
     print(f"held-out loss of answers: {without:.3f} without a prompt, {after:.3f} with it")
     print(f"{held_out[0]}\n  without: {said!r}\n  with: {answer(model, held_out[0])!r}")
-    right = sum(answer(again, row) == row["name"] for row in held_out)
     same = all(answer(again, row) == answer(model, row) for row in held_out[:4])
-    print(f"reloaded: {right} of {len(held_out)} right; answers are {'the same' if same else 'others'}")
+    print(f"reloaded: answers are {'the same' if same else 'others'}")
 
 
 if __name__ == "__main__":
