@@ -4,7 +4,7 @@
 
 The texts are first sentences of the documentation of Python's standard library, and each module has a word that stands
 for it. MiniLM comes without a masked model's head: it is trained beside the prompt and saved with it.
-With the defaults: RIGHT
+With the defaults (67 CPU seconds) 0.08 of 80 held-out texts get the right one of six words before, and 0.69 after.
 """
 
 from __future__ import annotations

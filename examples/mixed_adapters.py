@@ -1,10 +1,9 @@
 """Two prompts learned together with accelerate: rows of one batch have different prompts, and one step trains both.
 
-    make models && python examples/mixed_adapters.py [--model FOLDER] [--steps 24]
+    make models && python examples/mixed_adapters.py [--model FOLDER] [--steps 40]
 
 Both see the same sentence of the documentation of Python's standard library; one answers with the module that it is
-from, the other with the name of what it is about. Which one a row asks is said by its prompt alone.
-With the defaults: RIGHT
+from, the other with the name of what it is about. With the defaults: RIGHT
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def losses(model: Any, loader: DataLoader[Any]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="build/models/SmolLM2-135M-Instruct")
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -58,9 +57,8 @@ def main() -> None:
     model = fp.get_prompt_model(base, fp.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=8), "module")
     model.add_adapter("name", fp.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=16))
     model.set_adapter([*PROMPTS])  # both are trained
-    train, held_out = split(documented(), 32)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    loaders = DataLoader(train, 4, shuffle=True, collate_fn=collate), DataLoader(held_out, 8, collate_fn=collate)
+    loaders = (DataLoader(rows, 8, collate_fn=collate) for rows in split(documented(), 32))
     accelerator = Accelerator()
     model, optimizer, train_loader, test_loader = accelerator.prepare(model, optimizer, *loaders)
     before = losses(model, test_loader)
@@ -68,9 +66,9 @@ def main() -> None:
         accelerator.backward(model.train()(adapter_names=batch.pop("names"), **batch).loss)
         optimizer.step()
         optimizer.zero_grad()
-    after, own = losses(model, test_loader), accelerator.unwrap_model(model)
+    after = losses(model, test_loader)
     with tempfile.TemporaryDirectory() as folder:
-        own.save_pretrained(folder)
+        accelerator.unwrap_model(model).save_pretrained(folder)
         again = fp.PromptModel.from_pretrained(base, f"{folder}/module", "module")
         again.load_adapter(f"{folder}/name", "name")
     for name, *figures in zip(PROMPTS, before, after, losses(again, test_loader)):
