@@ -2,9 +2,8 @@
 
     make models && python examples/sft.py [--model FOLDER] [--virtual-tokens 16] [--steps 30]
 
-The user gives what something in Python's standard library does, the assistant answers with its name alone. Only its
-tokens have labels, so that a step runs the model's head on them alone. With the defaults the held-out loss of answers
-falls from 7.83 (without a prompt) to 2.36.
+The user says what something in Python's standard library does, the assistant answers with its name. The head runs on
+labelled tokens alone. With the defaults the held-out loss of answers is 7.83 without a prompt, and 2.36 with it.
 """
 
 from __future__ import annotations
