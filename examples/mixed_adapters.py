@@ -3,7 +3,7 @@
     make models && python examples/mixed_adapters.py [--model FOLDER] [--steps 40]
 
 Both see the same sentence of the documentation of Python's standard library; one answers with the module that it is
-from, the other with the name of what it is about. With the defaults: RIGHT
+from, the other with its name. With the defaults their held-out losses fall from 6.60 to 1.38, and from 5.31 to 2.06.
 """
 
 from __future__ import annotations
