@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusedprompt as fp
+from fusedprompt.ops import _native
 from tolerance import assert_identical, generator, largest, normal, one_thread, ulp  # noqa: F401
 
 ROWS, WIDTH, HIDDEN = 7, 12, 10
@@ -228,3 +229,16 @@ def test_prompt_encoder_refuses_wrong_indices(encoder: str, indices: Any, error:
     module, _ = encoder_pair(encoder)
     with pytest.raises(error, match=message):
         module(indices)
+
+
+def test_an_lstm_without_its_compiled_kernels_warns_and_an_mlp_does_not(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(_native, "WHY_NOT_CPU", None)
+    fp.PromptEncoder(fp.PromptEncoderConfig(**encoder_fields("LSTM")))
+    monkeypatch.setattr(_native, "WHY_NOT_CPU", "needs the compiled extension")
+    fp.PromptEncoder(fp.PromptEncoderConfig(**encoder_fields("MLP")))
+    fp.PromptEncoder(fp.PromptEncoderConfig(**encoder_fields("LSTM", inference_mode=True)))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="LSTM runs without its compiled kernels: it needs the compiled extension"):
+        fp.PromptEncoder(fp.PromptEncoderConfig(**encoder_fields("LSTM")))

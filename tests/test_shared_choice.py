@@ -238,8 +238,12 @@ def test_an_answer_without_a_shareable_cache_is_spliced_from_then_on(monkeypatch
 def test_explain_says_what_happens_to_a_batch() -> None:
     model = ours("Llama", rows=20)
     assert "route shared where it pays" in model.explain()
-    route, row, first_use = model.explain(**LARGE).splitlines()
+    route, row, computed, first_use = model.explain(**LARGE).splitlines()
     assert (route, row) == ("route shared", "row 0: 20P 10t")
+    assert computed == "the prompt is computed once, not in every row: 100 of 240 tokens"  # 20 + 8 * 10, 8 * 30
+    with torch.no_grad():
+        kept = "the prompt is kept between calls: 80 of 240 tokens are computed, and 20 more the first time"
+        assert model.explain(**LARGE).splitlines()[2] == kept
     assert re.fullmatch(r"first use: rows are as they are alone \(\d+ ms\)", first_use)
     assert model.explain(**LARGE, output_attentions=True).startswith("route splice: output_attentions is an argument")
     small = model.explain(**task_inputs("CAUSAL_LM", tokens(1, 10)))

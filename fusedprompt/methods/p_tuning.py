@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..base import check
+from ..ops import _native
 from .config import PeftType, PromptLearningConfig, as_config, as_enum, check_count, check_number
 from .method import Method, Part, PeftEncoder, register_method
 from .module import PromptModule
@@ -107,6 +109,8 @@ class PromptEncoder(PromptModule):
         if config.inference_mode:
             return
         if self.encoder_type is PromptEncoderReparameterizationType.LSTM:
+            if (reason := _native.WHY_NOT_CPU) is not None:  # pip hides what the build said, and shows this once
+                warnings.warn(f"P-tuning's LSTM runs without its compiled kernels: it {reason}", stacklevel=2)
             self.lstm_head = LSTMHead(self.input_size, self.hidden_size, config.encoder_num_layers, self.dropout)
             sizes = [2 * self.hidden_size, 2 * self.hidden_size, self.output_size]
         else:

@@ -15,7 +15,7 @@ from ..layouts.prompt import Prompt
 from ..methods import method_of
 from .attention import CHEAP
 from .call import BASE, CONTINUE, PREFIX, SHARED, SPLICE, Call, Plan
-from .choice import RouteUnavailable, why_not_head_loss, why_not_model
+from .choice import RouteUnavailable, is_kept, why_not_head_loss, why_not_model
 from .host import Host
 from .plan import plan
 
@@ -42,7 +42,21 @@ def describe(host: Host, planned: Plan) -> str:
     found = remembered(host.base_model)
     matters = planned.route == SHARED or (planned.why is not None and planned.why in (found.sharing, found.gap))
     attention = [_attention(planned)] if planned.route in (SHARED, PREFIX) and planned.joined != CHEAP else []
-    return "\n".join([line, *_pictures(host, spliced), *attention, *(first_use_line(host) if matters else [])])
+    first_use = first_use_line(host) if matters else []
+    return "\n".join([line, *_pictures(host, spliced), *_computed(host, planned), *attention, *first_use])
+
+
+def _computed(host: Host, planned: Plan) -> list[str]:
+    """What sharing saves, where all rows have one prompt without text beside it."""
+    if planned.route != SHARED or planned.mixture is not None or [one.shared for one in planned.table] != [None]:
+        return []
+    rows, (size, length) = planned.table[0].rows, planned.fields.shape
+    if is_kept(host, planned.table):
+        return [
+            f"the prompt is kept between calls: {size * length} of {size * (rows + length)} tokens are computed, and "
+            f"{rows} more the first time"
+        ]
+    return [f"the prompt is computed once, not in every row: {rows + size * length} of {size * (rows + length)} tokens"]
 
 
 def _attention(planned: Plan) -> str:
