@@ -122,6 +122,16 @@ def test_both_adapters_of_a_mixed_batch_learn_and_come_back_the_same(run: Callab
         assert after < before and abs(reloaded - after) <= 1e-4
 
 
+def test_a_cartridge_comes_near_to_what_the_text_says(run: Callable[..., str], tmp_path: Path) -> None:
+    model = str(save_byte_model(tmp_path, positions=8192))
+    text = run("cartridge.py", "--model", model, "--virtual-tokens", "16", "--steps", "21")
+    away = [float(nats) for nats in re.findall(r"^step \d+: (-?[\d.]+) nats", text, re.MULTILINE)]
+    assert len(away) == 3 and away[2] < 0.85 * away[0]
+    contexts = re.findall(r"^\| ([\w' ]+?) \| (\d+) \| \d+ \| \d+ \|$", text, re.MULTILINE)
+    names = ["no context", "full context", "the text's first tokens", "cartridge"]
+    assert [name for name, _ in contexts] == names and [int(count) for _, count in contexts][2:] == [16, 16]
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_examples_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) < MOST_LINES.get(path.name, 80)
