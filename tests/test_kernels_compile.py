@@ -183,8 +183,9 @@ def test_rows_are_moved_in_128_bit_accesses_where_widths_allow(disassembled: lis
 
 def test_products_use_tensor_cores_unless_they_must_be_exact(disassembled: list[Compiled]) -> None:
     for row in disassembled:
-        is_exact = "in fp32" in row.label or row.label.startswith("fp32")
-        is_product = row.kernel.startswith(("linear", "attention")) and not is_exact
+        of_attention = row.kernel.startswith("attention")
+        is_exact = "in fp32" in row.label or (of_attention and row.label.startswith("fp32"))
+        is_product = (of_attention or row.kernel.startswith("linear")) and not is_exact
         assert (row.tensor_instructions != "none") == is_product, row
 
 

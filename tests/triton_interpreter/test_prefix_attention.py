@@ -103,7 +103,6 @@ def check(sizes: dict[str, int], options: dict[str, Any], dtype: torch.dtype) ->
         lambda x: exact(x, options),
         inputs,
         d_out,
-        neighbours=1,
         ulps=2,
     )
 
