@@ -115,8 +115,10 @@ bench-scaling: $(READY)  ## measure time against size, in about 8 minutes
 bench-metamath: $(READY)  ## measure the shapes of PEFT's MetaMathQA comparison, in about 14 minutes
 	$(call run_bench,benches/test_bench_metamath.py,metamath,metamath)
 
-bench-prefix: $(READY)  ## measure prefixes of keys and values, in about 3 minutes
+ATTENTION := benches/test_bench_prefix_attention.py benches/test_bench_attended.py
+bench-prefix: $(READY)  ## measure prefixes of keys and values, and attention to one prefix, in about 15 minutes
 	$(call run_bench,benches/test_bench_prefix.py,prefix,prefix)
+	$(call run_bench,$(ATTENTION),attention,attention)
 
 bench-compare: $(READY)  ## what changed between two results: make bench-compare OLD=... NEW=...
 	$(BIN)/python -m benches.compare $(OLD) $(NEW)

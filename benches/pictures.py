@@ -55,6 +55,7 @@ STYLE = {
 
 
 MACHINE = "amd-epyc-2-threads"  # whose results README and docs show
+MACHINES = dict.fromkeys(("prefix", "attention"), "intel-xeon-processor-2-threads")  # of parts measured elsewhere
 
 
 def load(machine: str, part: str = "") -> dict[str, Any]:
@@ -217,6 +218,32 @@ def memory(results: Sequence[dict[str, Any]]) -> Path:
     return _grouped(rows, "peak_mb", "peak MB of tensors beyond the model", "memory", results[0], 1.0)
 
 
+def attended(result: dict[str, Any]) -> Path:
+    """How many times as fast steps are whose rows read one prefix, and what they hold with more and more rows."""
+    rows = [row for row in rows_of(result) if row["group"] == "attended"]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8.4, 3.4), width_ratios=(1.3, 1))
+    ratios = [row["contenders"]["joined"]["ratio"] for row in rows]
+    bars = left.barh(range(len(rows)), ratios, color=COLOURS[OURS], height=0.66)
+    left.bar_label(bars, fmt="%.2f", padding=3, color=GREY, fontsize=8)
+    left.axvline(1.0, color=GREY, linewidth=1)
+    left.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
+    left.set_xlim(0, max(ratios) * 1.2)
+    left.invert_yaxis()
+    left.set_title("times as fast as with keys joined in each row")
+    rows = [row for row in rows_of(result) if row["group"] == "attended memory"]
+    sizes = [int(row["case"].split("B=")[1].split()[0]) for row in rows]
+    for name, label in ((OURS, "one prefix"), ("joined", "joined in each row")):
+        held = [row["contenders"][name]["peak_mb"] for row in rows]
+        right.plot(sizes, held, "o-", color=COLOURS[OURS if name == OURS else PEFT], markersize=3.5, label=label)
+    right.set(xlabel="rows (B), each of N=2000 and T=50", ylabel="peak MB beyond the model")
+    right.grid(True)
+    right.legend(fontsize=8)
+    figure.tight_layout(rect=(0, 0.5 / figure.get_figheight(), 1, 1))
+    return save(
+        figure, "attended", caption(result, "Training steps, 6-layer Llama, D=512, V=32000, random weights, fp32.")
+    )
+
+
 def metamath(result: dict[str, Any]) -> Path:
     """Step times in the shapes of PEFT's comparison."""
     rows = rows_of(result)
@@ -262,8 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     main_result = load(options.machine)
     with matplotlib.rc_context(STYLE):
         made = [speedups([main_result]), roofline([main_result]), memory([main_result])]
-        for part, draw in (("scaling", scaling), ("metamath", metamath)):
-            result = load(options.machine, part)
+        for part, draw in (("scaling", scaling), ("metamath", metamath), ("attention", attended)):
+            result = load(MACHINES.get(part, options.machine), part)
             made += [draw(result)] if rows_of(result) else []
     print("\n".join(map(str, made)))
 

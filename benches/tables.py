@@ -14,12 +14,11 @@ from typing import Any
 from ._interleave import OURS, PEFT
 from ._models import LORA, NO_PROMPT
 from .gpu import page
-from .pictures import MACHINE, load
+from .pictures import MACHINE, MACHINES, load
 from .report import rows_of
 
 ROOT = Path(__file__).parents[1]
-FILES = ("README.md", "docs/peft.md", "docs/routes.md", "docs/prefixes.md", "docs/gpu.md")
-_MACHINES = {"prefix": "intel-xeon-processor-2-threads"}  # of parts that were measured on another one
+FILES = ("README.md", "docs/peft.md", "docs/routes.md", "docs/prefixes.md", "docs/prefix-attention.md", "docs/gpu.md")
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
@@ -31,7 +30,7 @@ def find(part: str, group: str, case: str, **fields: str) -> dict[str, Any]:
     """
     rows = [
         row
-        for row in rows_of(load(_MACHINES.get(part, MACHINE), part))
+        for row in rows_of(load(MACHINES.get(part, MACHINE), part))
         if row["group"] == group and row["case"].startswith(case)
     ]
     rows = [row for row in rows if all(row[name] == value for name, value in fields.items())]
@@ -175,6 +174,30 @@ def prefix() -> list[list[str]]:
     ]
 
 
+def attention_alone() -> list[list[str]]:
+    return [
+        ["B, N, T", "joined keys, SDPA", "one prefix", "ratio", "peak MB"],
+        *(
+            compared(sizes, find("attention", "prefix attention", case, mode="forward+backward"), "joined keys")
+            for sizes, case in (
+                (", ".join(map(str, (b, n, t))), f"B={b} N={n} T={t}")
+                for b, n, t in ((4, 20, 100), (4, 200, 210), (16, 200, 100), (64, 200, 100), (16, 2000, 100))
+            )
+        ),
+    ]
+
+
+def attended() -> list[list[str]]:
+    lines = [["training step: of a, B, N, T", "joined", "one prefix", "ratio", "peak MB", "spliced", "PEFT", "floor"]]
+    for row in rows_of(load(MACHINES["attention"], "attention")):
+        if row["group"] == "attended":
+            times = {name: duration(figures["median_ms"]) for name, figures in row["contenders"].items()}
+            others = [times.get(name, "") for name in ("spliced", PEFT)]
+            name = row["case"].replace("B=", "").replace("N=", "").replace("T=", "").replace(" ", ", ")
+            lines.append([*compared(name, row, "joined"), *others, duration(row["floor_ms"])])
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[list[str]]]] = {
     "steps": steps,
     "lstm": lstm,
@@ -183,6 +206,8 @@ TABLES: dict[str, Callable[[], list[list[str]]]] = {
     "routes": routes,
     "cost": cost,
     "prefix": prefix,
+    "attention": attention_alone,
+    "attended": attended,
     **{f"gpu_kernels_{key}": functools.partial(page.kernels, key) for key in page.ASSUMED},
     **{f"gpu_steps_{key}": functools.partial(page.steps, key) for key in page.ASSUMED},
 }
