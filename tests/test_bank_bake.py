@@ -59,9 +59,9 @@ def tokenizer() -> Any:
 
 
 def bank_of(base: Any) -> fp.PromptBank:
-    bank, generator = fp.PromptBank(None, base), torch.Generator().manual_seed(3)
+    bank, generator = fp.PromptBank(None, base), torch.Generator("cpu").manual_seed(3)
     for name, count in zip(NAMES, (4, 6)):
-        bank.add(name, torch.randn(count, WIDTH, generator=generator))
+        bank.add(name, torch.randn(count, WIDTH, generator=generator, device="cpu"))
     return bank
 
 

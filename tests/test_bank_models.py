@@ -22,9 +22,9 @@ BASE = "__base__"
 
 def filled(base: Any, **options: Any) -> fp.PromptBank:
     bank = fp.PromptBank(None, base, **options)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator("cpu").manual_seed(3)
     for name, count in SIZES.items():
-        bank.add(name, torch.randn(count, WIDTH, generator=generator))
+        bank.add(name, torch.randn(count, WIDTH, generator=generator, device="cpu"))
     return bank
 
 
