@@ -18,7 +18,7 @@ from .pictures import MACHINE, MACHINES, load
 from .report import rows_of
 
 ROOT = Path(__file__).parents[1]
-FILES = ("README.md", "docs/peft.md", "docs/routes.md", "docs/prefixes.md", "docs/prefix-attention.md", "docs/gpu.md")
+FILES = ("README.md", "docs/peft.md", "docs/routes.md", "docs/prefixes.md", "docs/gpu.md")
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
