@@ -1,6 +1,6 @@
 """Distil a text into a cartridge: a few keys and values that answer like the text in context (arXiv:2506.06266).
 
-    make models && python examples/cartridge.py [--model FOLDER] [--virtual-tokens 128] [--steps 100]    # some minutes
+    make models && python examples/cartridge.py [--model FOLDER] [--virtual-tokens 128] [--steps 100]    # 3 minutes
 
 The text lists functions of Python's library by what they do. The teacher is the base model with the text in context; of
 passages with entries in other orders its most likely next tokens are kept. The student, the base model with a cartridge
