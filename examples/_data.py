@@ -10,6 +10,11 @@ MODULES = ("ast", "decimal", "logging", "mailbox", "pathlib", "ssl")
 Row = dict[str, str]
 
 
+def first_sentence(one: object) -> str:
+    """Of what is documented, without the full stop; empty if nothing is."""
+    return " ".join((inspect.getdoc(one) or "").split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+
+
 def documented(modules: tuple[str, ...] = MODULES, each: int = 60) -> list[Row]:
     """First sentences on functions, classes and methods: {"module", "name", "text"}, at most `each` of a module.
 
@@ -25,7 +30,7 @@ def documented(modules: tuple[str, ...] = MODULES, each: int = 60) -> list[Row]:
         ]
         new: dict[str, Row] = {}
         for one in [*owned, *methods]:
-            text = " ".join((inspect.getdoc(one) or "").split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+            text = first_sentence(one)
             name = getattr(one, "__name__", "")
             if callable(one) and name and 5 <= len(text.split()) <= 30:
                 new.setdefault(text, {"module": module, "name": name, "text": text})

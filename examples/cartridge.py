@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 import torch
+from _data import first_sentence
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,8 +34,7 @@ def entries(count: int) -> list[tuple[str, str]]:
     found: dict[str, str] = {}
     for module in map(importlib.import_module, MODULES.split()):
         for name in getattr(module, "__all__", dir(module)):
-            function = getattr(module, name)
-            said = " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+            said = first_sentence(function := getattr(module, name))
             if inspect.isfunction(function) and 5 <= len(said.split()) <= 14 and "(" not in said and name not in said:
                 found.setdefault(said, name)
     return list(found.items())[:count]

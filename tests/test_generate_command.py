@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,12 @@ from byte_models import END, save_byte_model
 from fusedprompt.commands import tune
 from fusedprompt.commands.generate import main
 from fusedprompt.commands.language_model import load_tokenizer
+from tolerance import one_thread  # noqa: F401
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
 TEXTS = ["red 7", "a far longer text", "x"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

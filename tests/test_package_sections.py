@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from byte_models import save_byte_model
+from tolerance import one_thread  # noqa: F401
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
 PATH = Path(__file__).resolve().parent.parent / "examples" / "package_sections.py"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

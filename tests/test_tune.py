@@ -7,7 +7,6 @@ import io
 import json
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,13 @@ from fusedprompt.commands.language_model import load_tokenizer
 from fusedprompt.commands.tune import curve, main, settings, training
 from fusedprompt.commands.tune.data import Source
 from fusedprompt.commands.tune.template import CPTWriter, PlainWriter, TextTemplate
+from tolerance import one_thread  # noqa: F401
 
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
 TEMPLATE = r"Word: {text}\nFirst: {label}"
 METHODS = ["p-tuning", "prompt-tuning", "prefix", "cpt"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

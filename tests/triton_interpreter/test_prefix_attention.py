@@ -24,7 +24,7 @@ if not _triton.INTERPRETED:
 from fusedprompt.ops.prefix_attention import _configs
 from fusedprompt.ops.prefix_attention import triton as backend
 from fusedprompt.ops.prefix_attention._op import Arguments
-from test_ops_prefix_attention import NAMES, attend, concatenated, exact, some_inputs
+from test_ops_prefix_attention import FAR, NAMES, assert_one_key_wins, attend, concatenated, exact, some_inputs
 from tolerance import Tensors, assert_as_accurate, assert_identical, evaluate, generator, normal
 
 FORWARD, D_QUERY, D_KEYS = "attention_forward", "attention_d_query", "attention_d_keys"
@@ -194,15 +194,9 @@ def test_queries_that_see_nothing_give_zeros_and_no_gradient() -> None:
     assert all(value.isfinite().all() for value in found.values())
 
 
-@pytest.mark.parametrize("scores", [1e4, 8e4])
+@pytest.mark.parametrize("scores", FAR)
 def test_scores_out_of_the_softmaxs_reach_stay_finite(scores: float) -> None:
-    inputs = {name: torch.zeros(1, 1, 2, 1) for name in NAMES}
-    inputs["query"][..., 0, 0], inputs["query"][..., 1, 0] = scores, -scores
-    inputs["prefix_key"][:], inputs["key"][:] = 1, -1
-    inputs["prefix_value"][:], inputs["value"][:] = 3, 5
-    found = evaluate(lambda x: attend(x, "triton", {}), inputs, torch.ones(1, 1, 2, 1))
-    assert found["output"].flatten().tolist() == [3.0, 5.0]
-    assert all(value.isfinite().all() for value in found.values())
+    assert_one_key_wins(scores, "triton")
 
 
 @pytest.mark.parametrize("length", [1, 9])
